@@ -1,0 +1,51 @@
+"""Rotary positions in three axes (FlashVideo section 3.2; the split of a head is CogVideoX's).
+
+A head's first quarter turns with time, the next three eighths with the row, the last three eighths with the
+column. Positions are plain integers at every resolution: nothing is interpolated, so one set of weights serves
+270p and 1080p.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROPE_BASE = 10000.0
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """Widths that time, row and column take of a head, which must be a multiple of 16."""
+    if head_dim % 16:
+        raise ValueError(f"rotary positions need a head width that is a multiple of 16; got {head_dim}")
+    time = head_dim // 4
+    space = (head_dim - time) // 2
+    return time, space, space
+
+
+def rope_table(frames: int, rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every video token, in the tokens' order: frame, row, column.
+
+    Each rotation serves two adjacent dimensions and stands once: both tables are [frames * rows * columns,
+    head_dim / 2] in float32.
+    """
+    angles = []
+    for axis, (length, width) in enumerate(zip((frames, rows, columns), rope_axes(head_dim), strict=True)):
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = length
+        angle = torch.outer(positions, 1.0 / ROPE_BASE**exponents).view(shape)
+        angles.append(angle.expand(frames, rows, columns, -1))
+    table = torch.cat(angles, dim=-1).flatten(0, 2)  # [N, head_dim / 2]
+    return table.cos(), table.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent pairs of the last dimension: (a, b) becomes (a cos - b sin, b cos + a sin).
+
+    `x` is [B, N, heads, head_dim]; `cos` and `sin` are [N, head_dim / 2] in float32. The arithmetic is float32,
+    the result has the dtype of `x`.
+    """
+    cos, sin = cos[:, None], sin[:, None]  # [N, 1, head_dim / 2]
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
