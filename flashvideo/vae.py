@@ -1,0 +1,232 @@
+"""The causal 3D VAE: video to latent and back, 8x smaller in space and 4x in time, the first frame by itself.
+
+CogVideoX's network (arXiv 2408.06072, section 2.1), which both FlashVideo stages share; parameters have the names
+diffusers gives them. Videos are [B, 3, T, H, W] in [-1, 1] with T = 4n + 1 frames, latents [B, 16, n + 1, H/8, W/8]
+in raw scale: a stage multiplies them by its own latent scale.
+
+A video passes in chunks of time. The convolutions carry on across chunks as if there were none, but each norm
+measures its own chunk, so the chunk sizes are part of what the model computes, not just a way to save memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
+from .vae_layers import (
+    CausalConv3d,
+    ChunkContext,
+    DownBlock,
+    Downsample,
+    LayerFactory,
+    ResnetStack,
+    UpBlock,
+    Upsample,
+    activate,
+    normalise,
+)
+
+ENCODE_CHUNK = 16  # frames; the first chunk has one more
+DECODE_CHUNK = 2  # latent frames; the first chunk has one more
+LEVELS = SPATIAL_FACTOR.bit_length()  # resolutions, 1 to 1/8
+TIME_LEVELS = TEMPORAL_FACTOR.bit_length() - 1  # how many of the steps between them also change time
+MID_BLOCKS = 2
+LOGVAR_RANGE = (-30.0, 20.0)
+HALF_OVERLAP = 16  # latent columns by which each half reaches over the cut in `decode_in_halves`
+
+OnChunk = Callable[[int, int], None]
+
+
+def encode_chunks(frames: int, chunk: int = ENCODE_CHUNK) -> list[int]:
+    """Sizes of the chunks that a video is encoded in: chunk + 1, chunk, chunk, ... and what remains.
+
+    Raises ValueError unless `frames` is 4n + 1.
+    """
+    if frames < 1 or frames % TEMPORAL_FACTOR != 1:
+        raise ValueError(f"The VAE encodes videos of 4n+1 frames (1, 5, 9, ...); got {frames}.")
+    if chunk < TEMPORAL_FACTOR or chunk % TEMPORAL_FACTOR:
+        raise ValueError(f"A chunk of the VAE must be a multiple of {TEMPORAL_FACTOR} frames; got {chunk}.")
+    return _chunks(frames, chunk)
+
+
+def decode_chunks(latents: int) -> list[int]:
+    """Sizes of the chunks that a latent is decoded in: 3, 2, 2, ... and 1 for a remainder, in latent frames."""
+    if latents < 1:
+        raise ValueError(f"The VAE decodes latents of at least one frame; got {latents}.")
+    return _chunks(latents, DECODE_CHUNK)
+
+
+def _chunks(total: int, chunk: int) -> list[int]:
+    starts = [0, *range(chunk + 1, total, chunk)]
+    return [stop - start for start, stop in zip(starts, [*starts[1:], total], strict=True)]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the encoder says of a video: a normal distribution of latents, [B, 16, T, h, w] each.
+
+    `logvar` is as the network gives it; sampling clamps it.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draw a latent with standard normal noise [B, 16, T, h, w]. The official encoder always samples."""
+        return self.mean + torch.exp(0.5 * self.logvar.clamp(*LOGVAR_RANGE)) * noise
+
+    def mode(self) -> Tensor:
+        """Return the likeliest latent, the mean."""
+        return self.mean
+
+
+class Encoder(nn.Module):
+    """[B, 3, T, H, W] -> mean and log variance side by side, [B, 2 * 16, T', H/8, W/8]."""
+
+    def __init__(self, config: VAEConfig, make: LayerFactory) -> None:
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = CausalConv3d(config.image_channels, config.base_channels, make)
+        self.down_blocks = nn.ModuleList()
+        before = config.base_channels
+        for level, width in enumerate(widths):
+            sampler = Downsample(width, make, in_time=level < TIME_LEVELS) if level < LEVELS - 1 else None
+            self.down_blocks.append(DownBlock(before, width, config.encoder_blocks, make, sampler))
+            before = width
+        self.mid_block = ResnetStack(before, before, MID_BLOCKS, make)
+        self.norm_out = make.norm(before)
+        self.conv_out = CausalConv3d(before, 2 * config.latent_channels, make)
+
+    def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
+        """Encode one chunk; see the class."""
+        x = self.conv_in(x, context)
+        for block in self.down_blocks:
+            x = block(x, context)
+        x = self.mid_block(x, context)
+        x = activate(normalise(self.norm_out, x, context))
+        return self.conv_out(x, context)
+
+
+class Decoder(nn.Module):
+    """[B, 16, T', h, w] -> [B, 3, T, 8h, 8w]. Its first level is the smallest picture."""
+
+    def __init__(self, config: VAEConfig, make: LayerFactory) -> None:
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
+        before = widths[0]
+        self.conv_in = CausalConv3d(config.latent_channels, before, make)
+        self.mid_block = ResnetStack(before, before, MID_BLOCKS, make)
+        self.up_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            sampler = Upsample(width, make, in_time=level < TIME_LEVELS) if level < LEVELS - 1 else None
+            self.up_blocks.append(UpBlock(before, width, config.decoder_blocks, make, sampler))
+            before = width
+        self.norm_out = make.norm(before)
+        self.conv_out = CausalConv3d(before, config.image_channels, make)
+
+    def forward(self, latent: Tensor, context: ChunkContext) -> Tensor:
+        """Decode one chunk; see the class."""
+        x = self.conv_in(latent, context)
+        x = self.mid_block(x, context, latent)
+        for block in self.up_blocks:
+            x = block(x, context, latent)
+        x = activate(self.norm_out(x, context, latent))
+        return self.conv_out(x, context)
+
+
+class VideoVAE(nn.Module):
+    """Encoder and decoder. Holds weights only; every call is independent of the calls before it."""
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        operations: ModuleType | type = nn,
+    ) -> None:
+        """Build from `operations`' Conv2d, Conv3d and GroupNorm. Raises ValueError for numbers that don't fit."""
+        super().__init__()
+        levels = len(config.channel_multipliers)
+        if levels != LEVELS:
+            raise ValueError(f"The VAE must have {LEVELS} channel multipliers, one a level; got {levels}.")
+        self.config = config
+        factory = {"operations": operations, "device": device, "dtype": dtype, "norm_groups": config.norm_groups}
+        self.encoder = Encoder(config, LayerFactory(**factory))
+        self.decoder = Decoder(config, LayerFactory(**factory, latent_channels=config.latent_channels))
+
+    def encode(
+        self, video: Tensor, *, chunked: bool = True, on_chunk: OnChunk | None = None, chunk: int = ENCODE_CHUNK
+    ) -> Posterior:
+        """Encode a video [B, 3, 4n + 1, H, W] in [-1, 1]; H and W are multiples of 8.
+
+        In chunks of 17, 16, 16, ... frames as the official code does, or of another multiple of 4 with `chunk`, or
+        in one piece. `on_chunk(done, total)` runs after each chunk and may raise to stop. Raises ValueError for a
+        video of another shape.
+        """
+        _check_shape("A video for the VAE", video, self.config.image_channels)
+        sizes = encode_chunks(video.shape[2], chunk)
+        if video.shape[3] % SPATIAL_FACTOR or video.shape[4] % SPATIAL_FACTOR:
+            size = f"{video.shape[4]}x{video.shape[3]}"
+            raise ValueError(f"Width and height of a video must be multiples of {SPATIAL_FACTOR}; got {size}.")
+        moments = list(_run(self.encoder, video, sizes if chunked else [video.shape[2]], on_chunk))
+        return Posterior(*torch.cat(moments, dim=2).chunk(2, dim=1))
+
+    def decode(self, latent: Tensor, *, chunked: bool = True, on_chunk: OnChunk | None = None) -> Tensor:
+        """Decode a latent [B, 16, n + 1, h, w] in raw scale to a video [B, 3, 4n + 1, 8h, 8w], not clamped.
+
+        In chunks of 3, 2, 2, ... latent frames as the official code does (which drops the last of an even count;
+        here it is decoded as one more chunk), or in one piece. `on_chunk(done, total)` runs after each chunk and
+        may raise to stop. Raises ValueError for a latent of another shape.
+        """
+        _check_shape("A latent for the VAE", latent, self.config.latent_channels)
+        frames = latent.shape[2]
+        sizes = decode_chunks(frames)
+        video, done = None, 0
+        for piece in _run(self.decoder, latent, sizes if chunked else [frames], on_chunk):
+            if video is None:
+                total = TEMPORAL_FACTOR * (frames - 1) + 1
+                video = piece.new_empty((*piece.shape[:2], total, *piece.shape[3:]))
+            video[:, :, done : done + piece.shape[2]] = piece
+            done += piece.shape[2]
+        return video
+
+
+def decode_in_halves(vae: VideoVAE, latent: Tensor) -> Tensor:
+    """Decode as the official stage II does: left and right half by themselves, put side by side.
+
+    For parity with the official code only. The halves reach 16 latent columns over the cut where they are wide
+    enough (w >= 32), else not at all, and nothing is blended, so a seam may show; `VideoVAE.decode` has none.
+    [B, 16, T, h, w] -> [B, 3, 4T - 3, 8h, 8w].
+    """
+    _check_shape("A latent for the VAE", latent, vae.config.latent_channels)
+    width = latent.shape[4]
+    cut = width // 2
+    overlap = HALF_OVERLAP if width >= 2 * HALF_OVERLAP else 0
+    left = vae.decode(latent[..., : cut + overlap])[..., : SPATIAL_FACTOR * cut]
+    right = vae.decode(latent[..., cut - overlap :])[..., SPATIAL_FACTOR * overlap :]
+    return torch.cat((left, right), dim=-1)
+
+
+def _run(network: Encoder | Decoder, x: Tensor, sizes: list[int], on_chunk: OnChunk | None) -> Iterator[Tensor]:
+    """Yield the network's output for each chunk of x; `on_chunk` runs when the caller has dealt with it."""
+    context = ChunkContext()
+    start = 0
+    for index, size in enumerate(sizes, start=1):
+        context.last = index == len(sizes)
+        yield network(x[:, :, start : start + size], context)
+        context.first = False
+        start += size
+        if on_chunk is not None:
+            on_chunk(index, len(sizes))
+
+
+def _check_shape(name: str, x: Tensor, channels: int) -> None:
+    if x.ndim != 5 or x.shape[1] != channels or not x.numel():
+        expected = f"[batch, {channels}, frames, height, width]"
+        raise ValueError(f"{name} must be {expected}; got {list(x.shape)}.")

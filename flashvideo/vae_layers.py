@@ -1,0 +1,348 @@
+"""Layers of the causal 3D VAE: convolutions that look back in time, the norms, residual blocks and resampling.
+
+The VAE is CogVideoX's (arXiv 2408.06072, section 2.1). Tensors are [B, C, T, H, W] throughout. A video may pass
+through in chunks of time; what one chunk leaves for the next travels in a `ChunkContext`, never on a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+NORM_EPS = 1e-6
+KERNEL_SIZE = 3  # of every convolution that mixes positions, in time and in space
+# A convolution bigger than this runs a few frames at a time: kernels count elements in 32 bits, and the padded copy
+# of a whole 1080p chunk would not fit beside the chunk itself.
+WINDOW_ELEMENTS = 2**29
+
+
+class Statistics(NamedTuple):
+    """Mean and (biased) variance of each norm group, both [B, groups] in float32."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass
+class ChunkContext:
+    """What the chunks of one encode or decode share; a local of that call.
+
+    `first` says that the chunk starts the video, `last` that no chunk follows. `statistics`, if given, is asked with
+    (norm layer, its input) for the numbers to normalise by, so that spatial tiles can share those of the whole
+    picture; without it every norm measures its own input.
+    """
+
+    first: bool = True
+    last: bool = False
+    statistics: Callable[[nn.Module, Tensor], Statistics] | None = None
+    past: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def look_back(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
+        """Return the `frames` frames before x [B, C, T, H, W] and remember x's last ones for the next chunk.
+
+        Before the video's first frame stand copies of it.
+        """
+        before = self.past.pop(layer, None)
+        if before is None:
+            before = x[:, :, :1].expand(-1, -1, frames, -1, -1)
+        if not self.last:
+            # A copy, so that a view of two frames doesn't hold the whole chunk in memory.
+            self.past[layer] = torch.cat((before[:, :, x.shape[2] :], x[:, :, -frames:]), dim=2)
+        return before
+
+
+@dataclass(frozen=True)
+class LayerFactory:
+    """Builds every layer that has weights, from `operations` (torch.nn or anything with the same layers)."""
+
+    operations: ModuleType | type
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    norm_groups: int
+    latent_channels: int | None = None  # given in the decoder, whose norms look at the latent
+
+    def conv3d(self, in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+        """Build a convolution that pads space but not time."""
+        padding = (0, kernel_size // 2, kernel_size // 2)
+        return self.operations.Conv3d(
+            in_channels, out_channels, kernel_size, padding=padding, device=self.device, dtype=self.dtype
+        )
+
+    def conv2d(self, channels: int, *, stride: int, padding: int) -> nn.Module:
+        """Build a convolution of single frames."""
+        return self.operations.Conv2d(
+            channels, channels, KERNEL_SIZE, stride=stride, padding=padding, device=self.device, dtype=self.dtype
+        )
+
+    def group_norm(self, channels: int) -> nn.Module:
+        """Build a GroupNorm with weight and bias."""
+        if channels % self.norm_groups:
+            raise ValueError(f"VAE channels must divide by the norm groups; got {channels} and {self.norm_groups}.")
+        return self.operations.GroupNorm(self.norm_groups, channels, eps=NORM_EPS, device=self.device, dtype=self.dtype)
+
+    def norm(self, channels: int) -> nn.Module:
+        """Build the norm of this side of the VAE: plain in the encoder, latent-conditioned in the decoder."""
+        return self.group_norm(channels) if self.latent_channels is None else SpatialNorm(channels, self)
+
+
+def _free(*tensors: Tensor) -> bool:
+    """Whether these temporaries may be overwritten: autograd doesn't need them."""
+    return not any(tensor.requires_grad for tensor in tensors)
+
+
+def activate(x: Tensor) -> Tensor:
+    """SiLU of a temporary, in place where autograd allows."""
+    return functional.silu(x, inplace=_free(x))
+
+
+def time_windows(x: Tensor, scale: int = 1) -> Iterator[tuple[int, int]]:
+    """Split x's frames so that `scale` times a window stays near WINDOW_ELEMENTS; yields (start, stop)."""
+    frames = x.shape[2]
+    step = max(1, WINDOW_ELEMENTS * frames // (x.numel() * scale))
+    for start in range(0, frames, step):
+        yield start, min(start + step, frames)
+
+
+def convolve(conv: nn.Module, x: Tensor, before: Tensor | None = None) -> Tensor:
+    """Run a Conv3d over x [B, C, T, H, W] with the frames `before` it, a window of time after the other."""
+    lead = 0 if before is None else before.shape[2]
+    out = None
+    for start, stop in time_windows(x):
+        window = x[:, :, max(0, start - lead) : stop]
+        if start < lead:
+            window = torch.cat((before[:, :, start:], window), dim=2)
+        piece = conv(window)
+        if piece.shape[2] == x.shape[2]:
+            return piece
+        if out is None:
+            out = piece.new_empty((*piece.shape[:2], x.shape[2], *piece.shape[3:]))
+        out[:, :, start:stop] = piece
+    return out
+
+
+class CausalConv3d(nn.Module):
+    """3D convolution that sees the frames before, never those after; zero padding in space."""
+
+    def __init__(self, in_channels: int, out_channels: int, make: LayerFactory, kernel_size: int = KERNEL_SIZE) -> None:
+        super().__init__()
+        self.lead = kernel_size - 1
+        self.conv = make.conv3d(in_channels, out_channels, kernel_size)
+
+    def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        return convolve(self.conv, x, context.look_back(self, x, self.lead) if self.lead else None)
+
+
+def group_statistics(x: Tensor, groups: int) -> Statistics:
+    """Measure what GroupNorm would normalise x [B, C, T, H, W] by."""
+    means, variances, weights = [], [], []
+    for start, stop in time_windows(x):
+        window = x[:, :, start:stop].float().reshape(x.shape[0], groups, -1)
+        variance, mean = torch.var_mean(window, dim=-1, correction=0)
+        means.append(mean)
+        variances.append(variance)
+        weights.append((stop - start) / x.shape[2])
+    weight = torch.tensor(weights, device=x.device)
+    means, variances = torch.stack(means, dim=-1), torch.stack(variances, dim=-1)  # [B, groups, windows]
+    mean = (means * weight).sum(dim=-1)
+    return Statistics(mean, ((variances + (means - mean[..., None]) ** 2) * weight).sum(dim=-1))
+
+
+def group_norm(layer: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
+    """GroupNorm of x [B, C, T, H, W] with the layer's weights, but by the given statistics instead of x's own."""
+    repeats = x.shape[1] // layer.num_groups
+    scale = torch.rsqrt(statistics.variance + layer.eps).repeat_interleave(repeats, dim=1)
+    scale = scale * layer.weight.to(scale)
+    shift = layer.bias.to(scale) - statistics.mean.repeat_interleave(repeats, dim=1) * scale
+    scale, shift = scale[:, :, None, None, None], shift[:, :, None, None, None]
+    out = torch.empty_like(x)
+    for start, stop in time_windows(x):
+        out[:, :, start:stop] = torch.addcmul(shift, x[:, :, start:stop], scale)
+    return out
+
+
+def normalise(layer: nn.Module, x: Tensor, context: ChunkContext) -> Tensor:
+    """GroupNorm of x [B, C, T, H, W] by the context's statistics if it has any, else by x's own."""
+    if context.statistics is None:
+        return layer(x)
+    return group_norm(layer, x, context.statistics(layer, x))
+
+
+class SpatialNorm(nn.Module):
+    """The decoder's norm: GroupNorm, then a scale and a shift read from the latent at each position.
+
+    The latent is meant to be resized (nearest) to x first. Both convolutions are pointwise, so they run on the
+    latent grid and their results are spread over x, which gives the same numbers for a fraction of the work.
+    """
+
+    def __init__(self, channels: int, make: LayerFactory) -> None:
+        super().__init__()
+        self.norm_layer = make.group_norm(channels)
+        self.conv_y = CausalConv3d(make.latent_channels, channels, make, kernel_size=1)
+        self.conv_b = CausalConv3d(make.latent_channels, channels, make, kernel_size=1)
+
+    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor) -> Tensor:
+        """Normalise x [B, C, T, H, W]; the sizes of the latent [B, z, t, h, w] divide x's."""
+        x = normalise(self.norm_layer, x, context)
+        scale, shift = self.conv_y(latent, context), self.conv_b(latent, context)  # [B, C, t, h, w]
+        if not (context.first and x.shape[2] > latent.shape[2]):
+            return _modulate(x, scale, shift)
+        # The video's first latent frame is one frame, the others were stretched in time.
+        parts = [_modulate(x[:, :, at], scale[:, :, at], shift[:, :, at]) for at in (slice(1), slice(1, None))]
+        return x if _free(*parts) else torch.cat(parts, dim=2)
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift x, each number standing for a box of x; in place where autograd allows."""
+    frames, rows, columns = scale.shape[2:]
+    spread = x.shape[4] // columns
+    # Only columns are really repeated (rows of memory stay long for the kernel); frames and rows are broadcast.
+    scale = scale.repeat_interleave(spread, dim=4)[:, :, :, None, :, None]  # [B, C, t, 1, h, 1, W]
+    shift = shift.repeat_interleave(spread, dim=4)[:, :, :, None, :, None]
+    grid = x.unflatten(3, (rows, -1)).unflatten(2, (frames, -1))  # [B, C, t, T/t, h, H/h, W]
+    if _free(x, scale, shift):
+        torch.addcmul(shift, grid, scale, out=grid)
+        return x
+    return torch.addcmul(shift, grid, scale).reshape(x.shape)
+
+
+class ResnetBlock(nn.Module):
+    """Two norm-SiLU-convolution steps around a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, make: LayerFactory) -> None:
+        super().__init__()
+        self.norm1 = make.norm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, make)
+        self.norm2 = make.norm(out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, make)
+        self.conv_shortcut = make.conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        # Bound to h step by step, so that each result is freed before the next but one needs its memory.
+        h = activate(self._norm(self.norm1, x, context, latent))
+        h = self.conv1(h, context)
+        h = activate(self._norm(self.norm2, h, context, latent))
+        h = self.conv2(h, context)
+        if self.conv_shortcut is not None:
+            x = convolve(self.conv_shortcut, x)
+        return h.add_(x) if _free(h, x) else h + x
+
+    @staticmethod
+    def _norm(norm: nn.Module, x: Tensor, context: ChunkContext, latent: Tensor | None) -> Tensor:
+        return normalise(norm, x, context) if latent is None else norm(x, context, latent)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and in the upper levels time: frame pairs are averaged, a video's first stays."""
+
+    def __init__(self, channels: int, make: LayerFactory, *, in_time: bool) -> None:
+        super().__init__()
+        self.in_time = in_time
+        self.conv = make.conv2d(channels, stride=2, padding=0)
+
+    def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T/2, H/2, W/2], (T + 1) / 2 frames in a video's first chunk."""
+        if self.in_time:
+            x = self._halve_time(x, first_alone=context.first)
+        # Padding only at the right and bottom is what the weights were trained with.
+        return _by_frames(lambda frames: self.conv(functional.pad(frames, (0, 1, 0, 1))), x)
+
+    @staticmethod
+    def _halve_time(x: Tensor, *, first_alone: bool) -> Tensor:
+        rest = x[:, :, 1:] if first_alone else x
+        pairs = torch.lerp(rest[:, :, 0::2], rest[:, :, 1::2], 0.5)
+        return torch.cat((x[:, :, :1], pairs), dim=2) if first_alone else pairs
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and in the lower levels time: frames are repeated, a video's first is not."""
+
+    def __init__(self, channels: int, make: LayerFactory, *, in_time: bool) -> None:
+        super().__init__()
+        self.in_time = in_time
+        self.conv = make.conv2d(channels, stride=1, padding=1)
+
+    def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, 2T, 2H, 2W], 2T - 1 frames in a video's first chunk."""
+        doubled = partial(functional.interpolate, scale_factor=2.0, mode="nearest")
+        # Time is doubled after the convolution: it works frame by frame, so the copies would come out equal anyway.
+        repeat = 2 if self.in_time else 1
+        drop = 1 if self.in_time and context.first else 0
+        return _by_frames(lambda frames: self.conv(doubled(frames)), x, scale=4, repeat=repeat, drop=drop)
+
+
+def _by_frames(step: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1, repeat: int = 1, drop: int = 0) -> Tensor:
+    """Run `step`, of pictures [N, C, H, W], over the frames of x [B, C, T, H, W], a window of time after the other.
+
+    `scale` is how far it enlarges a frame. Each result stands `repeat` times in the output, less the first `drop`.
+    """
+    out, done = None, 0
+    for start, stop in time_windows(x, scale * repeat):
+        pictures = step(x[:, :, start:stop].transpose(1, 2).flatten(0, 1))  # [B * t, C, H', W']
+        piece = pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        if repeat > 1:
+            piece = piece.repeat_interleave(repeat, dim=2)
+        if start == 0:
+            piece = piece[:, :, drop:]
+            out = piece.new_empty((*piece.shape[:2], x.shape[2] * repeat - drop, *piece.shape[3:]))
+        out[:, :, done : done + piece.shape[2]] = piece
+        done += piece.shape[2]
+    return out
+
+
+class ResnetStack(nn.Module):
+    """Residual blocks one after the other."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, make: LayerFactory) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.resnets = nn.ModuleList(ResnetBlock(*pair, make) for pair in pairwise(widths))
+
+    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T, H, W]."""
+        for block in self.resnets:
+            x = block(x, context, latent)
+        return x
+
+
+class DownBlock(ResnetStack):
+    """One level of the encoder; the lowest doesn't downsample."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, make: LayerFactory, sampler: Downsample | None
+    ) -> None:
+        super().__init__(in_channels, out_channels, blocks, make)
+        self.downsamplers = nn.ModuleList([] if sampler is None else [sampler])
+
+    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None = None) -> Tensor:
+        """[B, C, T, H, W] -> the next level's [B, C', T', H', W']."""
+        x = super().forward(x, context, latent)
+        for downsampler in self.downsamplers:
+            x = downsampler(x, context)
+        return x
+
+
+class UpBlock(ResnetStack):
+    """One level of the decoder; the highest doesn't upsample."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, make: LayerFactory, sampler: Upsample | None
+    ) -> None:
+        super().__init__(in_channels, out_channels, blocks, make)
+        self.upsamplers = nn.ModuleList([] if sampler is None else [sampler])
+
+    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None = None) -> Tensor:
+        """[B, C, T, H, W] -> the next level's [B, C', T', H', W']."""
+        x = super().forward(x, context, latent)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, context)
+        return x
