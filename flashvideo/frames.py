@@ -1,0 +1,229 @@
+"""Frames before and after the refiner: enlarge, pad to what the networks take, crop back to the pixel.
+
+Frames are [T, H, W, 3] in [0, 1], as ComfyUI's IMAGE; a video is [1, 3, T, H, W] in [-1, 1]. The refiner takes sides
+that are multiples of 16 and 4n + 1 frames. The reference implementation drops what is over (1080 rows become 1072);
+here the picture is extended to the right, to the bottom and at the end instead, always by repeating its last column,
+row or frame. So the top left of the first frames is the picture itself, and cropping back needs nothing but the
+wanted shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+
+SIZE_MODES = ("short side", "scale", "exact", "keep")
+RESAMPLERS = ("bilinear", "bicubic", "area", "nearest-exact")
+COLOR_MATCHES = ("none",)
+MAX_SIDE = 16384  # pixels: ComfyUI's own limit of a side
+_CHUNK_BYTES = 64 * 2**20  # of resized pixels at a time, so that the peak stays near the output's own size
+_ANTIALIASED = ("bilinear", "bicubic")  # the resamplers that torch can antialias when it makes a picture smaller
+
+Progress = Callable[[int, int], None]  # called with (frames done, frames in all)
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """The rule that turns the input's size into the size the artist gets.
+
+    `mode` is one of SIZE_MODES; the field that the mode names counts, the others are ignored. Pixels.
+    """
+
+    mode: str = "short side"
+    short_side: int = 1080
+    scale: float = 4.0
+    width: int = 1920
+    height: int = 1080
+
+    def resolve(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels for an input of `height` x `width`; halves are rounded up.
+
+        "short side" and "scale" keep the aspect ratio as far as whole pixels can; "exact" stretches.
+        Raises ValueError for an unknown mode and for a side below 1 or above MAX_SIDE.
+        """
+        if self.mode == "short side":
+            short = min(height, width)
+            target = tuple((2 * side * self.short_side + short) // (2 * short) for side in (height, width))
+        elif self.mode == "scale":
+            target = tuple(int(side * self.scale + 0.5) for side in (height, width))
+        elif self.mode == "exact":
+            target = (self.height, self.width)
+        elif self.mode == "keep":
+            target = (height, width)
+        else:
+            raise ValueError(f"size must be one of {', '.join(SIZE_MODES)}; got {self.mode!r}.")
+        if min(target) < 1 or max(target) > MAX_SIDE:
+            raise ValueError(
+                f"size {self.mode!r} would turn {width}x{height} into {target[1]}x{target[0]}; "
+                f"each side must be 1 to {MAX_SIDE} pixels."
+            )
+        return target
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` hands on.
+
+    frames: [T', H', W', 3], sides multiples of 16 and 4n + 1 frames.
+    reference: [T, H, W, 3], the same without the padding (a view of `frames`, so that it costs no memory).
+    notes: sentences for the artist: what became of size and length, and what was repaired in the input.
+    """
+
+    frames: Tensor
+    reference: Tensor
+    notes: tuple[str, ...]
+
+
+def prepare(
+    frames: Tensor, size: TargetSize, resample: str = "bilinear", *, progress: Progress | None = None
+) -> Prepared:
+    """Enlarge frames [T, H, W, 3] by `size` and pad them for the refiner. The input is not modified.
+
+    The reference implementation resizes bilinearly. Raises ValueError as `clean`, `TargetSize.resolve` and `resize` do.
+    """
+    source, notes = clean(frames)
+    count, old_height, old_width, _ = source.shape
+    height, width = size.resolve(old_height, old_width)
+    padded = padded_shape(count, height, width)
+    canvas = source.new_empty(*padded, 3)  # [T', H', W', 3]
+    reference = canvas[:count, :height, :width]
+    resize(source, height, width, resample, out=reference, progress=progress)
+    extend_edges(canvas, count, height, width)
+    return Prepared(canvas, reference, (_describe(source.shape, reference.shape, padded), *notes))
+
+
+def finish(frames: Tensor, reference: Tensor, color_match: str = "none") -> Tensor:
+    """Crop refined frames [T', H', W', 3] to the exact frames and size of `reference` [T, H, W, 3].
+
+    `frames` must have the shape that `prepare` gave with this reference (or the reference's own). The result is a view
+    where no pixel had to be repaired. `color_match` is one of COLOR_MATCHES. Raises ValueError for other shapes and as
+    `clean` does.
+    """
+    if color_match not in COLOR_MATCHES:
+        raise ValueError(f"color_match must be one of {', '.join(COLOR_MATCHES)}; got {color_match!r}.")
+    _check_shape(frames, "images")
+    _check_shape(reference, "reference")
+    shape = tuple(reference.shape[:3])
+    allowed = (padded_shape(*shape), shape)
+    if tuple(frames.shape[:3]) not in allowed:
+        raise ValueError(
+            f"images must be the refined form of the reference, {_format(allowed[0])}; got {_format(frames.shape)}. "
+            "Take images and reference from the same Prepare Frames."
+        )
+    count, height, width = shape
+    return clean(frames[:count, :height, :width])[0]
+
+
+def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]]:
+    """Frames [T, H, W, 3 or 4] as float32 RGB in [0, 1], and a sentence for each thing that had to be repaired.
+
+    Clean float32 frames come back as they are, without a copy. uint8 is read as 0..255, half precision is widened, an
+    alpha channel is dropped, values outside [0, 1] are clamped. Raises ValueError for any other shape or type, for no
+    frames and for NaN or infinite pixels; `name` is what the message calls the frames.
+    """
+    _check_shape(frames, name)
+    notes = []
+    if frames.shape[-1] == 4:
+        frames = frames[..., :3]
+        notes.append(f"{name} had an alpha channel; it was dropped and the colours were kept.")
+    if frames.dtype == torch.uint8:
+        return frames.float().div_(255), tuple(notes)
+    if not frames.is_floating_point():
+        raise ValueError(f"{name} must hold numbers from 0 to 1 (float) or 0 to 255 (uint8); got {frames.dtype}.")
+    frames = frames.float()
+    low, high = torch.stack([torch.stack(frame.aminmax()) for frame in frames]).unbind(1)  # [T] each; NaN comes through
+    broken = (~(torch.isfinite(low) & torch.isfinite(high))).nonzero()
+    if len(broken):
+        raise ValueError(
+            f"{name} must be finite; frame {int(broken[0])} (the first is 0) has NaN or infinite pixels, "
+            f"{len(broken)} of {len(frames)} frames do."
+        )
+    low, high = float(low.min()), float(high.max())
+    if low < 0 or high > 1:
+        frames = frames.clamp(0, 1)
+        notes.append(f"{name} had values from {low:.3g} to {high:.3g}; they were clamped to 0..1.")
+    return frames, tuple(notes)
+
+
+def resize(
+    frames: Tensor,
+    height: int,
+    width: int,
+    resample: str = "bilinear",
+    *,
+    out: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Resize each frame of [T, H, W, 3] in [0, 1] to [T, height, width, 3], a few frames at a time.
+
+    Half-pixel centres (no shift), antialiased where torch can ("bilinear", "bicubic"). `out` receives the result if
+    given. Raises ValueError if `resample` is not one of RESAMPLERS.
+    """
+    if resample not in RESAMPLERS:
+        raise ValueError(f"resample must be one of {', '.join(RESAMPLERS)}; got {resample!r}.")
+    count = frames.shape[0]
+    if out is None:
+        out = frames.new_empty(count, height, width, 3)
+    antialias = {"align_corners": False, "antialias": True} if resample in _ANTIALIASED else {}
+    same_size = frames.shape[1:3] == (height, width)
+    step = max(1, _CHUNK_BYTES // (height * width * 3 * frames.element_size()))
+    for start in range(0, count, step):
+        chunk = frames[start : start + step]
+        if not same_size:
+            planes = chunk.permute(0, 3, 1, 2)  # [t, 3, H, W]
+            planes = F.interpolate(planes, (height, width), mode=resample, **antialias)
+            chunk = planes.clamp_(0, 1).permute(0, 2, 3, 1)  # [t, height, width, 3]; bicubic overshoots
+        out[start : start + step] = chunk
+        if progress is not None:
+            progress(min(start + step, count), count)
+    return out
+
+
+def padded_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(frames, height, width) as the refiner takes them: 4n + 1 frames, sides the next multiples of 16."""
+    whole = -(-(frames - 1) // TEMPORAL_FACTOR) * TEMPORAL_FACTOR + 1
+    rows, columns = (-(-side // PIXEL_MULTIPLE) * PIXEL_MULTIPLE for side in (height, width))
+    return whole, rows, columns
+
+
+def extend_edges(canvas: Tensor, frames: int, height: int, width: int) -> None:
+    """Fill [T', H', W', 3] in place: repeat the last column, row and frame of its [:frames, :height, :width]."""
+    canvas[:frames, :height, width:] = canvas[:frames, :height, width - 1 : width]
+    canvas[:frames, height:] = canvas[:frames, height - 1 : height]
+    canvas[frames:] = canvas[frames - 1 : frames]
+
+
+def to_video(frames: Tensor) -> Tensor:
+    """Frames [T, H, W, 3] in [0, 1] as a video [1, 3, T, H, W] in [-1, 1]."""
+    return (frames * 2 - 1).permute(3, 0, 1, 2).unsqueeze(0)
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """A video [B, 3, T, H, W] in [-1, 1] as frames [B*T, H, W, 3], clamped to [0, 1]."""
+    return ((video + 1) / 2).clamp_(0, 1).permute(0, 2, 3, 4, 1).flatten(0, 1)
+
+
+def _check_shape(frames: Tensor, name: str) -> None:
+    shape = list(frames.shape)
+    if frames.ndim != 4 or shape[3] not in (3, 4):
+        raise ValueError(f"{name} must be [frames, height, width, 3]; got {shape}.")
+    if 0 in shape:
+        raise ValueError(f"{name} must hold at least one frame of one pixel; got {shape}.")
+
+
+def _format(shape: tuple[int, ...]) -> str:
+    count, height, width = shape[:3]
+    return f"{count} frame{'s' if count > 1 else ''} of {width}x{height}"
+
+
+def _describe(source: tuple[int, ...], target: tuple[int, ...], padded: tuple[int, ...]) -> str:
+    text = f"{_format(source)} {'become' if source[0] > 1 else 'becomes'} {_format(target)}"
+    if tuple(target[:3]) == padded:
+        return text + "."
+    return f"{text}, padded to {_format(padded)} for the refiner; Finish Frames crops the padding off."

@@ -1,0 +1,145 @@
+"""FlashVideo-Nano: a miniature of all four networks, small enough to come with the pack, so that graphs run anywhere.
+
+The networks are the official ones with other numbers. Weights are read from models/nano beside this package; where
+they aren't there, untrained ones are made from a seed: they run through every graph, and paint coloured noise.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import DiTConfig, VAEConfig
+from .dit import FlashVideoDiT
+from .vae import VideoVAE
+from .weightfiles import open_weights
+
+NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
+NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder")
+NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
+NANO_DTYPE = torch.float16
+NANO_NOTICE = (
+    "FlashVideo-Nano is untrained: it shows that the graph runs, and makes coloured noise. "
+    "Choose the official FlashVideo model files for real pictures."
+)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Numbers of a T5 v1.1 encoder (arXiv 1910.10683): gated GELU, no biases, relative positions in the first layer.
+
+    The names are those of the Hugging Face configuration file.
+    """
+
+    num_layers: int
+    d_model: int
+    d_ff: int
+    d_kv: int
+    num_heads: int
+    vocab_size: int = 32128
+
+
+T5_POSITION_BUCKETS = 32
+
+NANO_STAGE1 = DiTConfig(num_layers=6, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512)
+NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, degradation_embedding=True, frame_count_embedding=True)
+NANO_VAE = VAEConfig(32, (1, 1, 2, 2), encoder_blocks=1, decoder_blocks=2)
+NANO_TEXT_ENCODER = T5Config(num_layers=3, d_model=48, d_ff=128, d_kv=16, num_heads=4)
+
+# Standard deviations of untrained weights, in units of 1 / sqrt(inputs); the first name that occurs in a key counts.
+_GAINS: tuple[tuple[str, float], ...] = (
+    # SiLU of a normal variable has a root mean square of 0.596: this makes the latents of any picture about 1.
+    ("encoder.conv_out.", 1 / 0.596),
+    # The decoder's norms follow the latent a little, as the trained ones do, but stay near a plain norm.
+    (".conv_y.", 0.2),
+    (".conv_b.", 0.2),
+    # Small gates: every layer adds little, and the depth can't blow up.
+    (".norm1.linear.", 0.1),
+    (".norm2.linear.", 0.1),
+    ("norm_out.linear.", 0.1),
+    # T5's own initialisation: embeddings of standard deviation 1, and queries without the usual 1 / sqrt(d_kv) later.
+    ("shared.", math.sqrt(NANO_TEXT_ENCODER.d_model)),
+    (".SelfAttention.q.", 1 / math.sqrt(NANO_TEXT_ENCODER.d_kv)),
+)
+
+
+def nano_is_trained(folder: Path = NANO_FOLDER) -> bool:
+    """Whether trained weights of all four parts are there."""
+    return all(_file(part, folder).is_file() for part in NANO_PARTS)
+
+
+def nano_state(part: str, folder: Path = NANO_FOLDER) -> dict[str, Tensor]:
+    """Weights of one of NANO_PARTS by their converted names, in half precision.
+
+    The trained ones if `nano_is_trained`, else untrained ones that are the same in every run and on every machine.
+    Raises CheckpointError for a damaged file.
+    """
+    if not nano_is_trained(folder):
+        return _build(part, NANO_SEED)
+    weights = open_weights(_file(part, folder))
+    return {name: weights.read(name) for name in weights.shapes}
+
+
+def build_nano(seed: int) -> dict[str, dict[str, Tensor]]:
+    """Untrained weights of all parts: part -> name -> tensor, the same for a seed on every machine."""
+    return {part: _build(part, seed) for part in NANO_PARTS}
+
+
+def _file(part: str, folder: Path) -> Path:
+    return folder / f"{part}.safetensors"
+
+
+def _build(part: str, seed: int) -> dict[str, Tensor]:
+    return {name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in _shapes(part).items()}
+
+
+def _initial(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    if len(shape) == 1:
+        # Of vectors, only norms' weights and what scales them start at one.
+        ones = key.endswith(".weight") or ".conv_y." in key
+        return torch.ones(shape) if ones else torch.zeros(shape)
+    gain = next((gain for name, gain in _GAINS if name in key), 1.0)
+    # One generator a tensor: a weight depends on its own name only. Uniform, because torch's normal draws differ in
+    # the last bit from one kind of processor to the next.
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()) + seed)
+    limit = gain * math.sqrt(3 / math.prod(shape[1:]))
+    return (2 * torch.rand(shape, generator=generator) - 1) * limit
+
+
+def _shapes(part: str) -> Mapping[str, tuple[int, ...]]:
+    if part == "text_encoder":
+        return t5_shapes(NANO_TEXT_ENCODER)
+    with torch.device("meta"):
+        network = {
+            "stage1": lambda: FlashVideoDiT(NANO_STAGE1),
+            "stage2": lambda: FlashVideoDiT(NANO_STAGE2),
+            "vae": lambda: VideoVAE(NANO_VAE),
+        }[part]()
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a T5 v1.1 encoder's weights, as Hugging Face and ComfyUI have them."""
+    width, inner = config.d_model, config.d_kv * config.num_heads
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (config.vocab_size, width)}
+    for index in range(config.num_layers):
+        attention, feed_forward = (f"encoder.block.{index}.layer.{part}." for part in (0, 1))
+        for name in ("q", "k", "v"):
+            shapes[f"{attention}SelfAttention.{name}.weight"] = (inner, width)
+        shapes[f"{attention}SelfAttention.o.weight"] = (width, inner)
+        if index == 0:
+            bias = (T5_POSITION_BUCKETS, config.num_heads)
+            shapes[f"{attention}SelfAttention.relative_attention_bias.weight"] = bias
+        shapes[f"{attention}layer_norm.weight"] = (width,)
+        for name in ("wi_0", "wi_1"):
+            shapes[f"{feed_forward}DenseReluDense.{name}.weight"] = (config.d_ff, width)
+        shapes[f"{feed_forward}DenseReluDense.wo.weight"] = (width, config.d_ff)
+        shapes[f"{feed_forward}layer_norm.weight"] = (width,)
+    shapes["encoder.final_layer_norm.weight"] = (width,)
+    return shapes

@@ -1,0 +1,263 @@
+"""Converting to safetensors: same weights, right header, all or nothing; and the two commands."""
+
+import hashlib
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from flashvideo import __main__ as cli
+from flashvideo import convert
+from flashvideo.checkpoints import CheckpointError, load_dit, read_dit, read_vae
+from flashvideo.convert import convert_file
+from flashvideo.weightfiles import read_safetensors_header
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOLDEN = REPOSITORY / "tests" / "data" / "golden"
+EIGHT_BIT = torch.float8_e4m3fn
+
+
+def official_vae():
+    halves = (load_file(GOLDEN / f"vae_stored_weights_{half}.safetensors") for half in ("encoder", "decoder"))
+    return {key: value for half in halves for key, value in half.items()}
+
+
+@pytest.fixture
+def stage1(tmp_path):
+    torch.save({"module": load_file(GOLDEN / "dit_stage1_weights.safetensors")}, tmp_path / "stage1.pt")
+    return tmp_path / "stage1.pt"
+
+
+@pytest.fixture
+def stage2(tmp_path):
+    torch.save({"module": load_file(GOLDEN / "dit_stage2_weights.safetensors")}, tmp_path / "stage2.pt")
+    return tmp_path / "stage2.pt"
+
+
+@pytest.fixture
+def vae(tmp_path):
+    torch.save({"state_dict": official_vae()}, tmp_path / "3d-vae.pt")
+    return tmp_path / "3d-vae.pt"
+
+
+def assert_same(state, expected):
+    assert set(state) == set(expected)
+    for name, tensor in state.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "read"), [("stage1", "1", read_dit), ("stage2", "2", read_dit), ("vae", "vae", read_vae)]
+)
+def test_converted_file_holds_the_same_network(name, stage, read, request, tmp_path):
+    source = request.getfixturevalue(name)
+    convert_file(source, tmp_path / "out.safetensors")
+    config, state = read(tmp_path / "out.safetensors")
+    assert config == read(source)[0]
+    assert_same(state, read(source)[1])
+    assert_same(load_file(tmp_path / "out.safetensors"), state)
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["flashvideo.stage"] == stage
+    assert metadata["flashvideo.version"] == convert.LAYOUT_VERSION
+    assert metadata["flashvideo.source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_official_and_converted_files_load_the_same(name, request, tmp_path):
+    source = request.getfixturevalue(name)
+    convert_file(source, tmp_path / "out.safetensors")
+    assert_same(load_dit(tmp_path / "out.safetensors").state_dict(), load_dit(source).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_dtype_casts_every_weight(name, dtype, stage1, tmp_path):
+    convert_file(stage1, tmp_path / "out.safetensors", dtype=name)
+    expected = {key: value.to(dtype) for key, value in read_dit(stage1)[1].items()}
+    assert_same(load_file(tmp_path / "out.safetensors"), expected)
+
+
+def test_eight_bits_are_for_the_matrices_of_the_layers(stage2, tmp_path):
+    convert_file(stage2, tmp_path / "out.safetensors", dtype="fp8_e4m3fn")
+    state = load_file(tmp_path / "out.safetensors")
+    for key, value in read_dit(stage2)[1].items():
+        eight_bit = key.startswith("blocks.") and value.ndim == 2
+        assert state[key].dtype == (EIGHT_BIT if eight_bit else torch.bfloat16), key
+        assert torch.equal(state[key].float(), value.to(state[key].dtype).float()), key
+
+
+def test_numbers_too_large_for_the_new_type_become_its_largest(stage1, tmp_path):
+    weights = torch.load(stage1)["module"]
+    key = "model.diffusion_model.transformer.layers.0.mlp.dense_h_to_4h.weight"
+    weights[key][0, :2] = torch.tensor([1e6, -1e6])
+    for name, largest in (("fp16", 65504), ("fp8_e4m3fn", 448)):
+        torch.save({"module": weights}, stage1)
+        convert_file(stage1, tmp_path / "out.safetensors", dtype=name, force=True)
+        row = load_file(tmp_path / "out.safetensors")["blocks.0.ff_proj.weight"][0, :2]
+        assert row.float().tolist() == [largest, -largest]
+
+
+def test_every_tensor_stands_aligned_for_its_data_type(stage2, tmp_path):
+    for dtype in convert.DTYPES:
+        out = tmp_path / f"{dtype}.safetensors"
+        convert_file(stage2, out, dtype=dtype)
+        header, start = read_safetensors_header(out, out.stat().st_size)
+        assert start % 8 == 0
+        header.pop("__metadata__")
+        for entry in header.values():
+            assert entry["data_offsets"][0] % convert.SAFETENSORS_DTYPES[entry["dtype"]].itemsize == 0
+
+
+def test_converting_again_changes_the_data_type_and_keeps_metadata(stage2, tmp_path):
+    convert_file(stage2, tmp_path / "a.safetensors")
+    state = load_file(tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "b.safetensors", metadata={"author": "someone", "flashvideo.stage": "2"})
+    convert_file(tmp_path / "b.safetensors", tmp_path / "c.safetensors", dtype="bf16")
+    assert_same(load_file(tmp_path / "c.safetensors"), {name: value.bfloat16() for name, value in state.items()})
+    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
+        assert file.metadata()["author"] == "someone"
+
+
+def test_source_is_let_go_of_while_converting(stage1, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "WINDOW", 100_000)
+    opened = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: opened.append(1) or load(*a, **k))
+    convert_file(stage1, tmp_path / "out.safetensors")
+    assert len(opened) > 5
+    monkeypatch.undo()
+    assert_same(load_file(tmp_path / "out.safetensors"), read_dit(stage1)[1])
+
+
+# What is refused
+
+
+def test_an_existing_file_is_only_replaced_with_force(stage1, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    with pytest.raises(CheckpointError, match="exists already: --force"):
+        convert_file(stage1, out)
+    assert out.read_bytes() == b"precious"
+    convert_file(stage1, out, force=True)
+    assert_same(load_file(out), read_dit(stage1)[1])
+
+
+def test_source_and_target_must_differ(stage2, tmp_path):
+    convert_file(stage2, tmp_path / "a.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    for target in ("a.safetensors", "link.safetensors", "../" + tmp_path.name + "/a.safetensors"):
+        with pytest.raises(CheckpointError, match="is the file to be converted"):
+            convert_file(tmp_path / "a.safetensors", tmp_path / target, force=True)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+def test_targets_that_cannot_be_written(stage2, vae, tmp_path):
+    for target, message in (
+        (tmp_path / "nowhere" / "out.safetensors", "no folder"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "out.pt", "should end in .safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert_file(stage2, target)
+    with pytest.raises(CheckpointError, match="unknown data type int4"):
+        convert_file(stage2, tmp_path / "out.safetensors", dtype="int4")
+    with pytest.raises(CheckpointError, match="loses too much in 8 bits"):
+        convert_file(vae, tmp_path / "out.safetensors", dtype="fp8_e4m3fn")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_failure_half_way_leaves_nothing(stage1, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+
+    def fail(phase, done, total):
+        if phase == "convert" and done > total // 2:
+            assert (tmp_path / "out.safetensors.part").stat().st_size > 0
+            raise RuntimeError("the disk is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        convert_file(stage1, out, force=True, progress=fail)
+    assert out.read_bytes() == b"precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "stage1.pt"]
+
+
+# The commands
+
+# Runs the command as `python -m flashvideo` does, and waits in the middle of writing.
+PAUSED = """
+import sys, time
+from flashvideo import __main__ as cli
+
+class Pause(cli.ProgressBars):
+    def __call__(self, phase, done, total):
+        if phase == "convert" and done > total // 2:
+            sys.stdout.write("half way\\n")
+            sys.stdout.flush()
+            time.sleep(60)
+
+cli.ProgressBars = Pause
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, cli.CANCELLED), (signal.SIGTERM, cli.TERMINATED)])
+def test_a_cancelled_conversion_leaves_no_half_file(kind, code, stage1, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    command = [sys.executable, "-c", textwrap.dedent(PAUSED), "convert", str(stage1), str(out), "--force"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "half way\n"
+        assert (tmp_path / "out.safetensors.part").exists()
+        process.send_signal(kind)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert out.read_bytes() == b"precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "stage1.pt"]
+
+
+def test_convert_command_runs_as_a_module(stage2, tmp_path):
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "flashvideo", "convert", str(stage2), str(out), "--dtype", "bf16"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "FlashVideo stage II (2 layers of 128" in done.stdout
+    assert "checksum: 100%" in done.stderr and "convert: 100%" in done.stderr
+    assert load_file(out)["proj_out.weight"].dtype == torch.bfloat16
+
+
+def test_info_tells_what_a_file_is(stage1, stage2, vae, capsys):
+    expected = {
+        stage1: (
+            "stage I (2 layers of 128, official layout)",
+            "PyTorch archive",
+            "535,424, and 20,736 of LoRA (rank 4)",
+        ),
+        stage2: ("stage II (2 layers of 128, official layout)", "2 heads of 64", "float32 (61 tensors)"),
+        vae: ("the VAE (32x32x32x64 channels, official layout)", "float16", "latent channels 16"),
+    }
+    for file, texts in expected.items():
+        assert cli.main(["info", str(file)]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in texts), shown
+    assert cli.main(["info", str(stage1)]) == 0
+    assert "position_embeddings" in capsys.readouterr().out
+
+
+def test_info_of_another_model_says_what_it_seems_to_be(tmp_path, capsys):
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert cli.main(["info", str(tmp_path / "other.safetensors")]) == 1
+    assert "other.safetensors is no FlashVideo model: it seems to be a Flux model" in capsys.readouterr().err
