@@ -1,12 +1,17 @@
 """Recognising and loading checkpoints: every layout gives the same network, and every wrong file a clear message."""
 
+from __future__ import annotations
+
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, open_checkpoint, read_dit, read_vae
 from flashvideo.config import STAGE2, DiTConfig, VAEConfig
@@ -22,27 +27,27 @@ TINY_REFINER = replace(TINY, degradation_embedding=True, frame_count_embedding=T
 TINY_VAE = VAEConfig(base_channels=32, channel_multipliers=(1, 1, 1, 2), encoder_blocks=1, decoder_blocks=2)
 
 
-def official(stage):
+def official(stage: int) -> dict[str, Tensor]:
     return load_file(GOLDEN / f"dit_stage{stage}_weights.safetensors")
 
 
-def official_vae():
+def official_vae() -> dict[str, Tensor]:
     halves = (load_file(GOLDEN / f"vae_stored_weights_{half}.safetensors") for half in ("encoder", "decoder"))
     return {key: value for half in halves for key, value in half.items()}
 
 
-def assert_same(state, expected):
+def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(state) == set(expected)
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
-def random_network(network, config):
+def random_network(network: type[nn.Module], config: DiTConfig | VAEConfig) -> dict[str, Tensor]:
     torch.manual_seed(0)
     return network(config).state_dict()
 
 
-def empty_network(config, network=FlashVideoDiT):
+def empty_network(config: DiTConfig | VAEConfig, network: type[nn.Module] = FlashVideoDiT) -> dict[str, Tensor]:
     """The names and shapes of a network's weights, its tensors without memory."""
     return dict(network(config, device="meta").state_dict())
 
@@ -50,7 +55,7 @@ def empty_network(config, network=FlashVideoDiT):
 # Merging
 
 
-def test_merged_lora_equals_the_reference():
+def test_merged_lora_equals_the_reference() -> None:
     golden = load_file(GOLDEN / "dit_stage1_io.safetensors")
     _, state = read_dit(official(1))
     adaln = f"merged.{UNET}mixins.adaln_layer.adaLN_modulations.0.1."
@@ -68,7 +73,7 @@ def test_merged_lora_equals_the_reference():
             torch.testing.assert_close(state[f"blocks.0.{name}.{leaf}"], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_merged_weight_takes_the_data_type_of_its_bias():
+def test_merged_weight_takes_the_data_type_of_its_bias() -> None:
     weights = official(1)
     stem = f"{UNET}transformer.layers.1.attention.dense."
     weights[stem + "original.bias"] = weights[stem + "original.bias"].bfloat16()
@@ -80,13 +85,13 @@ def test_merged_weight_takes_the_data_type_of_its_bias():
     assert state["blocks.0.attn_out.weight"].dtype == torch.float32
 
 
-def test_merging_leaves_the_source_as_it_was():
+def test_merging_leaves_the_source_as_it_was() -> None:
     weights, untouched = official(1), official(1)
     read_dit(weights)
     assert_same(weights, untouched)
 
 
-def test_plain_weights_without_lora_are_accepted():
+def test_plain_weights_without_lora_are_accepted() -> None:
     weights = {key.replace(".original.", "."): value for key, value in official(1).items() if ".matrix_" not in key}
     _, state = read_dit(weights)
     dense = weights[f"{UNET}transformer.layers.0.attention.dense.weight"]
@@ -97,7 +102,7 @@ def test_plain_weights_without_lora_are_accepted():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_every_layout_of_a_stage_gives_the_same_weights(stage):
+def test_every_layout_of_a_stage_gives_the_same_weights(stage: int) -> None:
     _, converted = read_dit(official(stage))
     diffusers = {original_name(name, DIFFUSERS): value for name, value in converted.items()}
     assert not set(diffusers) & {name for name in converted if name.startswith("blocks.")}
@@ -116,7 +121,7 @@ def test_every_layout_of_a_stage_gives_the_same_weights(stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_every_container_of_a_stage_gives_the_same_weights(stage, tmp_path):
+def test_every_container_of_a_stage_gives_the_same_weights(stage: int, tmp_path: Path) -> None:
     weights = official(stage)
     _, expected = read_dit(weights)
     torch.save({"module": weights, "iteration": 7}, tmp_path / "archive.pt")
@@ -128,7 +133,7 @@ def test_every_container_of_a_stage_gives_the_same_weights(stage, tmp_path):
         assert_same(state, expected)
 
 
-def test_official_vae_becomes_the_diffusers_layout(tmp_path):
+def test_official_vae_becomes_the_diffusers_layout(tmp_path: Path) -> None:
     weights = official_vae()
     torch.save({"state_dict": {**weights, "loss.logvar": torch.zeros(())}}, tmp_path / "3d-vae.pt")
     config, state = read_vae(tmp_path / "3d-vae.pt")
@@ -140,7 +145,7 @@ def test_official_vae_becomes_the_diffusers_layout(tmp_path):
     assert_same(read_vae(state)[1], state)
 
 
-def test_other_models_in_the_same_file_are_ignored_and_reported(caplog):
+def test_other_models_in_the_same_file_are_ignored_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     extra = {"first_stage_model.encoder.conv_in.conv.weight": torch.zeros(1), "conditioner.x.weight": torch.zeros(1)}
     with caplog.at_level(logging.WARNING):
         _, state = read_dit({"module": {**official(2), **extra}})
@@ -160,7 +165,7 @@ def test_other_models_in_the_same_file_are_ignored_and_reported(caplog):
         replace(TINY, in_channels=8, out_channels=8, patch_size=4),
     ],
 )
-def test_any_transformer_size_is_read_from_its_shapes(config):
+def test_any_transformer_size_is_read_from_its_shapes(config: DiTConfig | VAEConfig) -> None:
     assert open_checkpoint(empty_network(config)).config == config
 
 
@@ -172,14 +177,16 @@ def test_any_transformer_size_is_read_from_its_shapes(config):
         replace(TINY_VAE, base_channels=16, channel_multipliers=(1, 3, 3, 5), norm_groups=16),
     ],
 )
-def test_any_vae_size_is_read_from_its_shapes(config):
+def test_any_vae_size_is_read_from_its_shapes(config: DiTConfig | VAEConfig) -> None:
     assert open_checkpoint(empty_network(config, VideoVAE)).config == config
 
 
 @pytest.mark.parametrize(
     ("load", "network", "config"), [(load_dit, FlashVideoDiT, TINY), (load_vae, VideoVAE, TINY_VAE)]
 )
-def test_loaded_network_has_the_file_s_weights(load, network, config, tmp_path):
+def test_loaded_network_has_the_file_s_weights(
+    load: Callable[..., Any], network: type[nn.Module], config: DiTConfig | VAEConfig, tmp_path: Path
+) -> None:
     weights = random_network(network, config)
     save_file(weights, tmp_path / "model.safetensors")
     model = load(tmp_path / "model.safetensors")
@@ -188,7 +195,7 @@ def test_loaded_network_has_the_file_s_weights(load, network, config, tmp_path):
     assert {tensor.dtype for tensor in load(weights, dtype=torch.float16).state_dict().values()} == {torch.float16}
 
 
-def test_file_of_mixed_data_types_loads_in_its_main_one():
+def test_file_of_mixed_data_types_loads_in_its_main_one() -> None:
     weights = random_network(FlashVideoDiT, TINY)
     mixed = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.items()}
     assert {tensor.dtype for tensor in load_dit(mixed).state_dict().values()} == {torch.bfloat16}
@@ -196,7 +203,7 @@ def test_file_of_mixed_data_types_loads_in_its_main_one():
     assert {tensor.dtype for tensor in load_dit(eight_bit).state_dict().values()} == {torch.bfloat16}
 
 
-def test_files_with_scale_factors_are_left_to_comfyui():
+def test_files_with_scale_factors_are_left_to_comfyui() -> None:
     weights = random_network(FlashVideoDiT, TINY)
     weights |= {"scaled_fp8": torch.zeros(2), "blocks.0.q.scale_weight": torch.ones(())}
     assert set(read_dit(weights)[1]) == set(weights)
@@ -210,7 +217,7 @@ def test_files_with_scale_factors_are_left_to_comfyui():
 # Files that don't fit
 
 
-def test_one_message_names_all_that_is_wrong(tmp_path):
+def test_one_message_names_all_that_is_wrong(tmp_path: Path) -> None:
     weights = official(1)
     weights.pop(f"{UNET}mixins.final_layer.linear.bias")
     weights.pop(f"{UNET}transformer.layers.1.attention.query_key_value.original.bias")
@@ -229,7 +236,7 @@ def test_one_message_names_all_that_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["A", "B"])
-def test_lora_that_does_not_fit_its_weight_is_named(which):
+def test_lora_that_does_not_fit_its_weight_is_named(which: str) -> None:
     weights = official(1)
     stem = f"{UNET}transformer.layers.0.attention.query_key_value."
     weights[f"{stem}matrix_{which}.1"] = torch.zeros(3, 3)
@@ -241,13 +248,13 @@ def test_lora_that_does_not_fit_its_weight_is_named(which):
 
 
 @pytest.mark.parametrize("prefix", ["time_size_embedding", "ref_step_time_embedding"])
-def test_stage2_without_one_of_its_embeddings(prefix):
+def test_stage2_without_one_of_its_embeddings(prefix: str) -> None:
     weights = {key: value for key, value in official(2).items() if prefix not in key}
     with pytest.raises(CheckpointError, match=rf"stage II .*\n  missing \(4\): .*{prefix}\.0\.weight"):
         read_dit(weights)
 
 
-def test_stage2_without_both_of_its_embeddings():
+def test_stage2_without_both_of_its_embeddings() -> None:
     weights = {key: value for key, value in official(2).items() if "_embedding." not in key}
     with pytest.raises(CheckpointError, match=r"embeddings .* missing .*ref_step_time_embedding.*, .*time_size_emb"):
         read_dit(weights, stage=2)
@@ -256,7 +263,7 @@ def test_stage2_without_both_of_its_embeddings():
         open_checkpoint(empty_network(full))
 
 
-def test_the_other_stage_is_refused_where_one_is_needed():
+def test_the_other_stage_is_refused_where_one_is_needed() -> None:
     assert read_dit(official(1), stage=1)[0].stage == 1
     with pytest.raises(CheckpointError, match="is a stage II model"):
         read_dit(official(2), stage=1)
@@ -264,14 +271,14 @@ def test_the_other_stage_is_refused_where_one_is_needed():
         read_dit(official(1), stage=2)
 
 
-def test_vae_and_transformer_are_not_mistaken_for_each_other():
+def test_vae_and_transformer_are_not_mistaken_for_each_other() -> None:
     with pytest.raises(CheckpointError, match="is FlashVideo's VAE, and a diffusion model"):
         load_dit(official_vae())
     with pytest.raises(CheckpointError, match="diffusion model, and the VAE is needed"):
         load_vae(official(1))
 
 
-def test_half_a_model_says_what_is_missing():
+def test_half_a_model_says_what_is_missing() -> None:
     decoder = {key: value for key, value in official_vae().items() if key.startswith("decoder.")}
     with pytest.raises(CheckpointError, match=r"taken for FlashVideo's VAE .*missing.*encoder\.conv_in"):
         load_vae(decoder)
@@ -306,14 +313,14 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_file_of_another_model_says_what_it_seems_to_be(what, tmp_path):
+def test_a_file_of_another_model_says_what_it_seems_to_be(what: str, tmp_path: Path) -> None:
     save_file({name: torch.zeros(shape) for name, shape in FOREIGN[what].items()}, tmp_path / "other.safetensors")
     for load in (load_dit, load_vae):
         with pytest.raises(CheckpointError, match=rf"^other\.safetensors is no FlashVideo model: .*{what}"):
             load(tmp_path / "other.safetensors")
 
 
-def test_cogvideox_s_other_models_are_named():
+def test_cogvideox_s_other_models_are_named() -> None:
     one_five = {**empty_network(TINY), "patch_embed.proj.weight": torch.zeros(32, 128)}
     with pytest.raises(CheckpointError, match=r"CogVideoX 1\.5"):
         read_dit(one_five)

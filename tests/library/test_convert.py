@@ -1,16 +1,21 @@
 """Converting to safetensors: same weights, right header, all or nothing; and the two commands."""
 
+from __future__ import annotations
+
 import hashlib
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flashvideo import __main__ as cli
 from flashvideo import convert
@@ -23,30 +28,30 @@ GOLDEN = REPOSITORY / "tests" / "data" / "golden"
 EIGHT_BIT = torch.float8_e4m3fn
 
 
-def official_vae():
+def official_vae() -> dict[str, Tensor]:
     halves = (load_file(GOLDEN / f"vae_stored_weights_{half}.safetensors") for half in ("encoder", "decoder"))
     return {key: value for half in halves for key, value in half.items()}
 
 
 @pytest.fixture
-def stage1(tmp_path):
+def stage1(tmp_path: Path) -> Path:
     torch.save({"module": load_file(GOLDEN / "dit_stage1_weights.safetensors")}, tmp_path / "stage1.pt")
     return tmp_path / "stage1.pt"
 
 
 @pytest.fixture
-def stage2(tmp_path):
+def stage2(tmp_path: Path) -> Path:
     torch.save({"module": load_file(GOLDEN / "dit_stage2_weights.safetensors")}, tmp_path / "stage2.pt")
     return tmp_path / "stage2.pt"
 
 
 @pytest.fixture
-def vae(tmp_path):
+def vae(tmp_path: Path) -> Path:
     torch.save({"state_dict": official_vae()}, tmp_path / "3d-vae.pt")
     return tmp_path / "3d-vae.pt"
 
 
-def assert_same(state, expected):
+def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(state) == set(expected)
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
@@ -55,7 +60,9 @@ def assert_same(state, expected):
 @pytest.mark.parametrize(
     ("name", "stage", "read"), [("stage1", "1", read_dit), ("stage2", "2", read_dit), ("vae", "vae", read_vae)]
 )
-def test_converted_file_holds_the_same_network(name, stage, read, request, tmp_path):
+def test_converted_file_holds_the_same_network(
+    name: str, stage: str, read: Callable[..., Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     source = request.getfixturevalue(name)
     convert_file(source, tmp_path / "out.safetensors")
     config, state = read(tmp_path / "out.safetensors")
@@ -71,7 +78,7 @@ def test_converted_file_holds_the_same_network(name, stage, read, request, tmp_p
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_official_and_converted_files_load_the_same(name, request, tmp_path):
+def test_official_and_converted_files_load_the_same(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source = request.getfixturevalue(name)
     convert_file(source, tmp_path / "out.safetensors")
     assert_same(load_dit(tmp_path / "out.safetensors").state_dict(), load_dit(source).state_dict())
@@ -80,13 +87,13 @@ def test_official_and_converted_files_load_the_same(name, request, tmp_path):
 @pytest.mark.parametrize(
     ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
-def test_dtype_casts_every_weight(name, dtype, stage1, tmp_path):
+def test_dtype_casts_every_weight(name: str, dtype: torch.dtype | None, stage1: Path, tmp_path: Path) -> None:
     convert_file(stage1, tmp_path / "out.safetensors", dtype=name)
     expected = {key: value.to(dtype) for key, value in read_dit(stage1)[1].items()}
     assert_same(load_file(tmp_path / "out.safetensors"), expected)
 
 
-def test_eight_bits_are_for_the_matrices_of_the_layers(stage2, tmp_path):
+def test_eight_bits_are_for_the_matrices_of_the_layers(stage2: Path, tmp_path: Path) -> None:
     convert_file(stage2, tmp_path / "out.safetensors", dtype="fp8_e4m3fn")
     state = load_file(tmp_path / "out.safetensors")
     for key, value in read_dit(stage2)[1].items():
@@ -95,7 +102,7 @@ def test_eight_bits_are_for_the_matrices_of_the_layers(stage2, tmp_path):
         assert torch.equal(state[key].float(), value.to(state[key].dtype).float()), key
 
 
-def test_numbers_too_large_for_the_new_type_become_its_largest(stage1, tmp_path):
+def test_numbers_too_large_for_the_new_type_become_its_largest(stage1: Path, tmp_path: Path) -> None:
     weights = torch.load(stage1)["module"]
     key = "model.diffusion_model.transformer.layers.0.mlp.dense_h_to_4h.weight"
     weights[key][0, :2] = torch.tensor([1e6, -1e6])
@@ -106,7 +113,7 @@ def test_numbers_too_large_for_the_new_type_become_its_largest(stage1, tmp_path)
         assert row.float().tolist() == [largest, -largest]
 
 
-def test_every_tensor_stands_aligned_for_its_data_type(stage2, tmp_path):
+def test_every_tensor_stands_aligned_for_its_data_type(stage2: Path, tmp_path: Path) -> None:
     for dtype in convert.DTYPES:
         out = tmp_path / f"{dtype}.safetensors"
         convert_file(stage2, out, dtype=dtype)
@@ -117,7 +124,7 @@ def test_every_tensor_stands_aligned_for_its_data_type(stage2, tmp_path):
             assert entry["data_offsets"][0] % convert.SAFETENSORS_DTYPES[entry["dtype"]].itemsize == 0
 
 
-def test_converting_again_changes_the_data_type_and_keeps_metadata(stage2, tmp_path):
+def test_converting_again_changes_the_data_type_and_keeps_metadata(stage2: Path, tmp_path: Path) -> None:
     convert_file(stage2, tmp_path / "a.safetensors")
     state = load_file(tmp_path / "a.safetensors")
     save_file(state, tmp_path / "b.safetensors", metadata={"author": "someone", "flashvideo.stage": "2"})
@@ -127,7 +134,7 @@ def test_converting_again_changes_the_data_type_and_keeps_metadata(stage2, tmp_p
         assert file.metadata()["author"] == "someone"
 
 
-def test_source_is_let_go_of_while_converting(stage1, tmp_path, monkeypatch):
+def test_source_is_let_go_of_while_converting(stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "WINDOW", 100_000)
     opened = []
     load = torch.load
@@ -141,7 +148,7 @@ def test_source_is_let_go_of_while_converting(stage1, tmp_path, monkeypatch):
 # What is refused
 
 
-def test_an_existing_file_is_only_replaced_with_force(stage1, tmp_path):
+def test_an_existing_file_is_only_replaced_with_force(stage1: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
     with pytest.raises(CheckpointError, match="exists already: --force"):
@@ -151,7 +158,7 @@ def test_an_existing_file_is_only_replaced_with_force(stage1, tmp_path):
     assert_same(load_file(out), read_dit(stage1)[1])
 
 
-def test_source_and_target_must_differ(stage2, tmp_path):
+def test_source_and_target_must_differ(stage2: Path, tmp_path: Path) -> None:
     convert_file(stage2, tmp_path / "a.safetensors")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
     before = (tmp_path / "a.safetensors").read_bytes()
@@ -161,7 +168,7 @@ def test_source_and_target_must_differ(stage2, tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == before
 
 
-def test_targets_that_cannot_be_written(stage2, vae, tmp_path):
+def test_targets_that_cannot_be_written(stage2: Path, vae: Path, tmp_path: Path) -> None:
     for target, message in (
         (tmp_path / "nowhere" / "out.safetensors", "no folder"),
         (tmp_path, "is a folder"),
@@ -176,11 +183,11 @@ def test_targets_that_cannot_be_written(stage2, vae, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_failure_half_way_leaves_nothing(stage1, tmp_path):
+def test_a_failure_half_way_leaves_nothing(stage1: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
 
-    def fail(phase, done, total):
+    def fail(phase: str, done: int, total: int) -> None:
         if phase == "convert" and done > total // 2:
             assert (tmp_path / "out.safetensors.part").stat().st_size > 0
             raise RuntimeError("the disk is on fire")
@@ -212,7 +219,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, cli.CANCELLED), (signal.SIGTERM, cli.TERMINATED)])
-def test_a_cancelled_conversion_leaves_no_half_file(kind, code, stage1, tmp_path):
+def test_a_cancelled_conversion_leaves_no_half_file(kind: str, code: int, stage1: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
     command = [sys.executable, "-c", textwrap.dedent(PAUSED), "convert", str(stage1), str(out), "--force"]
@@ -229,7 +236,7 @@ def test_a_cancelled_conversion_leaves_no_half_file(kind, code, stage1, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "stage1.pt"]
 
 
-def test_convert_command_runs_as_a_module(stage2, tmp_path):
+def test_convert_command_runs_as_a_module(stage2: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-m", "flashvideo", "convert", str(stage2), str(out), "--dtype", "bf16"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -239,7 +246,7 @@ def test_convert_command_runs_as_a_module(stage2, tmp_path):
     assert load_file(out)["proj_out.weight"].dtype == torch.bfloat16
 
 
-def test_info_tells_what_a_file_is(stage1, stage2, vae, capsys):
+def test_info_tells_what_a_file_is(stage1: Path, stage2: Path, vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
         stage1: (
             "stage I (2 layers of 128, official layout)",
@@ -257,7 +264,7 @@ def test_info_tells_what_a_file_is(stage1, stage2, vae, capsys):
     assert "position_embeddings" in capsys.readouterr().out
 
 
-def test_info_of_another_model_says_what_it_seems_to_be(tmp_path, capsys):
+def test_info_of_another_model_says_what_it_seems_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     assert cli.main(["info", str(tmp_path / "other.safetensors")]) == 1
     assert "other.safetensors is no FlashVideo model: it seems to be a Flux model" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""What the sampling nodes demand of their inputs, in an artist's words. Each check raises ValueError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
+from .native.model import FlashVideoModel
+
+STAGE_NAMES = {1: "stage I (the draft model)", 2: "stage II (the refiner)"}
+
+
+def check_stage(model: comfy.model_patcher.ModelPatcher, stage: int) -> None:
+    """The MODEL must be FlashVideo's, of that stage."""
+    wanted = STAGE_NAMES[stage]
+    if not isinstance(model.model, FlashVideoModel):
+        raise ValueError(
+            f"model must be FlashVideo {wanted}, from Load FlashVideo Model; got a {type(model.model).__name__} model"
+        )
+    if model.model.diffusion_model.config.stage != stage:
+        raise ValueError(f"model must be FlashVideo {wanted}; got FlashVideo {STAGE_NAMES[3 - stage]}")
+
+
+def check_latent(latent: dict[str, Any]) -> Tensor:
+    """The LATENT must be one video of 16 channels whose picture size is a multiple of 16; returns its samples."""
+    samples = latent["samples"]
+    if samples.ndim != 5 or samples.shape[1] != 16 or not samples.numel():
+        raise ValueError(
+            "latent must be a video latent with 16 channels, [videos, 16, frames, height, width], from Empty "
+            f"FlashVideo Latent or from VAE Encode with FlashVideo's VAE; got {list(samples.shape)}"
+        )
+    height, width = (SPATIAL_FACTOR * size for size in samples.shape[-2:])
+    if height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
+        raise ValueError(
+            f"the video's width and height must be multiples of {PIXEL_MULTIPLE}; got {width}x{height}. "
+            "FlashVideo Prepare Frames pads a video to such a size, and Finish Frames crops it back"
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError("latent holds numbers that are not finite (NaN); look at the node that made it")
+    return samples
+
+
+def check_text(model: comfy.model_patcher.ModelPatcher, **conditionings: list) -> None:
+    """Each CONDITIONING must come from the text encoder that the model was made for."""
+    wanted = model.model.diffusion_model.config.text_dim
+    for name, conditioning in conditionings.items():
+        if not conditioning:
+            raise ValueError(f"{name} is empty; connect FlashVideo Prompt")
+        width = conditioning[0][0].shape[-1]
+        if width != wanted:
+            raise ValueError(
+                f"{name} comes from another text encoder: it has {width} numbers a word, this model reads {wanted}. "
+                "The official models take T5-XXL, FlashVideo-Nano its built-in text encoder"
+            )
+
+
+def check_size(width: int, height: int, length: int) -> None:
+    """Pixels and frames of a new video."""
+    for name, size in (("width", width), ("height", height)):
+        if size % PIXEL_MULTIPLE or size <= 0:
+            nearest = max(PIXEL_MULTIPLE, round(size / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
+            raise ValueError(f"{name} must be a multiple of {PIXEL_MULTIPLE}; got {size} (nearest: {nearest})")
+    if (length - 1) % TEMPORAL_FACTOR or length < 1:
+        nearest = max(0, round((length - 1) / TEMPORAL_FACTOR)) * TEMPORAL_FACTOR + 1
+        raise ValueError(f"length must be 4n+1 frames (1, 5, 9, ... 49); got {length} (nearest: {nearest})")

@@ -1,0 +1,198 @@
+"""Nodes around the refiner that work on pictures: prepare the frames, finish them, compare before and after."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.utils
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..flashvideo.compare import LAYOUTS, compare
+from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
+from .common import CATEGORY, named
+
+_DEFAULT_SIZE = TargetSize()
+
+
+class FlashVideoPrepareFrames(io.ComfyNode):
+    """Enlarges a clip to its final size and pads it to what the refiner takes."""
+
+    NAME = "FlashVideo Prepare Frames"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoPrepareFrames",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Enlarges a clip to the size you want and pads it to what the Stage II Refiner takes. "
+            "Finish Frames crops the padding off again.",
+            inputs=[
+                io.Image.Input("images", tooltip="The clip to refine: any length from 1 frame, any size."),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZE_MODES),
+                    default=_DEFAULT_SIZE.mode,
+                    tooltip="How the final size is chosen. short side: the shorter side gets this many pixels, the "
+                    "aspect ratio stays. scale: both sides times a factor. exact: width x height, stretched if the "
+                    "aspect ratio differs. keep: the size stays. Default: short side.",
+                ),
+                io.Int.Input(
+                    "short_side",
+                    default=_DEFAULT_SIZE.short_side,
+                    min=16,
+                    max=4320,
+                    tooltip="Pixels of the shorter side when size is short side. More shows finer detail and needs "
+                    "more time and memory. Useful: 540, 720, 1080, 1440. Default: 1080.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=_DEFAULT_SIZE.scale,
+                    min=0.1,
+                    max=16.0,
+                    step=0.05,
+                    tooltip="Factor for both sides when size is scale. Useful: 2 to 4; above 4 the refiner has to "
+                    "invent most of the detail. Default: 4.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=_DEFAULT_SIZE.width,
+                    min=1,
+                    max=MAX_SIDE,
+                    tooltip="Width in pixels when size is exact. Need not be a multiple of anything. Useful: 960 to "
+                    "2560. Default: 1920.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=_DEFAULT_SIZE.height,
+                    min=1,
+                    max=MAX_SIDE,
+                    tooltip="Height in pixels when size is exact. Need not be a multiple of anything. Useful: 540 to "
+                    "1440. Default: 1080.",
+                ),
+                io.Combo.Input(
+                    "resample",
+                    options=list(RESAMPLERS),
+                    default=RESAMPLERS[0],
+                    tooltip="How pixels are interpolated. bilinear: what the refiner was trained on. bicubic: crisper, "
+                    "can ring at edges. nearest-exact: hard pixel edges. area: the same, but averages when it shrinks. "
+                    "Default: bilinear.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="For VAE Encode: the enlarged frames, padded to multiples of 16 pixels and 4n+1 frames.",
+                ),
+                io.Image.Output(
+                    display_name="reference",
+                    tooltip="For Finish Frames and Compare: the enlarged frames without padding.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: Tensor,
+        size: str,
+        short_side: int,
+        scale: float,
+        width: int,
+        height: int,
+        resample: str,
+    ) -> io.NodeOutput:
+        """Prepare the frames and tell what became of their size and length."""
+        target = TargetSize(size, short_side, scale, width, height)
+        with named(cls.NAME):
+            prepared = prepare(images, target, resample, progress=comfy.utils.ProgressBar(1).update_absolute)
+        summary, *repairs = prepared.notes
+        logging.info("%s: %s", cls.NAME, summary)
+        for repair in repairs:
+            logging.warning("%s: %s", cls.NAME, repair)
+        return io.NodeOutput(prepared.frames, prepared.reference, ui=ui.PreviewText("\n".join(prepared.notes)))
+
+
+class FlashVideoFinishFrames(io.ComfyNode):
+    """Crops a refined clip to the frames and size of its reference."""
+
+    NAME = "FlashVideo Finish Frames"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoFinishFrames",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Crops the refined clip so that it has exactly the frames and the size of the reference.",
+            inputs=[
+                io.Image.Input("images", tooltip="The refined clip, from VAE Decode."),
+                io.Image.Input(
+                    "reference",
+                    tooltip="The reference from the Prepare Frames that this clip went through: gives length and size.",
+                ),
+                io.Combo.Input(
+                    "color_match",
+                    options=list(COLOR_MATCHES),
+                    default=COLOR_MATCHES[0],
+                    tooltip="Moves the refined clip's colours towards the reference's. none: they stay as the refiner "
+                    "made them. Default: none.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The refined clip, same frames and size as reference.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images: Tensor, reference: Tensor, color_match: str) -> io.NodeOutput:
+        """Crop the frames."""
+        with named(cls.NAME):
+            return io.NodeOutput(finish(images, reference, color_match))
+
+
+class FlashVideoCompare(io.ComfyNode):
+    """Shows two clips in one picture."""
+
+    NAME = "FlashVideo Compare"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoCompare",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Shows a clip before and after refining in one picture, ready to save as a video.",
+            inputs=[
+                io.Image.Input(
+                    "before",
+                    tooltip="The clip before refining, any size: it is enlarged bilinearly to after's size.",
+                ),
+                io.Image.Input(
+                    "after",
+                    tooltip="The refined clip: sets the size. If one clip is shorter, its last frame is held.",
+                ),
+                io.Combo.Input(
+                    "layout",
+                    options=list(LAYOUTS),
+                    default=LAYOUTS[0],
+                    tooltip="side by side: before left, after right, twice as wide. split: one picture, left half "
+                    "before, right half after. stacked: before on top, twice as high; good for wide clips. "
+                    "Default: side by side.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="Both clips in one; even sides, as h264 wants.")],
+        )
+
+    @classmethod
+    def execute(cls, before: Tensor, after: Tensor, layout: str) -> io.NodeOutput:
+        """Put the clips together."""
+        with named(cls.NAME):
+            return io.NodeOutput(compare(before, after, layout, progress=comfy.utils.ProgressBar(1).update_absolute))
+
+
+NODES = [FlashVideoPrepareFrames, FlashVideoFinishFrames, FlashVideoCompare]

@@ -1,0 +1,75 @@
+"""The loader of both stages."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..flashvideo.nano import nano_state
+from .common import CATEGORY, named
+from .native.files import notice, options, resolve, shared
+from .native.model import load_model
+
+FOLDER = "diffusion_models"
+# Saved workflows hold these names: they never change.
+BUILT_IN = {"FlashVideo-Nano Stage I (built-in)": "stage1", "FlashVideo-Nano Stage II (built-in)": "stage2"}
+WEIGHT_DTYPES = {
+    "default": None,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn_fast": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class FlashVideoModelLoader(io.ComfyNode):
+    """Loads stage I or stage II."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoModelLoader",
+            display_name="Load FlashVideo Model",
+            category=CATEGORY,
+            description="Loads FlashVideo's stage I (drafts) or stage II (refines) from the official .pt file or a "
+            "converted one; which of the two a file is shows in its contents. CogVideoX-5B loads as a stage I.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=options(FOLDER, tuple(BUILT_IN)),
+                    default=next(iter(BUILT_IN)),
+                    tooltip="The model file, from models/diffusion_models: put stage1.pt and stage2.pt (from "
+                    "huggingface.co/FoundationVision/FlashVideo) there. FlashVideo-Nano is a built-in miniature "
+                    "that runs on anything. Default FlashVideo-Nano Stage I.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="How weights are kept in memory. fp8 takes half the memory at slightly lower quality; "
+                    "fast also computes in fp8 on cards that can (RTX 40 and later). Default: as in the file.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, for a FlashVideo sampler or KSampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        """Load the model, or find it loaded."""
+        with named("Load FlashVideo Model"):
+            path = resolve(FOLDER, model_name, tuple(BUILT_IN))
+            model = shared(
+                path,
+                lambda: load_model(
+                    nano_state(BUILT_IN[model_name]) if path is None else path,
+                    WEIGHT_DTYPES[weight_dtype],
+                    fp8_matmul=weight_dtype.endswith("_fast"),
+                ),
+                model_name if path is None else None,
+                weight_dtype,
+            )
+        return io.NodeOutput(model, ui=notice(path, cls.hidden.unique_id))
+
+
+NODES = [FlashVideoModelLoader]

@@ -1,0 +1,194 @@
+"""T5 as a native ComfyUI CLIP the way FlashVideo was trained with it: 226 tokens, padding included and attended to."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+from comfy import sd1_clip
+from comfy.text_encoders.sd3_clip import T5XXLModel, T5XXLTokenizer, t5_xxl_detect
+from torch import Tensor
+
+from ...flashvideo.config import TEXT_TOKENS
+from ...flashvideo.keymaps import find_layout
+from ...flashvideo.nano import T5Config, nano_state, t5_shapes
+from ...flashvideo.recognise import describe_foreign
+from ...flashvideo.weightfiles import CheckpointError, Weights, open_weights, some
+
+try:
+    from comfy.utils import convert_old_quants
+except ImportError:  # ComfyUI 0.3.75 reads scaled fp8 files as they are
+
+    def convert_old_quants(
+        state_dict: dict[str, Tensor], model_prefix: str = "", metadata: dict[str, str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+        """Leave the state dict as it is."""
+        return state_dict, metadata
+
+
+TOKENIZER_NAME = "t5xxl"  # ComfyUI's name for any T5 that uses T5-XXL's tokenizer
+END_TOKEN = 1
+T5_VOCABULARY = 32128
+UMT5_VOCABULARY = 256384
+BYT5_VOCABULARIES = (384, 1510)
+ADVICE = "Take t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
+
+# What t5_xxl_detect calls the quantisation of a file, and the model option by which T5XXLModel takes it; the first is
+# ComfyUI 0.3.75's, the second that of later versions.
+_QUANTISATION = {"t5xxl_scaled_fp8": "t5xxl_scaled_fp8", "t5_quantization_metadata": "t5xxl_quantization_metadata"}
+_SCALES = re.compile(r"\.(?:weight_scale(?:_2)?|scale_weight|comfy_quant)$")
+_KEPT = re.compile(r"shared\.|encoder\.|scaled_fp8$|spiece_model$")  # a whole T5 also has a decoder, unused here
+
+
+class Tokenizer226(T5XXLTokenizer):
+    """T5's tokenizer, always 226 tokens: padded with 0, and cut where a prompt is longer (its end token stays)."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
+        super().__init__(
+            embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, min_length=TEXT_TOKENS
+        )
+        self.tokenizer.model_max_length = sys.maxsize  # no warning of "indexing errors": `shorten` sees to the length
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> list[list[tuple]]:
+        """Tokens of a prompt with their weights, in one section."""
+        return [shorten(section) for section in super().tokenize_with_weights(text, return_word_ids, **kwargs)]
+
+
+class FlashVideoTokenizer(sd1_clip.SD1Tokenizer):
+    """What ComfyUI's CLIP object holds as its tokenizer."""
+
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: dict[str, Any] | None = None) -> None:
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data or {},
+            clip_name=TOKENIZER_NAME,
+            tokenizer=Tokenizer226,
+        )
+
+
+class FlashVideoTextModel(sd1_clip.SD1ClipModel):
+    """What ComfyUI's CLIP object holds as its model: T5 without an attention mask."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
+        super().__init__(
+            device=device, dtype=dtype, name=TOKENIZER_NAME, clip_model=T5XXLModel, model_options=model_options or {}
+        )
+
+
+def shorten(tokens: list[tuple]) -> list[tuple]:
+    """Cut a section of tokens to 226 as the official code does, keeping T5's end token; says in the log if it cut."""
+    dropped = len(tokens) - TEXT_TOKENS
+    if dropped <= 0:
+        return tokens
+    end = next((token for token in reversed(tokens) if isinstance(token[0], int) and token[0] == END_TOKEN), tokens[-1])
+    logging.info(
+        "The prompt is %d tokens long; FlashVideo reads %d, so its last %d were left out.",
+        len(tokens),
+        TEXT_TOKENS,
+        dropped,
+    )
+    return [*tokens[: TEXT_TOKENS - 1], end]
+
+
+def t5_config(weights: Weights) -> T5Config:
+    """Architecture of a T5 v1.1 encoder from the shapes of its weights. Raises CheckpointError for another model."""
+    shapes, label = weights.shapes, weights.label
+    embeddings = shapes.get("shared.weight", shapes.get("encoder.embed_tokens.weight"))
+    first = "encoder.block.0.layer.{}".format
+    attention, feed_forward = first("0.SelfAttention.q.weight"), first("1.DenseReluDense.wi_0.weight")
+    if embeddings is None or attention not in shapes:
+        raise CheckpointError(f"{label} is no T5 text encoder: it seems to be {_no_t5(shapes)}. {ADVICE}")
+    if foreign := _other_t5(shapes, embeddings[0]):
+        raise CheckpointError(f"{label} seems to be {foreign}, which FlashVideo can't read. {ADVICE}")
+    heads = shapes.get(first("0.SelfAttention.relative_attention_bias.weight"), (0, 0))[1]
+    if not heads or shapes[attention][0] % heads or feed_forward not in shapes:
+        raise CheckpointError(f"{label} seems to be a part of a T5 text encoder only. {ADVICE}")
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
+    return T5Config(
+        num_layers=max(blocks) + 1,
+        d_model=embeddings[1],
+        d_ff=shapes[feed_forward][0],
+        d_kv=shapes[attention][0] // heads,
+        num_heads=heads,
+        vocab_size=embeddings[0],
+    )
+
+
+def _no_t5(shapes: dict[str, tuple[int, ...]]) -> str:
+    """What a file that is no T5 seems to be."""
+    if layout := find_layout(shapes):
+        return "FlashVideo's VAE" if layout.kind == "vae" else "a FlashVideo or CogVideoX diffusion model"
+    if any("vision_model." in name or name.startswith("visual.") for name in shapes):
+        return "a CLIP vision model, which reads pictures and not text"
+    if any(".self_attn.q_proj." in name and not name.startswith("text_model.") for name in shapes):
+        return "a language model (such as Gemma, Llama or Qwen)"
+    return describe_foreign(shapes)
+
+
+def _other_t5(shapes: dict[str, tuple[int, ...]], vocabulary: int) -> str | None:
+    """Which relative of T5 v1.1 this is; None if it is T5 v1.1 itself."""
+    if vocabulary == UMT5_VOCABULARY:
+        return "UMT5-XXL (Wan's text encoder)"
+    if vocabulary in BYT5_VOCABULARIES:
+        return "ByT5 (HunyuanImage's second text encoder)"
+    if vocabulary != T5_VOCABULARY:
+        return f"a T5 with another vocabulary ({vocabulary:,} words; T5 v1.1 has {T5_VOCABULARY:,})"
+    if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in shapes:
+        return "the first T5 (Cosmos's or Stable Audio's text encoder), not T5 v1.1"
+    return None
+
+
+def load_clip_native(path: Path | None) -> comfy.sd.CLIP:
+    """A CLIP from a T5 v1.1 encoder file of any size; FlashVideo-Nano's for None. Raises CheckpointError."""
+    weights = open_weights(nano_state("text_encoder") if path is None else path)
+    config = t5_config(weights)
+    state = {name: weights.read(name) for name in weights.shapes if _KEPT.match(name)}
+    if "shared.weight" not in state:
+        state["shared.weight"] = state["encoder.embed_tokens.weight"]
+    _check_complete(weights.label, config, state)
+    state, _ = convert_old_quants(state, model_prefix="", metadata=weights.metadata)
+
+    def loaded(**options: Any) -> FlashVideoTextModel:
+        # At once: ComfyUI may move the model before it returns the CLIP, and a quantised layer is empty until then.
+        model = FlashVideoTextModel(**options)
+        model.load_sd(state)
+        return model
+
+    return comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(FlashVideoTokenizer, loaded),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=comfy.utils.calculate_parameters(state),
+        model_options=_model_options(weights.label, config, state),
+    )
+
+
+def _check_complete(label: str, config: T5Config, state: dict[str, Tensor]) -> None:
+    missing = [name for name in t5_shapes(config) if name not in state]
+    if missing:
+        raise CheckpointError(f"{label} is incomplete: {len(missing)} weights are missing ({some(missing)}). {ADVICE}")
+
+
+def _model_options(label: str, config: T5Config, state: dict[str, Tensor]) -> dict[str, Any]:
+    detected = t5_xxl_detect(state)
+    quantisation = {option: detected[name] for name, option in _QUANTISATION.items() if name in detected}
+    if not quantisation and (scales := [name for name in state if _SCALES.search(name)]):
+        raise CheckpointError(
+            f"{label} is quantised in a way that this version of ComfyUI can't read ({some(scales)}). Update ComfyUI, "
+            "or take t5xxl_fp16.safetensors"
+        )
+    device = comfy.model_management.text_encoder_device()
+    dtype = comfy.model_management.text_encoder_dtype(device)
+    return {
+        f"{TOKENIZER_NAME}_model_config": asdict(config),
+        "dtype": comfy.model_management.pick_weight_dtype(detected.get("dtype_t5"), dtype, device),
+        **quantisation,
+    }

@@ -1,0 +1,71 @@
+"""Where the loaders take models from: ComfyUI's model folders, or the miniature that comes with the pack."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+import folder_paths
+from comfy_api.latest import ui
+from server import PromptServer
+
+from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
+
+BUILT_IN = "FlashVideo-Nano (built-in)"  # saved workflows hold this name: it never changes
+
+Loaded = TypeVar("Loaded")
+
+# Holds nothing alive: an entry is there as long as a graph, or ComfyUI's cache of outputs, uses the object.
+_loaded: WeakValueDictionary[Hashable, object] = WeakValueDictionary()
+
+
+def options(folder: str, built_in: tuple[str, ...] = (BUILT_IN,)) -> list[str]:
+    """What a loader offers: the built-in model first, then the files of a model folder such as "vae"."""
+    return [*built_in, *folder_paths.get_filename_list(folder)]
+
+
+def resolve(folder: str, name: str, built_in: tuple[str, ...] = (BUILT_IN,)) -> Path | None:
+    """The file behind an option; None for a built-in one. Raises ValueError if the file isn't there any more."""
+    if name in built_in:
+        return None
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise ValueError(f'"{name}" is not in models/{folder}. Put the file there, or choose another one')
+    return Path(path)
+
+
+def shared(path: Path | None, build: Callable[[], Loaded], *settings: Hashable) -> Loaded:
+    """What `build` makes of a file, or the object that another node has made of the same file with these settings.
+
+    `path` None stands for the built-in model; `settings` tell apart what `build` would make differently. A file that
+    was replaced on disk counts as another one.
+    """
+    key = (build.__module__, *_identity(path), *settings)
+    found = _loaded.get(key)
+    if found is None:
+        found = _loaded[key] = build()
+    return found
+
+
+def _identity(path: Path | None) -> tuple[Hashable, ...]:
+    if path is None:
+        return (BUILT_IN, nano_is_trained())
+    real = path.resolve()
+    stat = real.stat()
+    return (real, stat.st_mtime_ns, stat.st_size)
+
+
+def notice(path: Path | None, node_id: str | None) -> ui.PreviewText | None:
+    """Say in the log and on the node that the built-in model is untrained, where that is what was chosen.
+
+    Returns what the node's output shall carry for clients that read the history instead of showing the graph.
+    """
+    if path is not None or nano_is_trained():
+        return None
+    logging.warning(NANO_NOTICE)
+    if node_id is not None and hasattr(PromptServer, "instance"):  # no server in a script that runs nodes by itself
+        PromptServer.instance.send_progress_text(NANO_NOTICE, node_id)
+    return ui.PreviewText(NANO_NOTICE)

@@ -1,0 +1,219 @@
+"""Both stages as native ComfyUI MODELs: ComfyUI's loading, memory, precision, attention, LoRA and previews."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...flashvideo.checkpoints import read_dit
+from ...flashvideo.config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, DiTConfig
+from ...flashvideo.dit import FlashVideoDiT
+from .degraded import guard_degradation
+from .sampling import RefinerSampling, Stage1Sampling
+
+# Activations alive at once at the peak, in units of tokens * hidden size: 16.7 measured on a full-width layer (float32,
+# CPU, 2,880 tokens), where queries and keys are rotated.
+LIVE_ACTIVATIONS = 18
+
+# Linear map from the CogVideoX VAE's latent to RGB in [-1, 1], for previews (figures: ComfyUI-CogVideoXWrapper).
+PREVIEW_FACTORS = [
+    [0.1195, 0.0992, -0.0048],
+    [-0.0012, 0.0550, 0.0213],
+    [-0.0141, -0.0087, -0.0210],
+    [0.0306, 0.1219, 0.0140],
+    [0.0927, 0.0303, 0.0508],
+    [0.0379, 0.0494, 0.0586],
+    [0.0177, 0.0088, 0.0360],
+    [0.1061, 0.0234, 0.0572],
+    [0.1274, -0.0110, 0.0433],
+    [-0.0187, 0.0822, 0.1061],
+    [0.0084, 0.0762, 0.0930],
+    [0.1294, 0.1236, 0.0448],
+    [0.0457, 0.0411, -0.0177],
+    [0.0002, -0.0140, 0.0533],
+    [0.0808, 0.1155, -0.0215],
+    [-0.0152, -0.0058, 0.0722],
+]
+
+
+class Stage1Latent(comfy.latent_formats.LatentFormat):
+    """Stage I's latent space: the VAE's, times 0.7."""
+
+    latent_channels = 16
+    latent_dimensions = 3
+    scale_factor = STAGE1_LATENT_SCALE
+    spacial_downscale_ratio = SPATIAL_FACTOR
+    temporal_downscale_ratio = TEMPORAL_FACTOR
+    latent_rgb_factors = PREVIEW_FACTORS
+
+
+class Stage2Latent(Stage1Latent):
+    """Stage II's latent space: the VAE's, times 1.15258426."""
+
+    scale_factor = STAGE2_LATENT_SCALE
+
+
+class NativeDiT(FlashVideoDiT):
+    """The network with ComfyUI's attention, wrappers and block replacements around it."""
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        operations: Any = None,
+    ) -> None:
+        super().__init__(config, device=device, dtype=dtype, operations=operations)
+        self.dtype = dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        transformer_options: dict[str, Any] | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """ComfyUI's call: latent [B, C, T, H, W], timestep [B] and text [B, L, D] to the model's prediction."""
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+        )
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._predict, self, wrappers)
+        return executor.execute(x, timestep, context, options, **conditions)
+
+    def _predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        transformer_options: dict[str, Any],
+        degradation_step: int | None = None,
+        **_unused: Any,
+    ) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+            return optimized_attention(q, k, v, heads, skip_reshape=True, transformer_options=transformer_options)
+
+        replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+
+        def around_block(index: int, block: Any, tokens: Tensor) -> Tensor:
+            replacement = replacements.get(("double_block", index))
+            if replacement is None:
+                return block(tokens)
+            return run_replacement(replacement, block, tokens, context.shape[1], transformer_options)
+
+        return super().forward(
+            x, timestep, context, degradation_step=degradation_step, attention=attention, around_block=around_block
+        )
+
+
+def run_replacement(
+    replacement: Any, block: Any, tokens: Tensor, text_tokens: int, transformer_options: dict[str, Any]
+) -> Tensor:
+    """Call a block replacement by ComfyUI's convention, which keeps video ("img") and text ("txt") apart."""
+
+    def original(args: dict[str, Any]) -> dict[str, Any]:
+        text, video = block(torch.cat((args["txt"], args["img"]), dim=1)).tensor_split((text_tokens,), dim=1)
+        return {"txt": text, "img": video}
+
+    text, video = tokens.tensor_split((text_tokens,), dim=1)
+    args = {"img": video, "txt": text, "transformer_options": transformer_options}
+    out = replacement(args, {"original_block": original})
+    return torch.cat((out.get("txt", text), out["img"]), dim=1)
+
+
+class FlashVideoModel(comfy.model_base.BaseModel):
+    """What the two stages share as ComfyUI models."""
+
+    def __init__(self, model_config: StageConfig, model_type: comfy.model_base.ModelType) -> None:
+        super().__init__(model_config, model_type, unet_model=NativeDiT)
+
+    def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None) -> float:
+        """Bytes of activations for a latent of `input_shape` [B, C, T, H, W]."""
+        config: DiTConfig = self.diffusion_model.config
+        batch, _, *volume = input_shape
+        positions = batch
+        for size in volume:
+            positions *= size
+        dtype = self.manual_cast_dtype or self.get_dtype()
+        tokens = positions / config.patch_size**2
+        return tokens * config.hidden_size * LIVE_ACTIVATIONS * comfy.model_management.dtype_size(dtype)
+
+
+class FlashVideoStage1(FlashVideoModel):
+    """Stage I, the draft model."""
+
+    def __init__(self, model_config: StageConfig) -> None:
+        super().__init__(model_config, comfy.model_base.ModelType.V_PREDICTION)
+        self.model_sampling = Stage1Sampling()
+
+
+class FlashVideoStage2(FlashVideoModel):
+    """Stage II, the refiner. What it is told of the degradation comes from where the noise comes from."""
+
+    def __init__(self, model_config: StageConfig) -> None:
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW)
+        self.model_sampling = RefinerSampling()
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """ComfyUI's conditions, and the degradation strength."""
+        conditions = super().extra_conds(**kwargs)
+        conditions["degradation_step"] = comfy.conds.CONDConstant(self.model_sampling.degradation_step)
+        return conditions
+
+
+class StageConfig(comfy.supported_models_base.BASE):
+    """How ComfyUI shall run one stage."""
+
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
+    supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float32]
+
+    def __init__(self, config: DiTConfig) -> None:
+        self.latent_format = Stage2Latent if config.stage == 2 else Stage1Latent
+        super().__init__({"config": config})
+
+    def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> FlashVideoModel:
+        """The stage's model, its weights not yet loaded."""
+        return FlashVideoStage2(self) if self.unet_config["config"].stage == 2 else FlashVideoStage1(self)
+
+
+def load_model(
+    source: Path | dict[str, Tensor], dtype: torch.dtype | None = None, *, fp8_matmul: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from a checkpoint in any known layout, or from its state dict.
+
+    `dtype` overrides how weights are stored; `fp8_matmul` multiplies in fp8 on cards that can. Raises
+    CheckpointError.
+    """
+    config, state = read_dit(source)
+    stage = StageConfig(config)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    storage = dtype or comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=stage.supported_inference_dtypes,
+        weight_dtype=comfy.utils.weight_dtype(state),
+    )
+    compute = comfy.model_management.unet_manual_cast(storage, load_device, stage.supported_inference_dtypes)
+    stage.set_inference_dtype(storage, compute)
+    stage.optimizations["fp8"] = fp8_matmul
+    model = stage.get_model(state).to(offload_device)
+    model.load_model_weights(state, "")
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    if config.stage == 2:
+        patcher.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flashvideo_degradation", guard_degradation
+        )
+    return patcher

@@ -1,0 +1,135 @@
+"""Runs of the two stages through ComfyUI's guider, so that memory, previews, progress and cancel are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
+from ...flashvideo.samplers import solve_vp
+from ...flashvideo.schedule import stage2_times
+from .sampling import RefinerSampling, Stage1ExactSampling
+
+# A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
+ANY_SCALE = 2.0
+
+
+def with_dynamic_cfg(
+    model: comfy.model_patcher.ModelPatcher, scale: float = STAGE1_SCALE, exponent: int = STAGE1_EXPONENT
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a stage-I MODEL that is guided by FlashVideo's dynamic scale instead of the sampler's cfg."""
+
+    def guided(args: dict[str, Any]) -> Tensor:
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"]
+        timestep = float(args["model"].model_sampling.timestep(args["sigma"])[0])
+        guidance = dynamic_cfg_scale(timestep, len(sigmas) - 1, scale, exponent)
+        return args["uncond"] + guidance * (args["cond"] - args["uncond"])
+
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(guided, disable_cfg1_optimization=True)
+    return clone
+
+
+def seeded_noise(shape: torch.Size, seed: int) -> Callable[[], Tensor]:
+    """Draws of standard normal noise [B, C, T, H, W], the same for every device; the first is ComfyUI's for a seed."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+def run_stage1(
+    model: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: Tensor,
+    draw: Callable[[], Tensor],
+    *,
+    steps: int,
+    scale: float,
+    dynamic: bool = True,
+    seed: int | None = None,
+) -> Tensor:
+    """Draft latent in the VAE's scale [B, 16, T, H, W], on the official trajectory of `steps` evaluations.
+
+    Of `latent` only the shape counts. `draw()` gives the initial latent, then the noise of each step but the last.
+    """
+    model = with_dynamic_cfg(model, scale) if dynamic else model.clone()
+    sampling = Stage1ExactSampling(steps)
+    model.add_object_patch("model_sampling", sampling)
+
+    def official(
+        denoiser: Callable[..., Tensor],
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+    ) -> Tensor:
+        def denoise(state: Tensor, i: int) -> Tensor:
+            return denoiser(state, sigmas[i].expand(len(state)), **(extra_args or {}))
+
+        def on_step(done: int, _total: int, clean: Tensor) -> None:
+            if callback is not None:
+                callback({"i": done - 1, "denoised": clean, "x": clean, "sigma": sigmas[done - 1]})
+
+        return solve_vp(denoise, x, sampling.schedule, lambda _: draw().to(x), on_step)
+
+    timesteps = sampling.schedule.timesteps.float()
+    return comfy.sample.sample_custom(
+        model,
+        draw(),
+        ANY_SCALE if dynamic else scale,
+        comfy.samplers.KSAMPLER(official),
+        torch.cat((timesteps, timesteps.new_zeros(1))),
+        positive,
+        negative,
+        torch.zeros_like(latent),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+
+
+def run_stage2(
+    model: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    negative: list,
+    degraded: Tensor,
+    *,
+    strength: int,
+    steps: int,
+    cfg: float,
+    shift: float,
+    solver: str,
+) -> Tensor:
+    """Refined latent in the VAE's scale [B, 16, T, H, W] from a latent that was degraded (and marked) before."""
+    model = refiner_settings(model, strength, shift)
+    return comfy.sample.sample_custom(
+        model,
+        torch.zeros_like(degraded),
+        cfg,
+        comfy.samplers.sampler_object(solver),
+        1 - stage2_times(steps, shift),
+        positive,
+        negative,
+        degraded,
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=0,
+    )
+
+
+def refiner_settings(
+    model: comfy.model_patcher.ModelPatcher, strength: int, shift: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a stage-II MODEL that degrades with `strength` and spaces its steps by `shift`."""
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", RefinerSampling(strength, shift))
+    return clone

@@ -1,0 +1,128 @@
+"""FlashVideo's two noise laws as ComfyUI model samplings.
+
+ComfyUI's samplers know the noise level as sigma. Stage I is v-prediction, so sigma = sqrt(1 - s^2) / s with
+s = sqrt(alpha-bar). Stage II is a flow whose start is the degraded latent, so sigma = 1 - t runs from 1 to 0.
+"""
+
+from __future__ import annotations
+
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...flashvideo.degradation import DEGRADATION_STEP, degradation_weights
+from ...flashvideo.samplers import v_to_clean
+from ...flashvideo.schedule import STAGE2_SHIFT, Stage1Schedule, stage1_schedule, zero_snr_signal
+
+# The smallest signal that keeps sigma finite; ComfyUI's own zero-terminal-SNR tables end at its square.
+SMALLEST_SIGNAL = 4.8973451890853435e-08**0.5
+
+
+def signal_to_sigma(signal: Tensor) -> Tensor:
+    """sigma = sqrt(1 - s^2) / s, with s kept above zero."""
+    signal = signal.clamp(min=SMALLEST_SIGNAL)
+    return (1 - signal**2).clamp(min=0).sqrt() / signal
+
+
+def per_sample(value: Tensor, ndim: int) -> Tensor:
+    """[B] or [] to a shape that broadcasts against a latent of `ndim` dimensions."""
+    return value.reshape(value.shape[:1] + (1,) * (ndim - 1)) if value.ndim else value
+
+
+class Stage1Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+    """Stage I for ComfyUI's own samplers: FlashVideo's zero-terminal-SNR table in sigmas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_sigmas(signal_to_sigma(zero_snr_signal()))
+
+
+class Stage1ExactSampling(torch.nn.Module):
+    """Stage I as the official sampler runs it: the latent stays variance preserving and "sigma" is the timestep.
+
+    The first step's signal is exactly zero, which no finite sigma says; so the official trajectory is followed in
+    its own variables.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        schedule = stage1_schedule(steps)
+        self.schedule: Stage1Schedule = schedule
+        self.register_buffer("sigmas", schedule.timesteps.flip(0).float())
+        self.register_buffer("quantized_signal", schedule.quantized_signal.flip(0))
+
+    @property
+    def sigma_min(self) -> Tensor:
+        """The last step's timestep."""
+        return self.sigmas[0]
+
+    @property
+    def sigma_max(self) -> Tensor:
+        """The first step's timestep."""
+        return self.sigmas[-1]
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told."""
+        return sigma
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The inverse of `timestep`."""
+        return timestep
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """Timestep after a share of the run, for conditioning that holds for a part of it."""
+        return (1 - min(max(percent, 0.0), 1.0)) * float(self.sigma_max)
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        """The network sees the latent as it is."""
+        return noise
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        """The clean latent that v-prediction implies, with the quantised signal of the step."""
+        index = (self.sigmas.to(sigma.device)[:, None] - sigma.flatten()).abs().argmin(dim=0)
+        signal = self.quantized_signal.to(sigma.device)[index].to(model_input.dtype)
+        return v_to_clean(model_input, model_output, per_sample(signal, model_input.ndim))
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        """Stage I starts from noise alone."""
+        return noise
+
+    def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
+        """The result is the clean latent."""
+        return latent
+
+
+class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
+    """Stage II: a flow that starts at the degraded latent.
+
+    With a, b the weights of signal and noise at the degradation strength, the path is
+    x(sigma) = (1 - sigma (1 - a)) latent + sigma b noise: the latent itself at sigma = 0, the official start at
+    sigma = 1, in between for a lower refine strength.
+    """
+
+    def __init__(self, degradation_step: int = DEGRADATION_STEP, shift: float = STAGE2_SHIFT) -> None:
+        super().__init__()
+        self.set_parameters(shift=shift)
+        self.degradation_step = int(degradation_step)
+        self.signal_weight, self.noise_weight = degradation_weights(self.degradation_step)
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        """The network sees the latent as it is."""
+        return noise
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        """Where the flow would end if it went on straight."""
+        return model_input + per_sample(sigma, model_input.ndim) * model_output
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        """The latent degradation."""
+        sigma = per_sample(sigma, noise.ndim)
+        return (1 - sigma * (1 - self.signal_weight)) * latent_image + sigma * self.noise_weight * noise
+
+    def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
+        """Undo the weight of the latent, so that a run which is continued without noise goes on where it was.
+
+        At strength 999 and sigma 1 nothing of the latent is left to scale; it is returned as it is.
+        """
+        weight = 1 - per_sample(sigma, latent.ndim) * (1 - self.signal_weight)
+        return latent / torch.where(weight > 0, weight, 1.0)

@@ -1,0 +1,202 @@
+"""Nodes of stage II: latent degradation and the refiner."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..flashvideo.config import STAGE2_LATENT_SCALE
+from ..flashvideo.degradation import DEGRADATION_STEP, degrade_latent
+from ..flashvideo.guidance import STAGE2_SCALE
+from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
+from .checks import check_latent, check_stage, check_text
+from .common import CATEGORY, MAX_SEED, named
+from .native.degraded import degradation_of, mark_degraded
+from .native.run import refiner_settings, run_stage2, seeded_noise
+
+SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
+
+STRENGTH_TOOLTIP = (
+    "How much of the draft's detail is hidden before it is made anew. 650 to 750 works well: lower stays closer to "
+    "the input, flaws included; higher invents more and can drift. Default 675."
+)
+SHIFT_TOOLTIP = (
+    "How the steps are spaced. Higher takes smaller steps at the start, where the layout is settled; 2 to 3.5 works "
+    "well. Default 2.5."
+)
+
+
+def strength_input() -> io.Int.Input:
+    """The degradation strength, which two nodes ask for."""
+    return io.Int.Input(
+        "strength", default=DEGRADATION_STEP, min=0, max=TRAIN_STEPS - 1, tooltip=STRENGTH_TOOLTIP
+    )
+
+
+def shift_input() -> io.Float.Input:
+    """The flow shift, which two nodes ask for."""
+    return io.Float.Input("shift", default=STAGE2_SHIFT, min=0.1, max=20.0, step=0.1, tooltip=SHIFT_TOOLTIP)
+
+
+class FlashVideoLatentDegradation(io.ComfyNode):
+    """The noise that stage II starts from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoLatentDegradation",
+            display_name="FlashVideo Latent Degradation",
+            category=CATEGORY,
+            description="Hides the flaws of an enlarged video under noise, so that the refiner makes its detail "
+            "anew. Goes between VAE Encode and the Stage II Refiner.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="The enlarged video, from VAE Encode."),
+                strength_input(),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Which noise is used: another seed gives another version of the fine detail. Default 0.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latent", tooltip="The degraded latent; it carries its strength to the refiner."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict, strength: int, seed: int) -> io.NodeOutput:
+        """Degrade the latent."""
+        with named("FlashVideo Latent Degradation"):
+            samples = check_latent(latent)
+            before = degradation_of(latent)
+            if before is not None:
+                raise ValueError(
+                    f"this latent was degraded before, with strength {before}; a second time would ruin it. "
+                    "Remove one of the two degradation nodes"
+                )
+        noise = seeded_noise(samples.shape, seed)().to(samples)
+        degraded = degrade_latent(samples * STAGE2_LATENT_SCALE, noise, strength) / STAGE2_LATENT_SCALE
+        return io.NodeOutput(mark_degraded(latent, degraded, strength))
+
+
+class FlashVideoStage2Refiner(io.ComfyNode):
+    """The official stage-II sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoStage2Refiner",
+            display_name="FlashVideo Stage II Refiner",
+            category=CATEGORY,
+            description="Gives a degraded, enlarged video real detail in a handful of steps.",
+            inputs=[
+                io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="What the video shows, from FlashVideo Prompt; motion 'medium' is the official setting "
+                    "for the refiner.",
+                ),
+                io.Conditioning.Input("negative", tooltip="The empty prompt, from FlashVideo Prompt's second output."),
+                io.Latent.Input("latent", tooltip="The degraded video, from FlashVideo Latent Degradation."),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=20,
+                    tooltip="Number of steps. 4 to 6 is enough; more is slower and hardly better. Default 4.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=STAGE2_SCALE,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How strongly detail follows the prompt. 10 to 13 works well; lower is softer, higher "
+                    "crisper and harsher. 1 halves the time and loses most of the effect. Default 13.",
+                ),
+                shift_input(),
+                io.Combo.Input(
+                    "solver",
+                    options=SOLVERS,
+                    default=SOLVERS[0],
+                    tooltip="How a step is taken. euler is the official way; heun takes twice as long a step for "
+                    "more precision; the others look back at earlier steps. Default euler.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The refined video, for VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        positive: list,
+        negative: list,
+        latent: dict,
+        steps: int,
+        cfg: float,
+        shift: float,
+        solver: str,
+    ) -> io.NodeOutput:
+        """Refine the latent."""
+        with named("FlashVideo Stage II Refiner"):
+            check_stage(model, 2)
+            samples = check_latent(latent)
+            check_text(model, positive=positive, negative=negative)
+            strength = degradation_of(latent)
+            if strength is None:
+                raise ValueError(
+                    "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and "
+                    "this node"
+                )
+        # The samples may have been replaced on the way (a crop, a batch node); the LATENT still knows its strength.
+        marked = mark_degraded(latent, samples, strength)["samples"]
+        refined = run_stage2(
+            model,
+            positive,
+            negative,
+            marked,
+            strength=strength,
+            steps=steps,
+            cfg=cfg,
+            shift=shift,
+            solver=solver,
+        )
+        return io.NodeOutput({"samples": refined})
+
+
+class FlashVideoRefinerSettings(io.ComfyNode):
+    """Strength and shift for ComfyUI's own samplers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoRefinerSettings",
+            display_name="FlashVideo Refiner Settings",
+            category=CATEGORY,
+            description="Sets the refiner up for KSampler, which then degrades the latent itself: connect VAE "
+            "Encode straight to it, with sampler euler and scheduler simple. denoise below 1 refines more gently.",
+            inputs=[
+                io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
+                strength_input(),
+                shift_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The refiner, set up for KSampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, strength: int, shift: float) -> io.NodeOutput:
+        """Patch a clone of the model."""
+        with named("FlashVideo Refiner Settings"):
+            check_stage(model, 2)
+        return io.NodeOutput(refiner_settings(model, strength, shift))
+
+
+NODES = [FlashVideoLatentDegradation, FlashVideoStage2Refiner, FlashVideoRefinerSettings]

@@ -1,0 +1,118 @@
+"""Run every test: the style check, the library, the nodes inside ComfyUI, the running server. In that order.
+
+    python scripts/run_tests.py [--lint-only] [options for pytest ...]
+
+Each folder of tests has a process of its own, because a process can hold one ComfyUI, and the library's tests none.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import set_up
+from bed import BED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
+
+FOLDERS = ("tests/library", "tests/comfy", "tests/server")
+_LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
+_NO_TESTS_SELECTED = 5  # pytest's exit code
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one folder's tests went."""
+
+    folder: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    broken: bool
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    set_up.enter(__file__)
+    stop_on_terminate()
+    options = [option for option in sys.argv[1:] if option != "--lint-only"]
+    style_is_good = _style()
+    if "--lint-only" in sys.argv:
+        return 0 if style_is_good else 1
+    try:
+        outcomes = [_run(folder, options) for folder in FOLDERS if _has_tests(folder)]
+    except KeyboardInterrupt:
+        say("\nCancelled.")
+        return 130
+    finally:
+        shutil.rmtree(TEMPORARY, ignore_errors=True)
+    return _sum_up(outcomes, style_is_good)
+
+
+def _style() -> bool:
+    say("Style: ruff check")
+    command = [sys.executable, "-m", "ruff", "check", "--quiet", "--cache-dir", str(BED / "ruff"), str(ROOT)]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def _has_tests(folder: str) -> bool:
+    if any((ROOT / folder).rglob("test_*.py")):
+        return True
+    say(f"\n{folder}: no tests yet")
+    return False
+
+
+def _run(folder: str, options: list[str]) -> Outcome:
+    """Run one folder's tests in a process of their own."""
+    say(f"\n{folder}")
+    name = Path(folder).name
+    report = TEMPORARY / f"{name}.xml"
+    TEMPORARY.mkdir(parents=True, exist_ok=True)
+    own = [f"--junitxml={report}", f"--basetemp={TEMPORARY / name}", "-q"]
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "pytest", folder, *own, *options], cwd=ROOT)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()  # pytest then stops the server that it may have started
+        process.wait(30)
+        raise
+    spent = time.monotonic() - started
+    chosen_none = code == _NO_TESTS_SELECTED and bool(options)
+    return _outcome(folder, report, spent, broken=code != 0 and not chosen_none)
+
+
+def _outcome(folder: str, report: Path, spent: float, *, broken: bool) -> Outcome:
+    """Read the totals from pytest's report; a process that died leaves none."""
+    try:
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    except (OSError, ElementTree.ParseError):
+        suite = None
+    if suite is None:
+        return Outcome(folder, 0, 1, 0, spent, broken=True)
+    total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    return Outcome(folder, total - failed - skipped, failed, skipped, spent, broken)
+
+
+def _sum_up(outcomes: list[Outcome], style_is_good: bool) -> int:
+    say()
+    for outcome in outcomes:
+        state = "broken" if outcome.broken else "good"
+        say(f"{outcome.folder:<15} {outcome.passed:>4} passed  {seconds(outcome.seconds):>12}  {state}")
+        if outcome.folder == FOLDERS[0] and outcome.seconds > _LIBRARY_SECONDS:
+            say(f"Note: the library's tests should take less than {_LIBRARY_SECONDS} s.")
+    passed, failed, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("passed", "failed", "skipped"))
+    good = style_is_good and bool(outcomes) and not any(outcome.broken for outcome in outcomes)
+    style = "" if style_is_good else ", style check failed"
+    totals = f"{passed} passed, {failed} failed, {skipped} skipped{style}"
+    say(f"{'Good' if good else 'Not good'}: {totals} in {seconds(sum(outcome.seconds for outcome in outcomes))}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

