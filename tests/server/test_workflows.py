@@ -1,0 +1,167 @@
+"""The shipped workflows, as files, through a running ComfyUI: real prompts, real video files, real websocket."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from comfy_client import ComfyClient, Executing, Failure, Interrupted, Preview, Progress, Success, saved_files
+from comfy_server import ComfyServer
+from workflow_api import read_workflow, set_inputs, to_api
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo Text to Video.json"
+REFINE = WORKFLOWS / "FlashVideo Refine Any Video.json"
+SMALL = ("Empty FlashVideo Latent.width=64", "Empty FlashVideo Latent.height=32", "Empty FlashVideo Latent.length=9")
+
+
+@pytest.fixture()
+def prompt_of(client: ComfyClient) -> Callable[..., dict[str, Any]]:
+    """A workflow file in API format, with changes like "Node title.input=value"."""
+
+    def convert(path: Path, *settings: str) -> dict[str, Any]:
+        prompt = to_api(read_workflow(path), client.object_info())
+        set_inputs(prompt, settings)
+        return prompt
+
+    return convert
+
+
+@pytest.fixture()
+def clip(server: ComfyServer) -> Path:
+    """A clip from elsewhere: 20 frames of 70x44 at 12 frames a second, with sound."""
+    path = server.input / "clip.mp4"
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("libx264", rate=12)
+        video.width, video.height, video.pix_fmt = 70, 44, "yuv420p"
+        audio = file.add_stream("aac", rate=16000)
+        for i in range(20):
+            picture = np.full((44, 70, 3), 40, np.uint8)
+            picture[10:30, 2 + 2 * i : 22 + 2 * i] = (220, 60, 40)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        tone = np.sin(np.arange(16000 * 20 // 12) * 2 * math.pi * 440 / 16000).astype(np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        file.mux(audio.encode(sound))
+        file.mux(video.encode())
+        file.mux(audio.encode())
+    return path
+
+
+def node_id(prompt: dict[str, Any], class_type: str, title: str | None = None) -> str:
+    """The id of the node of a class (and title) in an API-format workflow."""
+    return next(
+        key
+        for key, node in prompt.items()
+        if node["class_type"] == class_type and title in (None, node.get("_meta", {}).get("title"))
+    )
+
+
+def saved(client: ComfyClient, prompt_id: str, prompt: dict[str, Any], server: ComfyServer) -> dict[str, Path]:
+    """The files that a finished prompt saved, by their filename_prefix."""
+    outputs = client.history(prompt_id)["outputs"]
+    files = {}
+    for node, content in outputs.items():
+        for path in saved_files(content, server.output):
+            files[prompt[node]["inputs"]["filename_prefix"]] = path
+    return files
+
+
+def probe(path: Path) -> tuple[int, int, int, Fraction, int]:
+    """Frames, width, height, frame rate and number of audio streams of a video file."""
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        frames = sum(1 for _ in file.decode(video=0))
+        return frames, stream.width, stream.height, stream.average_rate, len(file.streams.audio)
+
+
+def test_text_to_video_saves_draft_refined_and_comparison(
+    client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]]
+) -> None:
+    prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4")
+    prompt_id = client.queue(prompt)
+    events = list(client.events(prompt_id))
+    assert isinstance(events[-1], Success), events[-1]
+
+    files = saved(client, prompt_id, prompt, server)
+    assert probe(files["flashvideo/draft"])[:3] == (9, 64, 32)
+    assert probe(files["flashvideo/refined"])[:3] == (9, 256, 128)
+    assert probe(files["flashvideo/side-by-side"])[:3] == (9, 512, 128)
+
+    moved = {prompt[event.node]["class_type"] for event in events if isinstance(event, Progress)}
+    assert moved >= {
+        "FlashVideoTextEncode",
+        "FlashVideoStage1Sampler",
+        "VAEEncode",
+        "FlashVideoStage2Refiner",
+        "VAEDecode",
+    }
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert previews and all(event.image[:2] == b"\xff\xd8" for event in previews if event.kind == "jpeg")
+
+
+def test_refining_a_clip_keeps_frames_size_ratio_rate_and_sound(
+    client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]], clip: Path
+) -> None:
+    prompt = prompt_of(REFINE, f"Load Video.file={clip.name}", "FlashVideo Prepare Frames.scale=2")
+    prompt_id = client.queue(prompt)
+    events = list(client.events(prompt_id))
+    assert isinstance(events[-1], Success), events[-1]
+
+    files = saved(client, prompt_id, prompt, server)
+    assert probe(files["flashvideo/refined"]) == (20, 140, 88, Fraction(12), 1)
+    outputs = client.history(prompt_id)["outputs"]
+    told = "\n".join(outputs[node_id(prompt, "FlashVideoPrepareFrames")]["text"])
+    assert "padded to 21 frames" in told
+
+
+@pytest.mark.parametrize("class_type", ["FlashVideoStage1Sampler", "FlashVideoStage2Refiner"])
+def test_cancel_stops_at_the_next_step_and_the_next_run_works(
+    client: ComfyClient, prompt_of: Callable[..., dict[str, Any]], class_type: str
+) -> None:
+    steps = "FlashVideo Stage I Sampler.steps=200" if class_type == "FlashVideoStage1Sampler" else (
+        "FlashVideo Stage II Refiner.steps=20"
+    )
+    prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4", steps)
+    node = node_id(prompt, class_type)
+    done: list[float] = []
+    end: Any = None
+    for event in client.events(client.queue(prompt)):
+        if isinstance(event, Progress) and event.node == node:
+            done.append(event.value)
+            if len(done) == 2:
+                threading.Thread(target=client.interrupt).start()
+        end = event
+    assert isinstance(end, Interrupted), end
+    assert end.node == node
+    # The server answers between the request and the end of the step that runs then; nano's steps take milliseconds,
+    # so a few may pass until the request arrives, but never the rest of the run.
+    assert done[-1] < (100 if class_type == "FlashVideoStage1Sampler" else 20)
+
+    events = client.run(prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4"))
+    assert isinstance(events[-1], Success), events[-1]
+
+
+def test_an_artist_s_mistake_is_told_in_words(client: ComfyClient, prompt_of: Callable[..., dict[str, Any]]) -> None:
+    prompt = prompt_of(TEXT_TO_VIDEO, *SMALL)
+    refiner = prompt[node_id(prompt, "FlashVideoStage2Refiner")]
+    sampler = prompt[node_id(prompt, "FlashVideoStage1Sampler")]
+    sampler["inputs"]["model"] = refiner["inputs"]["model"]
+    end = client.run(prompt)[-1]
+    assert isinstance(end, Failure)
+    assert end.message.startswith("FlashVideo Stage I Sampler: model must be FlashVideo stage I")
+
+
+def test_running_again_computes_nothing_again(client: ComfyClient, prompt_of: Callable[..., dict[str, Any]]) -> None:
+    prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4")
+    client.run(prompt)
+    again = client.run(prompt)
+    executed = {prompt[event.node]["class_type"] for event in again if isinstance(event, Executing)}
+    assert not {kind for kind in executed if kind.startswith("FlashVideo")}
