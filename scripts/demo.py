@@ -116,11 +116,23 @@ def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip
     absent = [prefix for _, prefix in example.rows if prefix not in copies]
     if absent:
         raise RuntimeError(f"{example.workflow} saved nothing as {', '.join(map(str, absent))}.")
-    contact_sheet([Row(label, copies[prefix]) for label, prefix in example.rows], folder / "contact-sheet.png")
+    rows = [Row(label, copies[prefix]) for label, prefix in example.rows]
+    notice = _notice()
+    contact_sheet(rows, folder / "contact-sheet.png", notice)
     say(f"  {'Together':<34} {seconds(run.seconds):>9}")
+    for note in dict.fromkeys([*run.notes, *notice]):
+        say(f"  {note}")
     for path in sorted(folder.iterdir()):
         about = "" if path.suffix == ".png" else f" ({describe(path)})"
         say(f"  {_shown(path)}{about}")
+
+
+def _notice() -> list[str]:
+    """What is to be said of the built-in model that the workflows run on: that it is untrained, if it is."""
+    sys.path.append(str(ROOT))  # last, so that nothing of the pack hides another module
+    from flashvideo.nano import NANO_NOTICE, nano_is_trained
+
+    return [] if nano_is_trained() else [NANO_NOTICE]
 
 
 def _use_clip(prompt: dict[str, Any]) -> None:

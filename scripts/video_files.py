@@ -57,15 +57,16 @@ def describe(video: Path) -> str:
     return f"{width}x{height}, {len(frames)} frames, {float(rate or 0):g} fps"
 
 
-def contact_sheet(rows: Sequence[Row], target: Path) -> None:
-    """Write a picture with one row per video: its label above six frames at even distances.
+def contact_sheet(rows: Sequence[Row], target: Path, notes: Sequence[str] = ()) -> None:
+    """Write a picture with one row per video: its label above six frames at even distances; below all, `notes`.
 
     Small videos are enlarged smoothly, as a player would show them, so that the rows compare.
     """
     shown = [(f"{row.label}: {describe(row.video)}", _evenly_spaced(read_frames(row.video))) for row in rows]
     heights = [round(_CELL_WIDTH * frames[0].height / frames[0].width) for _, frames in shown]
     columns = max(len(frames) for _, frames in shown)
-    size = (columns * (_CELL_WIDTH + _GAP) + _GAP, sum(heights) + len(rows) * (_LABEL_HEIGHT + _GAP))
+    height = sum(heights) + len(rows) * (_LABEL_HEIGHT + _GAP) + len(notes) * _LABEL_HEIGHT
+    size = (columns * (_CELL_WIDTH + _GAP) + _GAP, height)
     sheet = Image.new("RGB", size, _BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LABEL_SIZE)
     top = 0
@@ -76,6 +77,9 @@ def contact_sheet(rows: Sequence[Row], target: Path) -> None:
             cell = frame.resize((_CELL_WIDTH, height), Image.Resampling.BICUBIC)
             sheet.paste(cell, (_GAP + column * (_CELL_WIDTH + _GAP), top))
         top += height + _GAP
+    for note in notes:
+        draw.text((_GAP, top + _GAP), note, fill=_INK, font=font)
+        top += _LABEL_HEIGHT
     target.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(target)
 

@@ -37,10 +37,11 @@ class Phase:
 
 @dataclass
 class Run:
-    """A finished run: its phases in order, and its files by the save node's `filename_prefix`."""
+    """A finished run: its phases in order, its files by the save node's `filename_prefix`, and what nodes said."""
 
     phases: list[Phase] = field(default_factory=list)
     files: dict[str, list[Path]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -113,6 +114,7 @@ def _known(events: Iterator[Event]) -> Iterator[Event]:
 
 
 def _record(run: Run, prompt: dict[str, Any], event: Executed, output: Path) -> None:
+    run.notes.extend(text for text in event.outputs.get("text", ()) if text not in run.notes)
     paths = saved_files(event.outputs, output)
     if paths:
         prefix = prompt.get(event.node, {}).get("inputs", {}).get("filename_prefix", event.node)
