@@ -89,6 +89,7 @@ def solve_flow(
     return latent
 
 
+@torch.no_grad()
 def sample_stage1(
     dit: FlashVideoDiT,
     noise: Tensor,
@@ -122,6 +123,7 @@ def sample_stage1(
     return solve_vp(denoise, noise.float(), schedule, step_noise, on_step)
 
 
+@torch.no_grad()
 def sample_stage2(
     dit: FlashVideoDiT,
     start: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -213,3 +214,60 @@ def test_empty_latent_has_the_size_it_was_asked_for(comfy_nodes: dict) -> None:
     assert latent["samples"].shape == (2, 16, 13, 32, 60)
     (still,) = comfy_nodes["EmptyFlashVideoLatent"].execute(64, 32, 1, 1).result
     assert still["samples"].shape == (1, 16, 1, 4, 8)
+
+
+@pytest.fixture()
+def load_file_named(run_prompt: Any, comfy_base: Path, captured: dict[str, Any]) -> Callable[[str], Any]:
+    """Load a file of models/diffusion_models with the loader node, as a graph does."""
+    (comfy_base / "models" / "diffusion_models").mkdir(parents=True, exist_ok=True)
+
+    def load(name: str) -> Any:
+        run_prompt(
+            {
+                "load": {
+                    "class_type": "FlashVideoModelLoader",
+                    "inputs": {"model_name": name, "weight_dtype": "default"},
+                },
+                "out": {"class_type": "TestCapture", "inputs": {"value": ["load", 0], "name": "model"}},
+            }
+        )
+        return captured["model"]
+
+    return load
+
+
+def test_a_truncated_model_file(run_prompt: Any, load_file_named: Callable, comfy_base: Path) -> None:
+    whole = (GOLDEN / "dit_stage1_weights.safetensors").read_bytes()
+    (comfy_base / "models" / "diffusion_models" / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(run_prompt.Failed) as failed:
+        load_file_named("cut.safetensors")
+    assert failed.value.message.startswith("Load FlashVideo Model: cut.safetensors is damaged or incomplete")
+
+
+class Payload:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.target,)
+
+
+def test_a_model_file_that_carries_code(
+    run_prompt: Any, load_file_named: Callable, comfy_base: Path, tmp_path: Path
+) -> None:
+    file = comfy_base / "models" / "diffusion_models" / "stage1.pt"
+    torch.save({"module": Payload(tmp_path / "ran")}, file)
+    with pytest.raises(run_prompt.Failed) as failed:
+        load_file_named("stage1.pt")
+    assert failed.value.message.startswith("Load FlashVideo Model: stage1.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_vae_in_the_model_loader(run_prompt: Any, load_file_named: Callable, comfy_base: Path) -> None:
+    name = "vae_stored_weights_encoder.safetensors"
+    (comfy_base / "models" / "diffusion_models" / name).write_bytes((GOLDEN / name).read_bytes())
+    with pytest.raises(run_prompt.Failed) as failed:
+        load_file_named(name)
+    assert "is FlashVideo's VAE, and a diffusion model (stage I or II) is needed here" in failed.value.message
