@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .color import METHODS, match_colors
 from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
 
 SIZE_MODES = ("short side", "scale", "exact", "keep")
 RESAMPLERS = ("bilinear", "bicubic", "area", "nearest-exact")
-COLOR_MATCHES = ("none",)
+COLOR_MATCHES = ("none", *METHODS)
 MAX_SIDE = 16384  # pixels: ComfyUI's own limit of a side
 _CHUNK_BYTES = 64 * 2**20  # of resized pixels at a time, so that the peak stays near the output's own size
 _ANTIALIASED = ("bilinear", "bicubic")  # the resamplers that torch can antialias when it makes a picture smaller
@@ -98,12 +99,13 @@ def prepare(
     return Prepared(canvas, reference, (_describe(source.shape, reference.shape, padded), *notes))
 
 
-def finish(frames: Tensor, reference: Tensor, color_match: str = "none") -> Tensor:
-    """Crop refined frames [T', H', W', 3] to the exact frames and size of `reference` [T, H, W, 3].
+def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, progress: Progress | None = None) -> Tensor:
+    """Crop refined frames [T', H', W', 3] to the exact frames and size of `reference` [T, H, W, 3], match the colours.
 
-    `frames` must have the shape that `prepare` gave with this reference (or the reference's own). The result is a view
-    where no pixel had to be repaired. `color_match` is one of COLOR_MATCHES. Raises ValueError for other shapes and as
-    `clean` does.
+    `frames` must have the shape that `prepare` gave with this reference (or the reference's own). `color_match` is one
+    of COLOR_MATCHES: "none" crops and no more, and the result is a view where no pixel had to be repaired; for the
+    others see `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and as `clean`
+    does.
     """
     if color_match not in COLOR_MATCHES:
         raise ValueError(f"color_match must be one of {', '.join(COLOR_MATCHES)}; got {color_match!r}.")
@@ -117,7 +119,10 @@ def finish(frames: Tensor, reference: Tensor, color_match: str = "none") -> Tens
             "Take images and reference from the same Prepare Frames."
         )
     count, height, width = shape
-    return clean(frames[:count, :height, :width])[0]
+    cropped, _ = clean(frames[:count, :height, :width])
+    if color_match == "none":
+        return cropped
+    return match_colors(cropped, clean(reference, "reference")[0], color_match, progress=progress)
 
 
 def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]]:

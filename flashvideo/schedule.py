@@ -75,7 +75,12 @@ def stage2_times(steps: int, shift: float = STAGE2_SHIFT, dtype: torch.dtype = t
     """
     if steps < 1:
         raise ValueError(f"stage II takes at least 1 step; got {steps}")
+    return shift_times(torch.linspace(0, 1, steps + 1, dtype=dtype), shift)
+
+
+def shift_times(times: Tensor, shift: float = STAGE2_SHIFT) -> Tensor:
+    """Move times in [0, 1] towards the degraded end, as sampling and training do; `shift` 1 leaves them as they are."""
     if shift <= 0:
         raise ValueError(f"the flow shift must be above 0; got {shift}")
-    rest = 1 - torch.linspace(0, 1, steps + 1, dtype=dtype)
+    rest = 1 - times
     return 1 - shift * rest / (1 + (shift - 1) * rest)

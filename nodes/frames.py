@@ -116,7 +116,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
 
 
 class FlashVideoFinishFrames(io.ComfyNode):
-    """Crops a refined clip to the frames and size of its reference."""
+    """Crops a refined clip to the frames and size of its reference and matches the colours."""
 
     NAME = "FlashVideo Finish Frames"
 
@@ -127,19 +127,24 @@ class FlashVideoFinishFrames(io.ComfyNode):
             node_id="FlashVideoFinishFrames",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Crops the refined clip so that it has exactly the frames and the size of the reference.",
+            description="Crops the refined clip so that it has exactly the frames and the size of the reference, and "
+            "brings its colours back to the reference's.",
             inputs=[
                 io.Image.Input("images", tooltip="The refined clip, from VAE Decode."),
                 io.Image.Input(
                     "reference",
-                    tooltip="The reference from the Prepare Frames that this clip went through: gives length and size.",
+                    tooltip="The reference from the Prepare Frames that this clip went through: gives length, size "
+                    "and colours.",
                 ),
                 io.Combo.Input(
                     "color_match",
                     options=list(COLOR_MATCHES),
-                    default=COLOR_MATCHES[0],
-                    tooltip="Moves the refined clip's colours towards the reference's. none: they stay as the refiner "
-                    "made them. Default: none.",
+                    default="wavelet",
+                    tooltip="Brings the refined clip's colours back to the reference's, without flicker. wavelet: "
+                    "light and colour of everything wider than about 70 pixels come from the reference, detail from "
+                    "the refiner; removes casts, blotches and steps in brightness. adain: one gain and offset for each "
+                    "colour channel of the whole clip; choose it if wavelet leaves coloured fringes at edges. none: "
+                    "colours as the refiner made them. Default: wavelet.",
                 ),
             ],
             outputs=[
@@ -149,9 +154,10 @@ class FlashVideoFinishFrames(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, reference: Tensor, color_match: str) -> io.NodeOutput:
-        """Crop the frames."""
+        """Crop the frames and match their colours."""
+        progress = comfy.utils.ProgressBar(1).update_absolute
         with named(cls.NAME):
-            return io.NodeOutput(finish(images, reference, color_match))
+            return io.NodeOutput(finish(images, reference, color_match, progress=progress))
 
 
 class FlashVideoCompare(io.ComfyNode):

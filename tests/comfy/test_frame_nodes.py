@@ -38,6 +38,26 @@ def test_prepare_and_finish_return_the_same_frames_and_size(comfy_nodes: dict) -
     assert torch.equal(finished, reference)
 
 
+def test_finish_brings_the_colours_back(comfy_nodes: dict) -> None:
+    clip = torch.rand(6, 18, 33, 3) * 0.5 + 0.25
+    images, reference = comfy_nodes["FlashVideoPrepareFrames"].execute(clip, **{**KEEP, "size": "scale"}).result
+    refined = images * 0.9 + torch.tensor([0.08, 0.0, 0.04])
+    untouched = refined.clone()
+    for method, allowed in [("wavelet", 0.1), ("adain", 1e-4)]:  # wavelet keeps the fine detail's lower contrast
+        (finished,) = comfy_nodes["FlashVideoFinishFrames"].execute(refined, reference, method).result
+        assert finished.shape == reference.shape
+        assert (finished.mean((0, 1, 2)) - reference.mean((0, 1, 2))).abs().max() < 1e-4
+        assert (finished - reference).abs().max() < allowed
+        assert torch.equal(refined, untouched)
+
+
+def test_finish_offers_wavelet_first_and_still_takes_none(comfy_nodes: dict) -> None:
+    schema = comfy_nodes["FlashVideoFinishFrames"].GET_SCHEMA()
+    (choice,) = [port for port in schema.inputs if port.id == "color_match"]
+    assert choice.options == ["none", "wavelet", "adain"]
+    assert choice.default == "wavelet"
+
+
 @pytest.mark.parametrize(
     ("choice", "size"), [({"size": "short side", "short_side": 36}, (36, 66)), ({"size": "exact"}, (1080, 1920))]
 )
@@ -96,7 +116,8 @@ def test_mixed_up_wires_are_explained(comfy_nodes: dict) -> None:
         comfy_nodes["FlashVideoCompare"].execute(clip[0], clip, "split")
 
 
-def test_the_nodes_run_as_a_prompt(run_prompt: Callable, comfy_nodes: dict) -> None:
+@pytest.mark.parametrize("color_match", ["none", "wavelet", "adain"])
+def test_the_nodes_run_as_a_prompt(run_prompt: Callable, comfy_nodes: dict, color_match: str) -> None:
     """Through the executor: widget ranges, links and the note that the node shows."""
     outputs, events = run_prompt(
         {
@@ -104,7 +125,7 @@ def test_the_nodes_run_as_a_prompt(run_prompt: Callable, comfy_nodes: dict) -> N
             "2": {"class_type": "FlashVideoPrepareFrames", "inputs": {"images": ["1", 0], **KEEP, "size": "scale"}},
             "3": {
                 "class_type": "FlashVideoFinishFrames",
-                "inputs": {"images": ["2", 0], "reference": ["2", 1], "color_match": "none"},
+                "inputs": {"images": ["2", 0], "reference": ["2", 1], "color_match": color_match},
             },
             "4": {
                 "class_type": "FlashVideoCompare",

@@ -237,7 +237,7 @@ def test_unknown_choices_are_refused() -> None:
         prepare(clip, TargetSize("half"))
     with pytest.raises(ValueError, match=r"resample must be one of .*; got 'lanczos'"):
         prepare(clip, KEEP, "lanczos")
-    with pytest.raises(ValueError, match="color_match must be one of none; got 'hue'"):
+    with pytest.raises(ValueError, match="color_match must be one of none, wavelet, adain; got 'hue'"):
         finish(clip, clip, "hue")
 
 

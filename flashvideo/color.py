@@ -1,0 +1,162 @@
+"""The colours of a refined clip brought back to its reference's.
+
+A clip is [T, H, W, 3] in [0, 1], a frame [H, W, 3]. Everything works on sRGB values as they are coded, not on linear
+light: the networks that shift the colours see coded values, so that their casts are gains and offsets there; equal
+steps look about equally big; and the spread of linear light says little about anything but the highlights.
+
+Two ways, and one rule for both: nothing that is measured on a single frame may steer that frame's colours. Matching
+each frame's mean and spread to its reference does, and pumps when a bright thing enters the picture.
+
+- "wavelet": the refined picture's low band is replaced by the reference's: result = refined + L(reference - refined),
+  after the wavelet colour fix of StableSR (Wang et al. 2023, `wavelet_color_fix`), but with one clean spline step in
+  place of five blurs. L is the same linear operator for every frame. It is an average (weights of at least zero that
+  sum to one), symmetric, with eigenvalues in [0, 1]; so each frame's mean colour becomes the reference's, the
+  correction changes from frame to frame by no more than refined and reference do, and on a steady reference the result
+  flickers no more than the refined clip did; brightness and broad areas stand as still as the reference. The correction
+  is not averaged over time: that would keep the refiner's own flicker and its steps between windows, and leave trails
+  behind whatever moves. Detail keeps the contrast that the refiner gave it: a strong gain leaves fringes at hard edges.
+- "adain": each channel gets the reference's mean and standard deviation (Huang and Belongie 2017, equation 8), both
+  taken over the whole clip: one gain and one offset for all frames. It scales detail along with the rest and can't
+  print the reference's shapes into a picture that moved away from them, but sees only what is the same everywhere, and
+  can't undo what mixes the channels (a turned hue).
+
+Memory: the result, and a few buffers of one frame's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KNOT_SPACING = 16  # pixels between the knots of the low band's spline
+CROSSOVER = 70  # pixels: half of a pattern this long is low band; sinc(KNOT_SPACING / length)^8 = 1/2
+_MAX_GAIN = 4.0  # of adain: a bigger one, or less than its inverse, is no cast but a clip without contrast
+_FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
+
+Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
+
+
+class LowBand:
+    """The low band L of pictures of one size: what a cubic spline with a knot about every 16 pixels can follow.
+
+    Each axis has the basis B [side, knots] of cubic B-splines, the scaling functions of the spline wavelets (Unser,
+    Aldroubi, Eden 1993). A knot's value is the average under its spline, and the splines put the picture together
+    again: L = B diag(1 / B'1) B'. The knots are spread so that both borders carry one and the picture is mirrored
+    there, which keeps the weights' sums at one up to the last pixel, for any side from 1. Its response to a pattern of
+    wavelength w is sinc(16 / w)^8: 0.5 at 70 pixels, 0.98 at 400, 0.002 at 25.
+    """
+
+    def __init__(self, height: int, width: int, device: torch.device | str = "cpu") -> None:
+        self._rows, self._row_means = (matrix.to(device) for matrix in _splines(height))
+        self._columns, self._column_means = (matrix.to(device) for matrix in _splines(width))
+
+    def __call__(self, picture: Tensor, out: Tensor | None = None) -> Tensor:
+        """The low band of a picture [H, W, 3], float32; `out`, contiguous, receives it if given."""
+        height, width, channels = picture.shape
+        low = self._row_means @ picture.reshape(height, -1)  # [h, W*3]
+        low = low.unflatten(1, (width, channels)).transpose(1, 2)  # [h, 3, W]
+        low = low @ self._column_means.T @ self._columns.T
+        out = torch.empty_like(picture, memory_format=torch.contiguous_format) if out is None else out
+        torch.mm(self._rows, low.transpose(1, 2).flatten(1), out=out.view(height, -1))  # [H, W*3]
+        return out
+
+
+class ColorStatistics(NamedTuple):
+    """Mean and standard deviation of each channel over all pixels of all frames: [3] each, float64."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+def color_statistics(frames: Iterable[Tensor], report: Callable[[], None] = lambda: None) -> ColorStatistics:
+    """Statistics of frames [H, W, 3] of one size, one frame at a time; `report` is called after each."""
+    parts = []
+    for frame in frames:
+        parts.append(torch.stack(torch.var_mean(frame, (0, 1), correction=0)).cpu().double())  # MPS has no float64
+        report()
+    variance, mean = torch.stack(parts, 1)  # [T, 3] each
+    # Frames are equally big, so that the clip's variance is that within the frames plus that of their means.
+    return ColorStatistics(mean.mean(0), (variance.mean(0) + mean.var(0, correction=0)).sqrt())
+
+
+def adain_transform(refined: ColorStatistics, reference: ColorStatistics) -> tuple[Tensor, Tensor]:
+    """(gain, offset), [3] each, so that refined * gain + offset has the reference's mean and standard deviation.
+
+    A channel without contrast keeps gain 1; no gain is above 4 or below 1/4, so that a flat clip's noise doesn't
+    become a picture and a flat reference doesn't wipe one out. The mean is met all the same.
+    """
+    gain = reference.deviation / refined.deviation.clamp_min(_FLAT)
+    gain = torch.where(refined.deviation > _FLAT, gain, 1.0).clamp(1 / _MAX_GAIN, _MAX_GAIN)
+    return gain, reference.mean - refined.mean * gain
+
+
+def match_colors(frames: Tensor, reference: Tensor, method: str, *, progress: Progress | None = None) -> Tensor:
+    """A refined clip [T, H, W, 3] in the colours of `reference` [T, H, W, 3]; both float32 in [0, 1].
+
+    Returns a new clip in [0, 1]; the inputs are not modified. `method` is one of METHODS. Raises ValueError for another
+    method and for clips of different shapes.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if frames.shape != reference.shape:
+        raise ValueError(f"frames and reference must have one shape; got {[*frames.shape]} and {[*reference.shape]}.")
+    out = torch.empty_like(frames, memory_format=torch.contiguous_format)
+    METHODS[method](frames, reference.to(frames.device), out, progress or (lambda done, total: None))
+    return out
+
+
+def delta_e(frames: Tensor, reference: Tensor) -> Tensor:
+    """Colour difference of each pixel of two pictures or clips [..., 3]: CIE76, [...]. About 2 is just noticeable."""
+    return (_lab(frames) - _lab(reference)).norm(dim=-1)
+
+
+def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -> None:
+    low_band = LowBand(*frames.shape[1:3], device=frames.device)
+    difference, correction = torch.empty_like(out[0]), torch.empty_like(out[0])
+    for index, (refined, wanted) in enumerate(zip(frames, reference, strict=True)):
+        torch.sub(wanted, refined, out=difference)
+        torch.add(refined, low_band(difference, correction), out=out[index]).clamp_(0, 1)
+        progress(index + 1, len(frames))
+
+
+def _adain(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -> None:
+    steps = iter(range(1, 3 * len(frames) + 1))  # both clips are read, then the result is written
+
+    def report() -> None:
+        progress(next(steps), 3 * len(frames))
+
+    transform = adain_transform(color_statistics(frames, report), color_statistics(reference, report))
+    gain, offset = (number.to(frames) for number in transform)
+    for refined, result in zip(frames, out, strict=True):
+        torch.mul(refined, gain, out=result).add_(offset).clamp_(0, 1)
+        report()
+
+
+METHODS = {"wavelet": _wavelet, "adain": _adain}
+
+
+def _splines(side: int) -> tuple[Tensor, Tensor]:
+    """(B [side, knots], the averages under its columns [knots, side]) of one axis of `LowBand`, float32."""
+    spans = max(1, round(side / KNOT_SPACING))
+    pixels = (torch.arange(side, dtype=torch.float64) + 0.5) * (spans / side)  # centres, counted in knots
+    distance = (pixels[:, None] - torch.arange(-1, spans + 2)).abs()  # one knot more beyond each border
+    basis = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp_min(0) ** 3 / 6)
+    basis[:, 2] += basis[:, 0]  # mirrored at the border: knot -1 is knot 1
+    basis[:, -3] += basis[:, -1]
+    basis = basis[:, 1:-1]
+    return basis.float(), (basis / basis.sum(0)).T.float()
+
+
+def _lab(colors: Tensor) -> Tensor:
+    """sRGB [..., 3] in [0, 1] (IEC 61966-2-1, white D65) as CIE L*a*b* [..., 3], float64."""
+    coded = colors.double()
+    linear = torch.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    to_xyz = linear.new_tensor(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    )
+    xyz = linear @ (to_xyz / to_xyz.sum(1, keepdim=True)).T  # relative to white
+    x, y, z = torch.where(xyz > 216 / 24389, xyz.clamp_min(0) ** (1 / 3), (24389 / 27 * xyz + 16) / 116).unbind(-1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
