@@ -1,4 +1,4 @@
-"""The command line: `python -m flashvideo convert|info`."""
+"""The command line: `python -m flashvideo convert|info|train`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from .checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from .config import DiTConfig
 from .convert import DTYPES, convert_file
+from .training.command import add_train
+from .training.errors import TrainingError
 from .weightfiles import some
 
 CANCELLED = 130  # exit code of a command stopped with Ctrl+C
@@ -22,15 +24,15 @@ TERMINATED = 143
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0 done, 1 refused with a message, 130 cancelled."""
+    """Run a command; returns its exit code: 0 done, 1 refused with a message, 130 cancelled (143 by SIGTERM)."""
     parser = argparse.ArgumentParser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in (_add_convert, _add_info):
+    for add_command in (_add_convert, _add_info, add_train):
         add_command(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
-    except CheckpointError as error:
+        return options.run(options) or 0
+    except (CheckpointError, TrainingError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except OSError as error:
@@ -39,7 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nCancelled; nothing was written.\n")
         return CANCELLED
-    return 0
 
 
 def say(line: str) -> None:

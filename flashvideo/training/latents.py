@@ -1,0 +1,147 @@
+"""Clips as latents on disk: encoded once, then read by every step. Made in shards, so that making them can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..checkpoints import load_vae
+from ..config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ..convert import sha256
+from ..vae import VideoVAE
+from .checkpointing import whole_file
+from .errors import TrainingError
+from .folder import VideoFolder
+from .randomness import generator_for, normal_like, randint
+from .scenes import SceneStream
+
+SHARD = 32  # clips in a file
+DTYPE = torch.float16
+CAPTIONS = "captions"
+
+# make(i) gives clip i as named tensors and its caption
+MakeClip = Callable[[int], tuple[Mapping[str, Tensor], str]]
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Which clips are learnt from: procedural scenes, or a folder of videos with captions."""
+
+    height: int
+    width: int
+    frames: int  # 4n + 1
+    clips: int
+    validation_clips: int = 8
+    folder: str = ""  # of videos; empty for procedural scenes
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that the networks don't take."""
+        if self.height % PIXEL_MULTIPLE or self.width % PIXEL_MULTIPLE or self.frames % TEMPORAL_FACTOR != 1:
+            size = f"{self.width}x{self.height}, {self.frames} frames"
+            raise TrainingError(f"Clips must have sides of multiples of {PIXEL_MULTIPLE} and 4n+1 frames; got {size}.")
+        if min(self.clips, self.validation_clips) < 1:
+            raise TrainingError("There must be at least one clip to learn from, and one to validate with.")
+
+    def open(self, split: str, seed: int) -> SceneStream | VideoFolder:
+        """Return the clips of "train" or "validation"; both have `sample(index)`."""
+        if self.folder:
+            # A folder has no held-out part of its own: validation cuts other pieces from it.
+            return VideoFolder(self.folder, self.height, self.width, self.frames, seed + (split != "train"))
+        return SceneStream(split, self.height, self.width, self.frames, seed)
+
+
+class LatentCache(Dataset):
+    """Clips [i] as dicts of tensors, from shards of a folder."""
+
+    def __init__(self, folder: Path, clips: int) -> None:
+        """Nothing is read or written yet."""
+        self.folder, self.clips = folder, clips
+        self._open: dict[int, tuple[Any, list[str]]] = {}  # shards in use: the file, and its captions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind when a worker process is started."""
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        """Count the clips."""
+        return self.clips
+
+    def fill(self, make: MakeClip) -> None:
+        """Make the shards that aren't there yet. May be stopped and called again at any time."""
+        starts = [start for start in range(0, self.clips, SHARD) if not self._path(start).is_file()]
+        with torch.inference_mode(), tqdm(total=self.clips, desc="latents", unit="clip", disable=not starts) as bar:
+            bar.update(self.clips - sum(min(SHARD, self.clips - start) for start in starts))
+            for start in starts:
+                entries, captions = [], []
+                for index in range(start, min(start + SHARD, self.clips)):
+                    tensors, caption = make(index)
+                    entries.append({name: tensor.to("cpu", DTYPE) for name, tensor in tensors.items()})
+                    captions.append(caption)
+                    bar.update()
+                stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+                with whole_file(self._path(start)) as part:
+                    save_file(stacked, part, metadata={CAPTIONS: json.dumps(captions)})
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Clip `index` as stored, in half precision."""
+        (shard, _), row = self._shard(index), index % SHARD
+        return {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118
+
+    def caption(self, index: int) -> str:
+        """Caption of clip `index`."""
+        return self._shard(index)[1][index % SHARD]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Clips of these indices, stacked, in float32."""
+        entries = [self[index] for index in indices]
+        return {name: torch.stack([entry[name] for entry in entries]).float() for name in entries[0]}
+
+    def draw(self, batch: int, seed: int, *names: str | int) -> list[int]:
+        """Draw `batch` indices, the same for the same seed and names."""
+        generator = generator_for(seed, *names)
+        return [randint(generator, 0, self.clips - 1) for _ in range(batch)]
+
+    def _shard(self, index: int) -> tuple[Any, list[str]]:
+        start = index // SHARD * SHARD
+        if start not in self._open:
+            file = safe_open(self._path(start), framework="pt")
+            self._open[start] = (file, json.loads(file.metadata()[CAPTIONS]))
+        return self._open[start]
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"{start:06d}.safetensors"
+
+
+def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
+    """Return the folder of latents that this VAE and these settings give; other ones get another folder."""
+    if not vae.is_file():
+        raise TrainingError(f"{vae}: there is no such VAE. Train it first: python -m flashvideo train vae.")
+    plain = [dataclasses.astuple(each) if dataclasses.is_dataclass(each) else each for each in settings]
+    key = repr((sha256(vae, lambda *_: None), plain))
+    return root / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def load_frozen_vae(path: Path, device: torch.device) -> VideoVAE:
+    """Load the trained VAE, which only encodes and decodes."""
+    return load_vae(path, device=device, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def encode_clip(vae: VideoVAE, video: Tensor, seed: int, *names: str | int) -> Tensor:
+    """Encode one clip [3, T, H, W] in [-1, 1] to a posterior sample [16, T', h, w], as the official code does."""
+    device = next(vae.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        posterior = vae.encode(video[None].to(device))
+    mean = posterior.mean.float()
+    return type(posterior)(mean, posterior.logvar.float()).sample(normal_like(mean, generator_for(seed, *names)))[0]

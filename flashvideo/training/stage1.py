@@ -1,0 +1,210 @@
+"""Training of stage I: v-prediction on cached latents of drafts, the text encoder along with it if wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..config import STAGE1_LATENT_SCALE
+from ..samplers import sample_stage1
+from ..schedule import TRAIN_STEPS
+from .checkpointing import export_weights
+from .config import LoopSettings
+from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
+from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
+from .metrics import sheet
+from .networks import (
+    FrozenText,
+    NetworkSettings,
+    as_called,
+    describe_network,
+    export_network,
+    held_out_batch,
+    make_network,
+)
+from .randomness import generator_for, normal_like
+from .text import T5Encoder, T5Tokens, fresh_encoder, load_encoder, text_metadata
+
+VALIDATION_SEED = 1
+
+
+@dataclass(frozen=True)
+class SheetSettings:
+    """What is drawn while training."""
+
+    prompts: tuple[str, ...] = ()  # empty for held-out captions
+    count: int = 6
+    steps: int = 20
+    scale: float = 6.0  # of the guidance
+
+
+@dataclass(frozen=True)
+class Stage1Settings:
+    """A whole config file of stage I."""
+
+    seed: int
+    out: Path
+    cache: Path  # folder of latents; may be shared by runs
+    vae: Path
+    clips: ClipSettings
+    loop: LoopSettings
+    batch: int
+    text: str = ""  # text encoder to start from; empty for a fresh miniature, which must then learn
+    train_text: bool = False
+    tokenizer: str = ""
+    caption_dropout: float = CAPTION_DROPOUT
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    sheet: SheetSettings = field(default_factory=SheetSettings)
+
+
+class DraftData(Dataset):
+    """data[i]: latents in raw scale and their captions, as tokens if the text encoder learns, else as contexts."""
+
+    def __init__(self, cache: LatentCache, batch: int, seed: int, tokens: T5Tokens | None) -> None:
+        self.cache, self.batch, self.seed, self.tokens = cache, batch, seed, tokens
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Draw batch `index`."""
+        clips = self.cache.draw(self.batch, self.seed, "clips", index)
+        batch = self.cache.batch(clips)
+        if self.tokens is not None:
+            batch["tokens"] = self.tokens([self.cache.caption(clip) for clip in clips])
+        return batch
+
+
+class Stage1Task:
+    """Stage I as the training loop sees it."""
+
+    def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
+        """Build or load the networks, and encode the clips that aren't in the cache yet."""
+        self.settings, self.device = settings, device
+        self.vae = load_frozen_vae(settings.vae, device)
+        frozen = None if settings.train_text else FrozenText(settings.text, settings.tokenizer, device)
+        self.tokens = T5Tokens(settings.tokenizer) if frozen is None else frozen.tokens
+        train, self.held_out = (self._cached(split, frozen) for split in ("train", "validation"))
+        dit = make_network(settings.network, 1, settings.seed, device)
+        self.model = nn.ModuleDict({"dit": dit})
+        if frozen is None:
+            self.model["text"] = self._encoder().to(device)
+        self.data = DraftData(train, settings.batch, settings.seed, None if frozen else self.tokens)
+        self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
+        self.prompts = list(settings.sheet.prompts) or [
+            self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
+        ]
+        self._prompt_contexts = None if frozen is None else frozen(self.prompts)
+        if frozen is not None:
+            frozen.release()
+
+    def _encoder(self) -> T5Encoder:
+        if self.settings.text:
+            return load_encoder(Path(self.settings.text))
+        return fresh_encoder(self.settings.seed)
+
+    def _cached(self, split: str, text: FrozenText | None) -> LatentCache:
+        clips, seed = self.settings.clips, self.settings.seed if split == "train" else VALIDATION_SEED
+        source = clips.open(split, seed)
+        kinds = (clips, split, seed, "tokens" if text is None else text.digest)
+        cache = LatentCache(
+            cache_folder(self.settings.cache, self.settings.vae, "stage1", *kinds),
+            clips.clips if split == "train" else clips.validation_clips,
+        )
+
+        def make(index: int) -> tuple[dict[str, Tensor], str]:
+            video, caption = source.sample(index)
+            tensors = {"latent": encode_clip(self.vae, video, seed, "posterior", index)}
+            if text is not None:
+                tensors["context"] = text([caption])[0]
+            return tensors, caption
+
+        cache.fill(make)
+        return cache
+
+    def _context(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]
+
+    def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Mean squared error of v at random timesteps, spread evenly over the batch."""
+        settings = self.settings
+        latent = batch["latent"] * STAGE1_LATENT_SCALE
+        context = drop_captions(
+            self._context(batch), generator_for(settings.seed, "dropout", index), settings.caption_dropout
+        )
+        noise = normal_like(latent, generator_for(settings.seed, "noise", index))
+        timestep = _spread_timesteps(len(latent), generator_for(settings.seed, "time", index)).to(latent.device)
+        network = as_called(self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks)
+        return {"loss": stage1_loss(network, latent, context, noise, timestep)}
+
+    def validate(self) -> dict[str, float]:
+        """Part of v that is explained on held-out clips, over fixed noise and timesteps; and without the text."""
+        batch = {name: value.to(self.device) for name, value in held_out_batch(self.held_out, 16).items()}
+        if "text" in self.model:
+            captions = [self.held_out.caption(index) for index in range(len(batch["latent"]))]
+            batch["tokens"] = self.tokens(captions).to(self.device)
+        latent, context = batch["latent"] * STAGE1_LATENT_SCALE, self._context(batch)
+        network = as_called(self.model["dit"])
+        totals = torch.zeros(3)
+        for draw in range(4):
+            noise = normal_like(latent, generator_for(VALIDATION_SEED, "noise", draw))
+            timestep = _spread_timesteps(len(latent), generator_for(VALIDATION_SEED, "time", draw)).to(self.device)
+            for row, (call, text) in enumerate(
+                ((network, context), (network, torch.zeros_like(context)), (_nothing, context))
+            ):
+                totals[row] += stage1_loss(call, latent, text, noise, timestep).item()
+        with_text, without, nothing = totals.tolist()
+        return {"explained": 1 - with_text / nothing, "explained_without_text": 1 - without / nothing}
+
+    def sheet(self) -> Image.Image:
+        """Drafts of the prompts."""
+        if self._prompt_contexts is None:
+            context = self.model["text"](self.tokens(self.prompts).to(self.device))
+        else:
+            context = self._prompt_contexts.to(self.device)
+        drafts = self.draft(context)
+        return sheet(list(zip(self.prompts, drafts, strict=True)))
+
+    @torch.no_grad()
+    def draft(self, context: Tensor) -> Tensor:
+        """Sample videos [B, 3, T, H, W] for contexts [B, 226, width]."""
+        settings, first = self.settings, self.held_out[0]["latent"]
+        dit = self.model["dit"]
+        context = context.to(dit.proj_out.weight.dtype)
+
+        def noise(step: int) -> Tensor:
+            shape = (len(context), *first.shape)
+            return torch.randn(shape, generator=generator_for(VALIDATION_SEED, "sample", step)).to(self.device)
+
+        latent = sample_stage1(
+            dit, noise(-1), context, torch.zeros_like(context),
+            steps=settings.sheet.steps, scale=settings.sheet.scale, step_noise=noise,
+        )  # fmt: skip
+        return self.vae.decode(latent / STAGE1_LATENT_SCALE)
+
+    def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
+        """Write stage1.safetensors, and text_encoder.safetensors if it learnt too."""
+        with torch.no_grad():
+            scores = self.validate()
+        written: dict[Path, dict[str, Any]] = {
+            export_network(folder, self.model["dit"], self.settings.network, step, scores): scores
+        }
+        if "text" in self.model:
+            path = folder / "text_encoder.safetensors"
+            export_weights(path, self.model["text"].weights(), text_metadata(step))
+            written[path] = {}
+        return written
+
+
+def _nothing(latent: Tensor, *_: Any) -> Tensor:
+    """What an untrained network says."""
+    return torch.zeros_like(latent)
+
+
+def _spread_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """[count] timesteps, one from each of `count` equal parts of 0 to 999: each uniform, together even."""
+    places = (torch.rand(count, generator=generator) + torch.arange(count)) / count
+    return (places * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)

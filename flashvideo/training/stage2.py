@@ -1,0 +1,249 @@
+"""Training of stage II: flow matching from degraded to clean latents, at a low and then at full resolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import STAGE2_LATENT_SCALE
+from ..degradation import DEGRADATION_STEP, degrade_latent
+from ..samplers import sample_stage2
+from ..schedule import STAGE2_SHIFT
+from .config import LoopSettings
+from .degradations import LatentDegradation, StrongDegradation, WeakDegradation
+from .errors import TrainingError
+from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
+from .losses import CAPTION_DROPOUT, drop_captions, flow_loss
+from .metrics import psnr, sheet
+from .networks import (
+    FrozenText,
+    NetworkSettings,
+    as_called,
+    describe_network,
+    export_network,
+    held_out_batch,
+    make_network,
+)
+from .randomness import generator_for, normal_like
+
+VALIDATION_SEED = 1
+VALIDATION_STEPS = DEGRADATION_STEP  # the strength that is judged
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training at one size, which ends before optimiser step `until`."""
+
+    until: int
+    batch: int
+    clips: ClipSettings
+
+
+@dataclass(frozen=True)
+class DegradationSettings:
+    """What the reference lacks. Paper, table 6: none, pixel, or pixel and latent degradation."""
+
+    pixel: bool = True  # False: the reference is the clean clip
+    strong_probability: float = 0.5
+    factor: tuple[float, float] = (4.0, 4.0)  # of the weak degradation
+    latent_steps: tuple[int, int] = (600, 750)  # 999, 999: noise alone; 0, 0: next to nothing
+
+
+@dataclass(frozen=True)
+class SheetSettings:
+    """How the refiner is run on held-out clips while training."""
+
+    clips: int = 2
+    steps: int = 4
+    cfg: float = 4.0
+
+
+@dataclass(frozen=True)
+class Stage2Settings:
+    """A whole config file of stage II."""
+
+    seed: int
+    out: Path
+    cache: Path  # folder of latents; may be shared by runs
+    vae: Path
+    text: str  # the text encoder, which doesn't learn here
+    loop: LoopSettings
+    phases: tuple[Phase, ...]
+    tokenizer: str = ""
+    shift: float = STAGE2_SHIFT
+    caption_dropout: float = CAPTION_DROPOUT
+    degradation: DegradationSettings = field(default_factory=DegradationSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    sheet: SheetSettings = field(default_factory=SheetSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse phases that don't fill the schedule."""
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends != sorted(set(ends)) or ends[-1] != self.loop.steps:
+            last = self.loop.steps
+            raise TrainingError(f"[[phases]] must end one after the other, the last at step {last}; got {ends}.")
+
+
+class PairData(Dataset):
+    """data[i]: clean and reference latents in raw scale, and contexts, of the phase that batch i is in."""
+
+    def __init__(self, settings: Stage2Settings, caches: list[LatentCache]) -> None:
+        self.settings, self.caches = settings, caches
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Draw batch `index`."""
+        settings = self.settings
+        step = index // settings.loop.accumulate
+        number = next((i for i, phase in enumerate(settings.phases) if step < phase.until), len(settings.phases) - 1)
+        cache, batch = self.caches[number], settings.phases[number].batch
+        entries = cache.batch(cache.draw(batch, settings.seed, "clips", index))
+        strong = torch.rand(batch, generator=generator_for(settings.seed, "strong", index))
+        return choose_reference(entries, settings.degradation, strong)
+
+
+def choose_reference(entries: dict[str, Tensor], settings: DegradationSettings, chance: Tensor) -> dict[str, Tensor]:
+    """Pick each clip's reference: the strongly degraded one where `chance` [B] is below the probability."""
+    if settings.pixel:
+        strong = (chance < settings.strong_probability)[:, None, None, None, None]
+        reference = torch.where(strong, entries["strong"], entries["weak"])
+    else:
+        reference = entries["clean"]
+    return {"clean": entries["clean"], "reference": reference, "context": entries["context"]}
+
+
+class Stage2Task:
+    """Stage II as the training loop sees it."""
+
+    def __init__(self, settings: Stage2Settings, device: torch.device) -> None:
+        """Build or load the network, and encode the clips that aren't in the cache yet."""
+        self.settings, self.device = settings, device
+        self.vae = load_frozen_vae(settings.vae, device)
+        text = FrozenText(settings.text, settings.tokenizer, device)
+        caches = [self._cached(phase.clips, "train", text) for phase in settings.phases]
+        self.held_out = self._cached(settings.phases[-1].clips, "validation", text)
+        text.release()
+        self.model = make_network(settings.network, 2, settings.seed, device)
+        self.data = PairData(settings, caches)
+        self.description = describe_network(self.model, settings.network)
+        self._references: list[tuple[Tensor, Tensor]] = []
+
+    def _degraded(self, video: Tensor, *names: str | int) -> dict[str, Tensor]:
+        weak = WeakDegradation(self.settings.degradation.factor)
+        return {
+            "weak": weak(video, generator_for(self.settings.seed, "weak", *names)),
+            "strong": StrongDegradation()(video, generator_for(self.settings.seed, "strong", *names)),
+        }
+
+    def _cached(self, clips: ClipSettings, split: str, text: FrozenText) -> LatentCache:
+        seed = self.settings.seed if split == "train" else VALIDATION_SEED
+        source = clips.open(split, seed)
+        kinds = (clips, split, seed, self.settings.degradation.factor, text.digest)
+        cache = LatentCache(
+            cache_folder(self.settings.cache, self.settings.vae, "stage2", *kinds),
+            clips.clips if split == "train" else clips.validation_clips,
+        )
+
+        def make(index: int) -> tuple[dict[str, Tensor], str]:
+            video, caption = source.sample(index)
+            videos = {"clean": video, **self._degraded(video, split, index)}
+            tensors = {name: encode_clip(self.vae, clip, seed, name, index) for name, clip in videos.items()}
+            return {**tensors, "context": text([caption])[0]}, caption
+
+        cache.fill(make)
+        return cache
+
+    def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Mean squared error of the velocity at a random place of the flow."""
+        settings = self.settings
+        clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
+        degrade = LatentDegradation(settings.degradation.latent_steps)
+        degraded, steps = degrade(reference, generator_for(settings.seed, "degradation", index))
+        context = drop_captions(
+            batch["context"], generator_for(settings.seed, "dropout", index), settings.caption_dropout
+        )
+        network = as_called(self.model, checkpoint_blocks=settings.network.checkpoint_blocks)
+        uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
+        return {"loss": flow_loss(network, degraded, clean, context, uniform, steps, shift=settings.shift)}
+
+    def validate(self) -> dict[str, float]:
+        """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references."""
+        entries = held_out_batch(self.held_out, 8)
+        batch = choose_reference(entries, self.settings.degradation, torch.ones(len(entries["clean"])))
+        explained = []
+        for row in range(len(batch["clean"])):  # one by one: full resolution takes memory
+            clean, reference, context = (
+                batch[name][row : row + 1].to(self.device) for name in ("clean", "reference", "context")
+            )
+            clean, start = clean * STAGE2_LATENT_SCALE, self._start(reference, row)
+            steps = torch.full((1,), self._step, device=self.device)
+            place = torch.full((1,), (row + 0.5) / len(batch["clean"]), device=self.device)
+            loss = flow_loss(as_called(self.model), start, clean, context, place, steps, shift=self.settings.shift)
+            explained.append(1 - (loss / (clean - start).square().mean()).item())
+        scores = {"explained": sum(explained) / len(explained)}
+        refined = self.refine(batch)
+        for name, videos in (("refined", refined), ("reference", [low for low, _ in self._pairs()])):
+            values = [psnr(video.cpu(), clean) for video, (_, clean) in zip(videos, self._pairs(), strict=True)]
+            scores[f"psnr_{name}"] = sum(values) / len(values)
+        return scores
+
+    @property
+    def _step(self) -> int:
+        """The degradation strength that is judged: the usual one, or the nearest that was trained."""
+        low, high = self.settings.degradation.latent_steps
+        return min(max(VALIDATION_STEPS, low), high)
+
+    def _start(self, reference: Tensor, row: int) -> Tensor:
+        noise = normal_like(reference, generator_for(VALIDATION_SEED, "start", row))
+        return degrade_latent(reference * STAGE2_LATENT_SCALE, noise, self._step)
+
+    @torch.no_grad()
+    def refine(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Refine the first references of a batch to videos [3, T, H, W]."""
+        settings, videos = self.settings.sheet, []
+        dtype = self.model.proj_out.weight.dtype
+        for row in range(self._shown()):
+            reference, context = (batch[name][row : row + 1].to(self.device) for name in ("reference", "context"))
+            latent = sample_stage2(
+                self.model, self._start(reference, row), context.to(dtype), torch.zeros_like(context, dtype=dtype),
+                steps=settings.steps, cfg=settings.cfg, shift=self.settings.shift, degradation_step=self._step,
+            )  # fmt: skip
+            videos.append(self.vae.decode(latent / STAGE2_LATENT_SCALE)[0])
+        return videos
+
+    def _shown(self) -> int:
+        return min(self.settings.sheet.clips, len(self.held_out))
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Weakly degraded and clean video of each shown clip, [3, T, H, W] each."""
+        if not self._references:
+            source = self.settings.phases[-1].clips.open("validation", VALIDATION_SEED)
+            for index in range(self._shown()):
+                video, _ = source.sample(index)
+                self._references.append((self._degraded(video, "validation", index)["weak"], video))
+        return self._references
+
+    def sheet(self) -> Image.Image:
+        """Held-out clips: what goes in, what comes out, what it should be."""
+        entries = held_out_batch(self.held_out, self._shown())
+        batch = choose_reference(entries, self.settings.degradation, torch.ones(len(entries["clean"])))
+        rows = []
+        for index, (refined, (low, clean)) in enumerate(zip(self.refine(batch), self._pairs(), strict=True)):
+            caption = self.held_out.caption(index)
+            rows += [(f"reference: {caption}", low), ("refined", refined), ("clean", clean)]
+        return sheet(rows, frames=3)
+
+    def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
+        """Write stage2.safetensors, or stage2_lora.safetensors."""
+        with torch.no_grad():
+            scores = self.validate()
+        return {export_network(folder, self.model, self.settings.network, step, scores): scores}
+
+
+def _spread_uniform(count: int, generator: torch.Generator) -> Tensor:
+    """[count] numbers, one from each of `count` equal parts of [0, 1]: each uniform, together even."""
+    return (torch.rand(count, generator=generator) + torch.arange(count)) / count

@@ -1,0 +1,235 @@
+"""Training of the video VAE on crops of many sizes, and its export with latents of standard deviation one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..architecture import MAX_NORM_GROUPS
+from ..checkpoints import STAGE_METADATA
+from ..config import VAEConfig
+from ..vae import VideoVAE
+from ..vae_layers import SpatialNorm
+from .checkpointing import export_weights
+from .config import LoopSettings
+from .errors import TrainingError
+from .losses import vae_loss
+from .metrics import psnr, sheet
+from .randomness import generator_for, normal_like, randint
+from .scenes import SceneStream
+
+VALIDATION_SEED = 1  # of held-out scenes; the same for every run, so that runs compare
+
+
+@dataclass(frozen=True)
+class VAENumbers:
+    """The network's sizes; the norm groups follow from them as they do when the file is loaded."""
+
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    encoder_blocks: int
+    decoder_blocks: int
+
+    def config(self) -> VAEConfig:
+        """Return the whole architecture."""
+        widths = (self.base_channels * multiplier for multiplier in self.channel_multipliers)
+        return VAEConfig(**dataclasses.asdict(self), norm_groups=math.gcd(MAX_NORM_GROUPS, *widths))
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One kind of training batch: `clips` scenes rendered at a size, `crops` pieces cut from each."""
+
+    render: tuple[int, int]  # height, width
+    size: tuple[int, int]  # height, width of a piece, multiples of 8
+    frames: int  # 4n + 1
+    clips: int
+    crops: int = 1
+    weight: float = 1.0  # how often, relative to the others
+
+
+@dataclass(frozen=True)
+class ValidationClip:
+    """Whole held-out clips of one size; `name` stands in the metrics."""
+
+    name: str
+    size: tuple[int, int]
+    frames: int
+    clips: int
+
+
+@dataclass(frozen=True)
+class VAELossSettings:
+    """Weights of the loss terms."""
+
+    kl: float = 1e-6
+    gradient: float = 0.5
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """A whole VAE config file."""
+
+    seed: int
+    out: Path
+    model: VAENumbers
+    loop: LoopSettings
+    loss: VAELossSettings
+    crops: tuple[Crop, ...]
+    validation: tuple[ValidationClip, ...]
+
+
+class CropData(Dataset):
+    """data[i] is a batch of crops [B, 3, T, H, W], all of one kind."""
+
+    def __init__(self, crops: tuple[Crop, ...], seed: int) -> None:
+        self.crops, self.seed = crops, seed
+        self.weights = torch.tensor([crop.weight for crop in crops])
+        self.streams = [SceneStream("train", *crop.render, crop.frames, seed) for crop in crops]
+        self.stride = max(crop.clips for crop in crops)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Render batch `index`."""
+        generator = generator_for(self.seed, "crop", index)
+        kind = int(torch.multinomial(self.weights, 1, generator=generator))
+        crop = self.crops[kind]
+        pieces = []
+        for clip in range(crop.clips):
+            video, _ = self.streams[kind].sample(index * self.stride + clip)
+            for _ in range(crop.crops):
+                top, left = (
+                    randint(generator, 0, whole - part) for whole, part in zip(crop.render, crop.size, strict=True)
+                )
+                pieces.append(video[..., top : top + crop.size[0], left : left + crop.size[1]])
+        return torch.stack(pieces)
+
+
+def initialise(vae: VideoVAE, seed: int) -> None:
+    """Draw starting weights; the decoder's norms begin as plain norms that follow the latent only a little."""
+    generator = generator_for(seed, "weights")
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            limit = math.sqrt(3 / module.weight[0].numel())
+            nn.init.uniform_(module.weight, -limit, limit, generator=generator)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, SpatialNorm):
+            for conv in (module.conv_y.conv, module.conv_b.conv):
+                conv.weight.data *= 0.1
+            nn.init.ones_(module.conv_y.conv.bias)
+
+
+class VAETask:
+    """The VAE as the training loop sees it."""
+
+    def __init__(self, settings: VAESettings, device: torch.device) -> None:
+        """Build the network with fresh weights."""
+        self.settings = settings
+        self.model = VideoVAE(settings.model.config())
+        initialise(self.model, settings.seed)
+        self.model.to(device)
+        self.data = CropData(settings.crops, settings.seed)
+        self.description = {"network": "vae", **_plain(settings.model)}
+        self._held_out: dict[str, list[Tensor]] = {}
+
+    def loss(self, batch: Tensor, index: int) -> dict[str, Tensor]:
+        """Encode, draw a latent, decode, compare."""
+        posterior = self.model.encode(batch)
+        noise = normal_like(posterior.mean, generator_for(self.settings.seed, "latent", index))
+        video = self.model.decode(posterior.sample(noise))
+        return vae_loss(
+            video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss)
+        )
+
+    def validate(self) -> dict[str, float]:
+        """PSNR of held-out clips, the mean over all sizes first, and the latents' standard deviation."""
+        scores: dict[str, float] = {}
+        spreads = []
+        for kind in self.settings.validation:
+            values = []
+            for clip in self._clips(kind):
+                video, latent = self._reconstruct(clip)
+                values.append(psnr(video, clip.to(video.device)))
+                spreads.append(latent.std().item())
+            scores[f"psnr_{kind.name}"] = sum(values) / len(values)
+        mean = sum(scores.values()) / len(scores)
+        return {"psnr": mean, **scores, "latent_std": sum(spreads) / len(spreads)}
+
+    def sheet(self) -> Image.Image:
+        """A held-out clip of each size above its reconstruction."""
+        rows = []
+        for kind in self.settings.validation:
+            clip = self._clips(kind)[0]
+            rows += [(f"{kind.name}: clip", clip[0]), ("reconstruction", self._reconstruct(clip)[0][0])]
+        return sheet(rows)
+
+    def _reconstruct(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.model.encode(clip.to(next(self.model.parameters()).device)).mode()
+        return self.model.decode(latent), latent
+
+    def _clips(self, kind: ValidationClip) -> list[Tensor]:
+        if kind.name not in self._held_out:
+            stream = SceneStream("validation", *kind.size, kind.frames, VALIDATION_SEED)
+            self._held_out[kind.name] = [stream.sample(index)[0][None] for index in range(kind.clips)]
+        return self._held_out[kind.name]
+
+    def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
+        """Write vae.safetensors with normalised latents in half precision; returns the metrics of what it holds."""
+        with torch.no_grad():
+            fold_latent_scale(self.model, self._latent_deviation())
+            self.model.load_state_dict({name: value.half() for name, value in self.model.state_dict().items()})
+            scores = self.validate()
+        metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
+        metadata |= {f"flashvideo.{name}": f"{value:.3f}" for name, value in scores.items()}
+        path = folder / "vae.safetensors"
+        export_weights(path, self.model.state_dict(), metadata)
+        return {path: scores}
+
+    def _latent_deviation(self) -> Tensor:
+        """Standard deviation of each latent channel over held-out clips, the posterior's own noise included: [16]."""
+        device = next(self.model.parameters()).device
+        draws = []
+        for kind in self.settings.validation:
+            for clip in self._clips(kind):
+                posterior = self.model.encode(clip.to(device))
+                noise = normal_like(posterior.mean, generator_for(VALIDATION_SEED, kind.name, len(draws)))
+                draws.append(posterior.sample(noise)[0].flatten(1))
+        return torch.cat(draws, dim=1).std(dim=1)
+
+
+@torch.no_grad()
+def fold_latent_scale(vae: VideoVAE, deviation: Tensor) -> None:
+    """Divide the latent's channels by `deviation` [C], exactly: the encoder's last and the decoder's first layers.
+
+    Only a scale can be folded: a shift would meet the zeros around the picture in the decoder's first convolution.
+    """
+    if not bool((deviation > 0).all()):
+        raise TrainingError("A latent channel of the VAE is constant; it isn't trained enough to be exported.")
+    channels = len(deviation)
+    last = vae.encoder.conv_out.conv
+    last.weight[:channels] /= deviation[:, None, None, None, None]
+    last.bias[:channels] /= deviation
+    last.bias[channels:] -= 2 * deviation.log()
+    readers = [vae.decoder.conv_in.conv]
+    for module in vae.decoder.modules():
+        if isinstance(module, SpatialNorm):
+            readers += [module.conv_y.conv, module.conv_b.conv]
+    for conv in readers:
+        conv.weight *= deviation[None, :, None, None, None]
+
+
+def _plain(settings: Any) -> Mapping[str, Any]:
+    """Return a settings dataclass as a checkpoint holds it: tuples as lists."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }

@@ -1,0 +1,325 @@
+"""The training loop: resumes to the bit, loses nothing when something breaks, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from flashvideo.__main__ import main
+from flashvideo.training.checkpointing import LAST, load_state, save_state
+from flashvideo.training.config import LoopSettings, build, load_toml
+from flashvideo.training.metrics import MetricsFile, psnr, save_plot
+from flashvideo.training.optimise import RunningMean, learning_rate
+from flashvideo.training.stage1 import Stage1Settings
+from flashvideo.training.stage2 import Stage2Settings
+from flashvideo.training.text import TextSettings
+from flashvideo.training.vae import VAESettings
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "flashvideo" / "training" / "configs"
+SETTINGS = {"vae": VAESettings, "text": TextSettings, "stage1": Stage1Settings, "stage2": Stage2Settings}
+
+VAE = """
+seed = 1
+out = "{out}"
+[model]
+base_channels = 8
+channel_multipliers = [1, 1, 1, 1]
+encoder_blocks = 1
+decoder_blocks = 1
+[loop]
+steps = {steps}
+learning_rate = {rate}
+warmup = 3
+accumulate = 2
+ema = 0.9
+log_every = 1
+validate_every = 15
+checkpoint_every = {checkpoint_every}
+[loss]
+[[crops]]
+render = [16, 24]
+size = [16, 16]
+frames = 5
+clips = 2
+[[crops]]
+render = [16, 24]
+size = [8, 16]
+frames = 1
+clips = 1
+crops = 3
+[[validation]]
+name = "small"
+size = [16, 24]
+frames = 5
+clips = 2
+"""
+
+
+@pytest.fixture
+def vae_config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config of a tiny VAE whose run is tmp_path/run; returns its path."""
+
+    def write(steps: int = 40, rate: float = 1e-3, checkpoint_every: int = 10) -> Path:
+        path = tmp_path / "vae.toml"
+        text = VAE.format(out=(tmp_path / "run").as_posix(), steps=steps, rate=rate, checkpoint_every=checkpoint_every)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def train(kind: str, config: Path, *options: str) -> int:
+    """Run the command line."""
+    return main(["train", kind, "--config", str(config), "--device", "cpu", *options])
+
+
+def start(config: Path, *, file_limit: int | None = None, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Run the command line in a process of its own, which may write no file larger than `file_limit` bytes."""
+    command = [sys.executable, "-m", "flashvideo", "train", "vae", "--config", str(config), "--device", "cpu", *options]
+
+    def limit() -> None:
+        import resource  # not there on Windows
+
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=limit,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a file is there."""
+    deadline = time.monotonic() + 120
+    while not path.is_file():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Places where two states differ in any bit; the seconds of a run are its own."""
+    if isinstance(one, dict):
+        keys = [key for key in {*one, *other} if key != "seconds"]
+        return [place for key in keys for place in differences(one[key], other[key], f"{where}.{key}")]
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        pairs = enumerate(zip(one, other, strict=True))
+        return [place for i, pair in pairs for place in differences(*pair, f"{where}.{i}")]
+    same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    return [] if same else [where]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Metrics of a run, but for the time they took."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+# Resuming
+
+
+def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(vae_config: Callable, tmp_path: Path) -> None:
+    config, straight = vae_config(), tmp_path / "straight"
+    assert train("vae", config, "--out", str(straight)) == 0
+    assert train("vae", config, "--steps", "20") == 0
+    assert train("vae", config, "--resume", "--steps", "20") == 0
+    states = [load_state(folder / LAST) for folder in (tmp_path / "run", straight)]
+    assert states[0]["step"] == 40
+    assert len(states[0]["optimiser"]["state"]) == len(states[0]["model"]) == len(states[0]["mean"])
+    assert differences(*states) == []
+    assert metrics(tmp_path / "run") == metrics(straight)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(vae_config: Callable, tmp_path: Path) -> None:
+    config, straight, run = vae_config(checkpoint_every=4), tmp_path / "straight", tmp_path / "run"
+    process = start(config)
+    wait_for(run / LAST, process)
+    process.kill()
+    process.communicate()
+    assert 0 < load_state(run / LAST)["step"] < 40
+    assert train("vae", config, "--resume") == 0
+    assert train("vae", config, "--out", str(straight)) == 0
+    assert differences(load_state(run / LAST), load_state(straight / LAST)) == []
+    assert metrics(run) == metrics(straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_step_at_hand(vae_config: Callable, tmp_path: Path, number: signal.Signals) -> None:
+    config = vae_config(steps=100_000)
+    process = start(config)
+    wait_for(tmp_path / "run" / LAST, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = load_state(tmp_path / "run" / LAST)["step"]
+    assert f"step {step} of 100000; --resume goes on" in output
+    assert metrics(tmp_path / "run")[-1]["step"] == step  # the very last step, not the last multiple of ten
+
+
+def test_minutes_end_a_run_with_a_checkpoint(vae_config: Callable, tmp_path: Path) -> None:
+    assert train("vae", vae_config(steps=100_000, checkpoint_every=100_000), "--minutes", "0.02") == 0
+    assert load_state(tmp_path / "run" / LAST)["step"] >= 1
+
+
+def test_a_finished_run_has_nothing_left_to_do(vae_config: Callable, tmp_path: Path) -> None:
+    config = vae_config(steps=2)
+    assert train("vae", config) == 0
+    before = load_state(tmp_path / "run" / LAST)
+    assert train("vae", config, "--resume") == 0
+    assert differences(before, load_state(tmp_path / "run" / LAST)) == []
+
+
+# What goes wrong
+
+
+def test_a_broken_loss_stops_training_and_keeps_the_last_good_checkpoint(
+    vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train("vae", vae_config(), "--steps", "10") == 0
+    kept = load_state(tmp_path / "run" / LAST)
+    assert train("vae", vae_config(rate=1e30), "--resume") == 1
+    message = capsys.readouterr().err
+    assert "training stopped. Lower the learning rate" in message
+    assert "last.pt holds step 10: --resume goes on from there." in message
+    assert differences(kept, load_state(tmp_path / "run" / LAST)) == []
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
+    assert train("vae", vae_config(), "--resume", "--steps", "1") == 0
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(vae_config: Callable, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: writing fails in the same place, in the same way."""
+    config, last = vae_config(checkpoint_every=4), tmp_path / "run" / LAST
+    assert train("vae", config, "--steps", "10") == 0
+    kept = last.read_bytes()
+    process = start(config, file_limit=len(kept) // 2, options=("--resume",))
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "last.pt can't be written: the disk is full. The one written before is kept." in message
+    assert f"{last} holds step 10: --resume goes on from there." in message
+    assert last.read_bytes() == kept
+    assert not list(last.parent.glob("*.part"))
+
+
+def test_a_run_is_never_overwritten(vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = vae_config()
+    assert train("vae", config, "--steps", "1") == 0
+    assert train("vae", config) == 1
+    assert "holds a run already: add --resume" in capsys.readouterr().err
+    assert load_state(tmp_path / "run" / LAST)["step"] == 1
+
+
+def test_resuming_needs_a_whole_checkpoint_of_the_same_network(
+    vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, last = vae_config(), tmp_path / "run" / LAST
+    assert train("vae", config, "--resume") == 1
+    assert "no checkpoint to go on from; start without --resume" in capsys.readouterr().err
+    assert train("vae", config, "--steps", "1") == 0
+    config.write_text(config.read_text().replace("decoder_blocks = 1", "decoder_blocks = 2"))
+    assert train("vae", config, "--resume") == 1
+    assert "belongs to another network" in capsys.readouterr().err
+    last.write_bytes(last.read_bytes()[:5000])
+    assert train("vae", vae_config(), "--resume") == 1
+    assert "last.pt is damaged" in capsys.readouterr().err
+    torch.save([1, 2], last)
+    assert train("vae", config, "--resume") == 1
+    assert "no checkpoint of this version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("warmup = 3", "warm_up = 3", "vae.toml loop: unknown setting 'warm_up'; there are steps, "),
+        ("steps = 40", "", "vae.toml loop: the setting 'steps' is missing."),
+        ("steps = 40", 'steps = "40"', "vae.toml loop steps must be of type int; got '40'."),
+        ("steps = 40", "steps = 0", "[loop] steps must be above 0; got 0."),
+        ("size = [16, 16]", "size = [16]", "vae.toml crops size must be a list of 2 values; got [16]."),
+        ("steps = 40", "steps = = 40", "vae.toml is not a readable TOML file"),
+    ],
+)
+def test_a_mistake_in_a_config_is_named(
+    vae_config: Callable, capsys: pytest.CaptureFixture, before: str, after: str, message: str
+) -> None:
+    config = vae_config()
+    config.write_text(config.read_text().replace(before, after))
+    assert train("vae", config) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train("vae", tmp_path / "none.toml") == 1
+    assert "none.toml: there is no such config file." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_shipped_configs_are_valid(path: Path) -> None:
+    settings = build(SETTINGS[path.stem.split("_")[0]], load_toml(path), path.name)
+    assert f"--config {path.relative_to(ROOT).as_posix()}" in path.read_text()
+    assert settings.loop.steps > settings.loop.warmup
+
+
+# Pieces
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    settings = LoopSettings(steps=110, learning_rate=2.0, warmup=10, final_rate=0.1)
+    rates = [learning_rate(step, settings) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[60] == pytest.approx(2 * 0.55)  # half way between all and a tenth
+    assert rates[110] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_running_mean_is_applied_and_taken_back() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    mean = RunningMean(layer, decay=0.5)
+    nn.init.ones_(layer.weight)
+    mean.update(step=1000)
+    with mean.applied():
+        assert layer.weight.item() == 0.5
+    assert layer.weight.item() == 1.0
+
+
+def test_metrics_are_cut_where_a_run_goes_on_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.add(step, {"loss": 1 / step})
+    with file.path.open("a") as tail:
+        tail.write('{"step": 4, "lo')
+    assert [row["step"] for row in file.rows()] == [1, 2, 3]
+    file.truncate(2)
+    assert file.rows() == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    save_plot(tmp_path / "plot.png", file.rows())
+    assert Image.open(tmp_path / "plot.png").size == (360, 150)
+
+
+def test_psnr_of_a_known_error() -> None:
+    target = torch.zeros(3, 1, 4, 4)
+    assert psnr(target + 0.2, target) == pytest.approx(20)  # the range is 2
+    assert psnr(target, target) == math.inf
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1})
+    with pytest.raises(AttributeError):
+        save_state(path, {"step": (lambda: None)})  # can't be pickled
+    assert load_state(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]

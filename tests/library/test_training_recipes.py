@@ -1,0 +1,251 @@
+"""Every training recipe from nothing to files that load, and its pieces: latents on disk, LoRA, text, export."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flashvideo.__main__ import main
+from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.config import VAEConfig
+from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
+from flashvideo.training.checkpointing import BEST, LAST, load_state
+from flashvideo.training.errors import TrainingError
+from flashvideo.training.latents import SHARD, LatentCache
+from flashvideo.training.lora import add_lora, lora_state, merged_state
+from flashvideo.training.metrics import MetricsFile
+from flashvideo.training.networks import NetworkSettings, make_network
+from flashvideo.training.text import T5Tokens, fresh_encoder, load_encoder, text_metadata, words_and_pairs
+from flashvideo.training.vae import fold_latent_scale, initialise
+from flashvideo.vae import VideoVAE
+
+LOOP = """
+[loop]
+steps = 3
+learning_rate = 1e-3
+warmup = 1
+log_every = 1
+validate_every = 3
+checkpoint_every = 2
+"""
+CLIPS = "height = 32\nwidth = 48\nframes = 5\nclips = 2\nvalidation_clips = 1\n"
+VAE = f"""
+seed = 1
+out = "unused"
+[model]
+base_channels = 8
+channel_multipliers = [1, 1, 1, 1]
+encoder_blocks = 1
+decoder_blocks = 1
+{LOOP}
+[loss]
+[[crops]]
+render = [16, 24]
+size = [16, 16]
+frames = 5
+clips = 2
+[[validation]]
+name = "small"
+size = [16, 24]
+frames = 5
+clips = 2
+"""
+
+
+def train(kind: str, recipe: str, folder: Path, *options: str) -> None:
+    """Run the command line on a config of this text, in a run's folder named after its kind."""
+    config = folder / f"{kind}.toml"
+    config.write_text(recipe)
+    out = str(folder / kind)
+    assert main(["train", kind, "--config", str(config), "--out", out, "--device", "cpu", *options]) == 0
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with an untrained VAE and text encoder."""
+    pytest.importorskip("transformers")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    vae = VideoVAE(VAEConfig(8, (1, 1, 1, 1), 1, 1, norm_groups=8))
+    initialise(vae, seed=1)
+    save_file(vae.state_dict(), folder / "vae.safetensors")
+    save_file(fresh_encoder(1).weights(), folder / "text_encoder.safetensors")
+    return folder
+
+
+@torch.no_grad()
+def test_folding_the_latent_scale_changes_latents_and_nothing_else() -> None:
+    vae = VideoVAE(VAEConfig(8, (1, 1, 1, 1), 1, 1, norm_groups=8))
+    initialise(vae, seed=1)
+    video = torch.randn(1, 3, 9, 16, 24, generator=torch.Generator().manual_seed(0))
+    before = vae.encode(video)
+    decoded = vae.decode(before.mean)
+    deviation = torch.linspace(0.1, 5, 16)
+    fold_latent_scale(vae, deviation)
+    after, scale = vae.encode(video), deviation[None, :, None, None, None]
+    assert torch.allclose(after.mean * scale, before.mean, atol=1e-5)
+    assert torch.allclose((after.logvar / 2).exp() * scale, (before.logvar / 2).exp(), rtol=1e-4)
+    assert (vae.decode(after.mean) - decoded).abs().max() <= 1e-4
+    with pytest.raises(TrainingError, match="constant"):
+        fold_latent_scale(vae, torch.zeros(16))
+
+
+@torch.no_grad()
+def test_lora_starts_as_the_network_and_merges_into_one() -> None:
+    dit = make_network(NetworkSettings(), 1, 1, torch.device("cpu"))
+    nn.init.normal_(dit.proj_out.weight, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(1, 7, NANO_STAGE1.text_dim, generator=generator)
+    inputs = torch.randn(1, 16, 1, 4, 4, generator=generator), torch.tensor([500.0]), text
+    plain = dit(*inputs)
+    names = set(dit.state_dict())
+    add_lora(dit, 4, seed=1)
+    assert torch.equal(dit(*inputs), plain)
+    learning = [name for name, parameter in dit.named_parameters() if parameter.requires_grad]
+    assert len(learning) == 2 * 6 * NANO_STAGE1.num_layers
+    for name, parameter in dit.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(0, 0.3, generator=generator)
+    merged = merged_state(dit)
+    assert set(merged) == names
+    adapted = dit(*inputs)
+    assert (adapted - plain).abs().max() > 1e-2
+    assert (load_dit(merged)(*inputs) - adapted).abs().max() <= 1e-4
+    assert lora_state(dit)["diffusion_model.blocks.0.norm1.linear.lora_A.weight"].shape == (4, 64)
+
+
+def test_a_latent_cache_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(index: int) -> tuple[dict[str, Tensor], str]:
+        if index == SHARD + 2 and len(made) < SHARD + 3:
+            made.append(-1)
+            raise KeyboardInterrupt
+        made.append(index)
+        return {"latent": torch.full((2, 3), float(index))}, f"clip {index}"
+
+    cache = LatentCache(tmp_path / "latents", SHARD + 5)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(make)
+    cache.fill(make)
+    assert made == [*range(SHARD + 2), -1, *range(SHARD, SHARD + 5)]
+    assert cache.batch([0, SHARD + 4])["latent"][:, 0, 0].tolist() == [0, SHARD + 4]
+    assert cache.caption(SHARD + 1) == f"clip {SHARD + 1}"
+    cache.fill(make)
+    assert len(made) == SHARD + 8
+
+
+def test_words_and_pairs_of_a_caption() -> None:
+    assert words_and_pairs("A red circle, red!") == {"a", "red", "circle", "a red", "red circle", "circle red"}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small tokenizer in T5's format: words of the procedural captions, </s> at the end, padding 0."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    words = ("a", "an", "red", "blue", "circle", "moves", "left", "right", "over", "green", "hill")
+    vocabulary = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *words))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_tokens_are_padded_and_cut_to_226(tokenizer: Path) -> None:
+    tokens = T5Tokens(str(tokenizer))(["a red circle", "red " * 300])
+    assert tokens.shape == (2, 226)
+    assert tokens[0, :5].tolist() == [3, 5, 7, 1, 0]
+    assert tokens[1, -2:].tolist() == [5, 1]
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(TrainingError, match="Give the tokenizer.json of ComfyUI"):
+        T5Tokens(str(tmp_path / "nowhere.json"))
+
+
+def test_a_text_encoder_is_read_as_it_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    encoder = fresh_encoder(3)
+    save_file(encoder.weights(), tmp_path / "t5.safetensors")
+    again = load_encoder(tmp_path / "t5.safetensors")
+    tokens = torch.randint(0, 32128, (2, 226), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(encoder(tokens), again(tokens))
+    assert again(tokens).shape[2] == NANO_TEXT_ENCODER.d_model
+    assert text_metadata(5)["flashvideo.step"] == "5"
+
+
+def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Path) -> None:
+    models, extra = tmp_path / "models", ("--tokenizer", str(tokenizer))
+    head = f'seed = 1\nout = "unused"\nvae = "{models}/vae.safetensors"\ncache = "{tmp_path}/cache"\n'
+    head += f'text = "{models}/text_encoder.safetensors"\n'
+    recipes = {
+        "vae": VAE,
+        "text": f'seed = 1\nout = "unused"\nbatch = 2\nvocabulary_captions = 300\nvalidation_captions = 4\n{LOOP}',
+        "stage1": f"{head}train_text = true\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n",
+        "stage2": f"{head}{LOOP}[network]\ncheckpoint_blocks = true\n"
+        f"[[phases]]\nuntil = 1\nbatch = 1\n[phases.clips]\n{CLIPS.replace('32', '16')}"
+        f"[[phases]]\nuntil = 3\nbatch = 2\n[phases.clips]\n{CLIPS}",
+    }
+    for kind, recipe in recipes.items():
+        train(kind, recipe, tmp_path, "--steps", "2", *extra)
+        train(kind, recipe, tmp_path, "--resume", *extra)
+        train(kind, recipe, tmp_path, "--export", str(models), *extra)
+        run = tmp_path / kind
+        assert {LAST, BEST, "metrics.jsonl", "metrics.png"} <= {path.name for path in run.iterdir()}
+        assert Image.open(run / "sheets" / "000003.png").size[0] > 0
+        rows = MetricsFile(run / "metrics.jsonl").rows()
+        assert rows[-1]["step"] == 3
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert load_vae(models / "vae.safetensors").config.norm_groups == 8
+    for stage in (1, 2):
+        assert load_dit(models / f"stage{stage}.safetensors", stage=stage).config.stage == stage
+    with safe_open(models / "vae.safetensors", framework="pt") as file:
+        assert file.metadata()["flashvideo.stage"] == "vae"
+        assert file.metadata()["flashvideo.trained"] == "true"
+        assert float(file.metadata()["flashvideo.psnr"]) > 0
+
+
+def test_stage_two_with_lora_learns_and_writes_adapters_alone(models: Path, tokenizer: Path, tmp_path: Path) -> None:
+    recipe = (
+        f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
+        f'text = "{models}/text_encoder.safetensors"\n{LOOP}[network]\nlora_rank = 4\n'
+        f"[[phases]]\nuntil = 3\nbatch = 2\n[phases.clips]\n{CLIPS}"
+    )
+    train("stage2", recipe, tmp_path, "--tokenizer", str(tokenizer))
+    train("stage2", recipe, tmp_path, "--tokenizer", str(tokenizer), "--export", str(models))
+    with safe_open(models / "stage2_lora.safetensors", framework="pt") as file:
+        assert "diffusion_model.blocks.0.q.lora_B.weight" in file.keys()  # noqa: SIM118
+    assert all("lora_" in name for name in load_state(tmp_path / "stage2" / LAST)["model"])
+
+
+def test_stage_one_learns_with_a_frozen_text_encoder(models: Path, tokenizer: Path, tmp_path: Path) -> None:
+    recipe = (
+        f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
+        f'text = "{models}/text_encoder.safetensors"\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n'
+    )
+    train("stage1", recipe, tmp_path, "--tokenizer", str(tokenizer))
+    learnt = load_state(tmp_path / "stage1" / LAST)["model"]
+    assert all(name.startswith("dit.") for name in learnt)
+
+
+def test_a_missing_vae_is_named(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "stage1.toml"
+    config.write_text(
+        f'seed = 1\nout = "{tmp_path}/run"\ncache = "c"\nvae = "none.safetensors"\ntrain_text = true\nbatch = 1\n'
+        f"[clips]\n{CLIPS}{LOOP}"
+    )
+    assert main(["train", "stage1", "--config", str(config), "--tokenizer", str(tokenizer), "--device", "cpu"]) == 1
+    assert "none.safetensors: there is no such file." in capsys.readouterr().err
