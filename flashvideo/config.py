@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rotary positions split a head of 64 as 16 (time) + 24 (row) + 24 (column); other heads keep the proportion.
-HEAD_DIM = 64
 TEXT_TOKENS = 226  # T5 tokens of a prompt, padding included
 TEMPORAL_FACTOR = 4  # video frames to one latent frame, after the first
 SPATIAL_FACTOR = 8  # pixels to one latent pixel

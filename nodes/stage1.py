@@ -8,11 +8,10 @@ from comfy_api.latest import io
 
 from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
-from ..flashvideo.schedule import stage1_schedule
 from .checks import check_latent, check_size, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, named
 from .native.run import run_stage1, seeded_noise, with_dynamic_cfg
-from .native.sampling import signal_to_sigma
+from .native.sampling import stage1_sigmas
 
 MAX_SIDE = 4096
 MAX_LENGTH = 1025
@@ -210,11 +209,7 @@ class FlashVideoStage1Scheduler(io.ComfyNode):
         """Compute the sigmas."""
         with named("FlashVideo Stage I Scheduler"):
             check_stage(model, 1)
-        if denoise <= 0:
-            return io.NodeOutput(torch.empty(0))
-        whole = min(1000, max(steps, int(steps / denoise)))
-        sigmas = signal_to_sigma(stage1_schedule(whole).signal)
-        return io.NodeOutput(sigmas[-(steps + 1) :])
+        return io.NodeOutput(stage1_sigmas(steps, denoise))
 
 
 class FlashVideoDynamicCFG(io.ComfyNode):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..flashvideo.config import STAGE2_LATENT_SCALE
-from ..flashvideo.degradation import DEGRADATION_STEP, degrade_latent
+from ..flashvideo.degradation import DEGRADATION_STEP
 from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
 from .checks import check_latent, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, named
-from .native.degraded import degradation_of, mark_degraded
+from .native.degraded import degradation_of, degrade, mark_degraded
 from .native.run import refiner_settings, run_stage2, seeded_noise
 
 SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
@@ -79,9 +78,8 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     f"this latent was degraded before, with strength {before}; a second time would ruin it. "
                     "Remove one of the two degradation nodes"
                 )
-        noise = seeded_noise(samples.shape, seed)().to(samples)
-        degraded = degrade_latent(samples * STAGE2_LATENT_SCALE, noise, strength) / STAGE2_LATENT_SCALE
-        return io.NodeOutput(mark_degraded(latent, degraded, strength))
+            noise = seeded_noise(samples.shape, seed)().to(samples)
+            return io.NodeOutput(degrade(latent, noise, strength))
 
 
 class FlashVideoStage2Refiner(io.ComfyNode):

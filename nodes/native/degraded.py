@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...flashvideo.config import STAGE2_LATENT_SCALE
+from ...flashvideo.degradation import degrade_latent
 from .sampling import RefinerSampling
 
 MARK = "flashvideo_degradation"
@@ -22,6 +24,12 @@ def mark_degraded(latent: dict[str, Any], samples: Tensor, strength: int) -> dic
     """A LATENT with `samples` that says with which strength they were degraded."""
     setattr(samples, MARK, strength)
     return {**latent, "samples": samples, MARK: strength}
+
+
+def degrade(latent: dict[str, Any], noise: Tensor, strength: int) -> dict[str, Any]:
+    """A marked LATENT, degraded with `noise` in stage II's scaled space. Raises ValueError beyond 0..999."""
+    samples = latent["samples"] * STAGE2_LATENT_SCALE
+    return mark_degraded(latent, degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE, strength)
 
 
 def degradation_of(latent: dict[str, Any]) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...flashvideo.degradation import DEGRADATION_STEP, degradation_weights
 from ...flashvideo.samplers import v_to_clean
-from ...flashvideo.schedule import STAGE2_SHIFT, Stage1Schedule, stage1_schedule, zero_snr_signal
+from ...flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS, Stage1Schedule, stage1_schedule, zero_snr_signal
 
 # The smallest signal that keeps sigma finite; ComfyUI's own zero-terminal-SNR tables end at its square.
 SMALLEST_SIGNAL = 4.8973451890853435e-08**0.5
@@ -22,6 +22,17 @@ def signal_to_sigma(signal: Tensor) -> Tensor:
     """sigma = sqrt(1 - s^2) / s, with s kept above zero."""
     signal = signal.clamp(min=SMALLEST_SIGNAL)
     return (1 - signal**2).clamp(min=0).sqrt() / signal
+
+
+def stage1_sigmas(steps: int, denoise: float = 1.0) -> Tensor:
+    """Stage I's official steps as sigmas [steps + 1], down to 0; `denoise` below 1 is the end of a longer run.
+
+    Empty at `denoise` 0.
+    """
+    if denoise <= 0:
+        return torch.empty(0)
+    whole = min(TRAIN_STEPS, max(steps, int(steps / denoise)))
+    return signal_to_sigma(stage1_schedule(whole).signal)[-(steps + 1) :]
 
 
 def per_sample(value: Tensor, ndim: int) -> Tensor:
