@@ -79,6 +79,7 @@ def main() -> int:
 def _show(workflows: Path, out: Path) -> None:
     """Run all examples on one server. The imports inside functions need the bed's Python, in which this now runs."""
     from comfy_server import ComfyServer
+    from demo_prompts import draft_prompts
 
     bed = Bed.load()
     if bed is None:
@@ -96,6 +97,10 @@ def _show(workflows: Path, out: Path) -> None:
         for example in EXAMPLES:
             say(f"\n{example.workflow.removesuffix('.json')}, on {device}")
             _run(example, server, workflows, out, clip)
+        if not _notice():
+            say("\nTen prompts whose colour, shape and direction the model never saw together, drafts only")
+            draft_prompts(server, workflows / EXAMPLES[0].workflow, out / "ten-prompts", say)
+            say(f"  {_shown(out / 'ten-prompts' / 'contact-sheet.png')}")
     say("\nComfyUI is stopped.")
 
 

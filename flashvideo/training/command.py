@@ -1,4 +1,4 @@
-"""`python -m flashvideo train vae|text|stage1|stage2`: reads a config, and runs the loop or an export."""
+"""`python -m flashvideo train vae|text|stage1|stage2|nano`: reads a config, and runs the loop or an export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import TrainingError
 
+WHOLE = "nano"  # all four, with the configs that come with the library
+NANO_FOLDER = Path("models/nano")
 SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
@@ -24,8 +26,8 @@ KINDS = {
 def add_train(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("train", help="train FlashVideo-Nano, or fine-tune the official weights")
-    parser.add_argument("kind", choices=KINDS, help="which network")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file with all settings")
+    parser.add_argument("kind", choices=(*KINDS, WHOLE), help="which network; nano: all four, from nothing")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with all settings")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     parser.add_argument("--steps", type=_count, metavar="N", help="do at most N steps now (the schedule stays)")
@@ -47,23 +49,19 @@ def _count(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     # Imported here, so that the other commands start at once.
-    import torch
-
-    from .config import build, load_toml
     from .loop import Limits, Trainer
+    from .rebuild import export, rebuild
 
-    module_name, settings_name, task_name = KINDS[options.kind]
-    module = importlib.import_module(f".{module_name}", __package__)
-    settings = build(getattr(module, settings_name), load_toml(options.config), options.config.name)
-    if options.tokenizer and hasattr(settings, "tokenizer"):
-        settings = dataclasses.replace(settings, tokenizer=options.tokenizer)
-    if settings.loop.threads:
-        torch.set_num_threads(settings.loop.threads)
-    device = _device(options.device)
+    if options.kind == WHOLE:
+        folder = options.export or NANO_FOLDER
+        return _exit_code(rebuild(lambda *part: _open(*part, options), folder, options.minutes))
+    if options.config is None:
+        raise TrainingError(f"train {options.kind} needs a config: add --config FILE.")
+    settings, task = _open(options.kind, options.config, options)
     folder = options.out or settings.out
-    task = getattr(module, task_name)(settings, device)
     if options.export is not None:
-        return _export(task, folder, options.export)
+        export(task, folder, options.export)
+        return 0
     trainer = Trainer(task, settings.loop, folder)
     if options.resume:
         trainer.resume()
@@ -73,23 +71,27 @@ def _train(options: argparse.Namespace) -> int:
     done = trainer.step == settings.loop.steps
     rest = "done" if done else "--resume goes on"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
+    return _exit_code(ended_by)
+
+
+def _open(kind: str, config: Path, options: argparse.Namespace) -> tuple[Any, Any]:
+    """A config's settings and its task, on the device that was asked for."""
+    import torch
+
+    from .config import build, load_toml
+
+    module_name, settings_name, task_name = KINDS[kind]
+    module = importlib.import_module(f".{module_name}", __package__)
+    settings = build(getattr(module, settings_name), load_toml(config), config.name)
+    if options.tokenizer and hasattr(settings, "tokenizer"):
+        settings = dataclasses.replace(settings, tokenizer=options.tokenizer)
+    if settings.loop.threads:
+        torch.set_num_threads(settings.loop.threads)
+    return settings, getattr(module, task_name)(settings, _device(options.device))
+
+
+def _exit_code(ended_by: int | None) -> int:
     return 0 if ended_by is None else SIGNAL_EXIT + ended_by
-
-
-def _export(task: Any, run: Path, folder: Path) -> int:
-    from .checkpointing import BEST, load_state
-    from .loop import check_description
-    from .optimise import trainable
-
-    state = load_state(run / BEST)
-    check_description(state, task, run / BEST)
-    for name, parameter in trainable(task.model).items():
-        parameter.data.copy_(state["mean"][name])
-    task.model.eval()
-    for path, scores in task.export(folder, state["step"]).items():
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        sys.stdout.write(f"{path}: step {state['step']}, {path.stat().st_size:,} bytes; {numbers}\n")
-    return 0
 
 
 def _device(name: str | None) -> Any:

@@ -22,6 +22,7 @@ class LoopSettings:
 
     steps: int  # length of the learning-rate schedule, after which training is done
     learning_rate: float
+    optimiser: str = "adamw"  # or "muon", which learns in fewer steps
     warmup: int = 100  # steps in which the learning rate rises from 0
     final_rate: float = 0.05  # of `learning_rate`, where the cosine ends
     weight_decay: float = 0.01
@@ -39,6 +40,8 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         """Refuse numbers that can't train."""
+        if self.optimiser not in ("adamw", "muon"):
+            raise TrainingError(f"[loop] optimiser must be adamw or muon; got {self.optimiser!r}.")
         for name in ("steps", "accumulate", "log_every", "validate_every", "checkpoint_every", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise TrainingError(f"[loop] {name} must be above 0; got {getattr(self, name)}.")

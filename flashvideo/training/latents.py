@@ -45,6 +45,7 @@ class ClipSettings:
     clips: int
     validation_clips: int = 8
     folder: str = ""  # of videos; empty for procedural scenes
+    scene: tuple[int, int] = (0, 0)  # height and width that scenes are drawn at; the clip is a piece of it, (0, 0) all
 
     def __post_init__(self) -> None:
         """Refuse sizes that the networks don't take."""
@@ -54,12 +55,39 @@ class ClipSettings:
         if min(self.clips, self.validation_clips) < 1:
             raise TrainingError("There must be at least one clip to learn from, and one to validate with.")
 
-    def open(self, split: str, seed: int) -> SceneStream | VideoFolder:
+    def open(self, split: str, seed: int) -> SceneStream | ScenePieces | VideoFolder:
         """Return the clips of "train" or "validation"; both have `sample(index)`."""
         if self.folder:
             # A folder has no held-out part of its own: validation cuts other pieces from it.
             return VideoFolder(self.folder, self.height, self.width, self.frames, seed + (split != "train"))
+        if any(self.scene):
+            return ScenePieces(SceneStream(split, *self.scene, self.frames, seed), self.height, self.width)
         return SceneStream(split, self.height, self.width, self.frames, seed)
+
+
+@dataclass(frozen=True)
+class ScenePieces:
+    """Clips cut from larger scenes: the detail of full resolution for the work of a small clip."""
+
+    scenes: SceneStream
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        """Refuse pieces larger than the whole."""
+        if self.height > self.scenes.height or self.width > self.scenes.width:
+            raise TrainingError(
+                f"A piece of {self.width}x{self.height} doesn't fit a scene of "
+                f"{self.scenes.width}x{self.scenes.height}."
+            )
+
+    def sample(self, index: int) -> tuple[Tensor, str]:
+        """Piece `index`, [3, T, height, width] in [-1, 1], and the caption of the whole scene."""
+        video, caption = self.scenes.sample(index)
+        generator = generator_for(self.scenes.seed, "piece", index)
+        top = randint(generator, 0, self.scenes.height - self.height)
+        left = randint(generator, 0, self.scenes.width - self.width)
+        return video[..., top : top + self.height, left : left + self.width], caption
 
 
 class LatentCache(Dataset):

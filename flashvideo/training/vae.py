@@ -27,6 +27,7 @@ from .metrics import psnr, sheet
 from .randomness import generator_for, normal_like, randint
 from .scenes import SceneStream
 
+START_LOGVAR = -4.0  # of the posterior: noise of its usual size, 1, would drown what the first steps learn
 VALIDATION_SEED = 1  # of held-out scenes; the same for every run, so that runs compare
 
 
@@ -126,6 +127,8 @@ def initialise(vae: VideoVAE, seed: int) -> None:
             for conv in (module.conv_y.conv, module.conv_b.conv):
                 conv.weight.data *= 0.1
             nn.init.ones_(module.conv_y.conv.bias)
+    logvar = vae.encoder.conv_out.conv.bias.data[vae.config.latent_channels :]
+    logvar.fill_(START_LOGVAR)
 
 
 class VAETask:

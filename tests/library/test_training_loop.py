@@ -43,6 +43,7 @@ decoder_blocks = 1
 [loop]
 steps = {steps}
 learning_rate = {rate}
+optimiser = "{optimiser}"
 warmup = 3
 accumulate = 2
 ema = 0.9
@@ -73,10 +74,13 @@ clips = 2
 def vae_config(tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a tiny VAE whose run is tmp_path/run; returns its path."""
 
-    def write(steps: int = 40, rate: float = 1e-3, checkpoint_every: int = 10) -> Path:
-        path = tmp_path / "vae.toml"
-        text = VAE.format(out=(tmp_path / "run").as_posix(), steps=steps, rate=rate, checkpoint_every=checkpoint_every)
-        path.write_text(text)
+    def write(
+        steps: int = 40, rate: float = 1e-3, checkpoint_every: int = 10, optimiser: str = "adamw"
+    ) -> Path:
+        path, out = tmp_path / "vae.toml", (tmp_path / "run").as_posix()
+        path.write_text(
+            VAE.format(out=out, steps=steps, rate=rate, checkpoint_every=checkpoint_every, optimiser=optimiser)
+        )
         return path
 
     return write
@@ -125,6 +129,12 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if same else [where]
 
 
+def optimised(state: dict[str, Any]) -> int:
+    """How many weights an optimiser's state is about; Muon's comes beside AdamW's."""
+    parts = [state] if "state" in state else state.values()
+    return sum(len(part["state"]) for part in parts)
+
+
 def metrics(folder: Path) -> list[dict[str, float]]:
     """Metrics of a run, but for the time they took."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -134,14 +144,17 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 # Resuming
 
 
-def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(vae_config: Callable, tmp_path: Path) -> None:
-    config, straight = vae_config(), tmp_path / "straight"
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(
+    vae_config: Callable, tmp_path: Path, optimiser: str
+) -> None:
+    config, straight = vae_config(optimiser=optimiser), tmp_path / "straight"
     assert train("vae", config, "--out", str(straight)) == 0
     assert train("vae", config, "--steps", "20") == 0
     assert train("vae", config, "--resume", "--steps", "20") == 0
     states = [load_state(folder / LAST) for folder in (tmp_path / "run", straight)]
     assert states[0]["step"] == 40
-    assert len(states[0]["optimiser"]["state"]) == len(states[0]["model"]) == len(states[0]["mean"])
+    assert optimised(states[0]["optimiser"]) == len(states[0]["model"]) == len(states[0]["mean"])
     assert differences(*states) == []
     assert metrics(tmp_path / "run") == metrics(straight)
 
@@ -267,7 +280,11 @@ def test_a_missing_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "none.toml: there is no such config file." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("nano/*.toml"), *CONFIGS.glob("full/*.toml")]),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
 def test_the_shipped_configs_are_valid(path: Path) -> None:
     settings = build(SETTINGS[path.stem.split("_")[0]], load_toml(path), path.name)
     assert f"--config {path.relative_to(ROOT).as_posix()}" in path.read_text()
