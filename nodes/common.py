@@ -1,12 +1,24 @@
-"""What every node shares: the menu category and the node's name in front of an error."""
+"""What every node shares: the menu category, words for the search, and the node's name in front of an error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+
+from comfy_api.latest import io
 
 CATEGORY = "FlashVideo"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF  # what ComfyUI's own samplers take
+
+
+_SEARCH_ALIASES = "search_aliases"
+
+
+def found_as(*words: str) -> dict[str, list[str]]:
+    """Schema arguments that let the page's search find a node by these words too; none where ComfyUI can't do that."""
+    known = any(field.name == _SEARCH_ALIASES for field in fields(io.Schema))
+    return {_SEARCH_ALIASES: list(words)} if known else {}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..flashvideo.compare import LAYOUTS, compare
 from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
-from .common import CATEGORY, named
+from .common import CATEGORY, found_as, named
 
 _DEFAULT_SIZE = TargetSize()
 
@@ -27,6 +27,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
             node_id="FlashVideoPrepareFrames",
             display_name=cls.NAME,
             category=CATEGORY,
+            **found_as("video upscale", "resize video", "upscale frames", "pad video"),
             description="Enlarges a clip to the size you want and pads it to what the Stage II Refiner takes. "
             "Finish Frames crops the padding off again.",
             inputs=[
@@ -127,6 +128,7 @@ class FlashVideoFinishFrames(io.ComfyNode):
             node_id="FlashVideoFinishFrames",
             display_name=cls.NAME,
             category=CATEGORY,
+            **found_as("color match", "colour match", "crop video", "fix colors"),
             description="Crops the refined clip so that it has exactly the frames and the size of the reference, and "
             "brings its colours back to the reference's.",
             inputs=[
@@ -172,6 +174,7 @@ class FlashVideoCompare(io.ComfyNode):
             node_id="FlashVideoCompare",
             display_name=cls.NAME,
             category=CATEGORY,
+            **found_as("before after", "side by side", "compare videos", "split screen"),
             description="Shows a clip before and after refining in one picture, ready to save as a video.",
             inputs=[
                 io.Image.Input(

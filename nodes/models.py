@@ -6,8 +6,8 @@ import torch
 from comfy_api.latest import io
 
 from ..flashvideo.nano import nano_state
-from .common import CATEGORY, named
-from .native.files import notice, options, resolve, shared
+from .common import CATEGORY, found_as, named
+from .native.files import check_file, notice, options, resolve, shared
 from .native.model import load_model
 
 FOLDER = "diffusion_models"
@@ -31,6 +31,7 @@ class FlashVideoModelLoader(io.ComfyNode):
             node_id="FlashVideoModelLoader",
             display_name="Load FlashVideo Model",
             category=CATEGORY,
+            **found_as("flashvideo checkpoint", "load diffusion model", "video model loader", "stage1.pt", "stage2.pt"),
             description="Loads FlashVideo's stage I (drafts) or stage II (refines) from the official .pt file or a "
             "converted one; which of the two a file is shows in its contents. CogVideoX-5B loads as a stage I.",
             inputs=[
@@ -40,7 +41,7 @@ class FlashVideoModelLoader(io.ComfyNode):
                     default=next(iter(BUILT_IN)),
                     tooltip="The model file, from models/diffusion_models: put stage1.pt and stage2.pt (from "
                     "huggingface.co/FoundationVision/FlashVideo) there. FlashVideo-Nano is a built-in miniature "
-                    "that runs on anything. Default FlashVideo-Nano Stage I.",
+                    "that runs on anything. Default: FlashVideo-Nano Stage I.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -53,6 +54,11 @@ class FlashVideoModelLoader(io.ComfyNode):
             outputs=[io.Model.Output(display_name="model", tooltip="The model, for a FlashVideo sampler or KSampler.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
+        """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
+        return check_file(FOLDER, model_name, tuple(BUILT_IN))
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:

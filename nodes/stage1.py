@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
 from .checks import check_latent, check_size, check_stage, check_text
-from .common import CATEGORY, MAX_SEED, named
+from .common import CATEGORY, MAX_SEED, found_as, named
 from .native.run import run_stage1, seeded_noise, with_dynamic_cfg
 from .native.sampling import stage1_sigmas
 
@@ -27,6 +27,7 @@ class EmptyFlashVideoLatent(io.ComfyNode):
             node_id="EmptyFlashVideoLatent",
             display_name="Empty FlashVideo Latent",
             category=CATEGORY,
+            **found_as("empty video latent", "video size", "video length"),
             description="Sets the size and length of the draft that stage I makes.",
             inputs=[
                 io.Int.Input(
@@ -36,7 +37,7 @@ class EmptyFlashVideoLatent(io.ComfyNode):
                     max=MAX_SIDE,
                     step=PIXEL_MULTIPLE,
                     tooltip="Width of the draft in pixels, in steps of 16. The official draft is 480 wide; larger "
-                    "takes longer and strays from what the model knows. Default 480.",
+                    "takes longer and strays from what the model knows. Default: 480.",
                 ),
                 io.Int.Input(
                     "height",
@@ -45,7 +46,7 @@ class EmptyFlashVideoLatent(io.ComfyNode):
                     max=MAX_SIDE,
                     step=PIXEL_MULTIPLE,
                     tooltip="Height of the draft in pixels, in steps of 16. The official draft is 256 high (270p). "
-                    "Default 256.",
+                    "Default: 256.",
                 ),
                 io.Int.Input(
                     "length",
@@ -54,14 +55,14 @@ class EmptyFlashVideoLatent(io.ComfyNode):
                     max=MAX_LENGTH,
                     step=TEMPORAL_FACTOR,
                     tooltip="Number of frames: 1, 5, 9, ... 49. FlashVideo was made for 49, about 6 seconds at 8 "
-                    "frames a second; fewer is faster. Default 49.",
+                    "frames a second; fewer is faster. Default: 49.",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="How many videos to make in one go. Memory grows with it. Default 1.",
+                    tooltip="How many videos to make in one go. Memory grows with it. Default: 1.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The empty latent, for the Stage I Sampler.")],
@@ -92,6 +93,7 @@ class FlashVideoStage1Sampler(io.ComfyNode):
             node_id="FlashVideoStage1Sampler",
             display_name="FlashVideo Stage I Sampler",
             category=CATEGORY,
+            **found_as("text to video", "draft", "t2v", "sampler"),
             description="Makes a small, faithful draft of the video from the prompt, exactly as FlashVideo's own "
             "sampler does.",
             inputs=[
@@ -110,7 +112,7 @@ class FlashVideoStage1Sampler(io.ComfyNode):
                     max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="Which of the possible videos to make: the same seed and settings give the same draft. "
-                    "Default 0.",
+                    "Default: 0.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -118,7 +120,7 @@ class FlashVideoStage1Sampler(io.ComfyNode):
                     min=2,
                     max=1000,
                     tooltip="Number of steps. 50 is the official quality; 25 to 30 is good for trying out. "
-                    "Default 50.",
+                    "Default: 50.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -127,13 +129,13 @@ class FlashVideoStage1Sampler(io.ComfyNode):
                     max=30.0,
                     step=0.1,
                     tooltip="How strongly the prompt is followed. 6 to 8 works well; higher is harsher, lower "
-                    "drifts from the prompt. Default 8.",
+                    "drifts from the prompt. Default: 8.",
                 ),
                 io.Boolean.Input(
                     "dynamic_cfg",
                     default=True,
                     tooltip="Let the strength vary from step to step, as FlashVideo was tuned. Off keeps it "
-                    "constant. Default on.",
+                    "constant. Default: on.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The draft, for VAE Decode.")],
@@ -180,6 +182,7 @@ class FlashVideoStage1Scheduler(io.ComfyNode):
             node_id="FlashVideoStage1Scheduler",
             display_name="FlashVideo Stage I Scheduler",
             category=CATEGORY,
+            **found_as("sigmas", "basic scheduler"),
             description="The official steps of stage I, for SamplerCustomAdvanced and its kin. The nearest sampler "
             "is dpmpp_2m_sde.",
             inputs=[
@@ -189,7 +192,7 @@ class FlashVideoStage1Scheduler(io.ComfyNode):
                     default=50,
                     min=2,
                     max=1000,
-                    tooltip="Number of steps. 50 is the official quality, 25 to 30 good for trying out. Default 50.",
+                    tooltip="Number of steps. 50 is the official quality, 25 to 30 good for trying out. Default: 50.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -198,7 +201,7 @@ class FlashVideoStage1Scheduler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="How much of the run to do. 1 starts from noise; 0.3 to 0.7 reworks a video that comes "
-                    "in as the latent; 0 does nothing. Default 1.",
+                    "in as the latent; 0 does nothing. Default: 1.",
                 ),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Noise level of each step.")],
@@ -222,6 +225,7 @@ class FlashVideoDynamicCFG(io.ComfyNode):
             node_id="FlashVideoDynamicCFG",
             display_name="FlashVideo Dynamic CFG",
             category=CATEGORY,
+            **found_as("cfg schedule", "guidance"),
             description="Gives ComfyUI's own samplers FlashVideo's varying prompt strength for stage I. The "
             "sampler's cfg is then ignored. The Stage I Sampler has it built in.",
             inputs=[
@@ -232,14 +236,14 @@ class FlashVideoDynamicCFG(io.ComfyNode):
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="How strongly the prompt is followed at most. 6 to 8 works well. Default 8.",
+                    tooltip="How strongly the prompt is followed at most. 6 to 8 works well. Default: 8.",
                 ),
                 io.Int.Input(
                     "exponent",
                     default=STAGE1_EXPONENT,
                     min=1,
                     max=20,
-                    tooltip="How sharply the strength varies between steps. 5 is what FlashVideo uses. Default 5.",
+                    tooltip="How sharply the strength varies between steps. 5 is what FlashVideo uses. Default: 5.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same model with dynamic guidance.")],

@@ -10,9 +10,9 @@ import torch
 from comfy_api.latest import io
 
 from ..flashvideo.config import TEXT_TOKENS
-from .common import CATEGORY, named
+from .common import CATEGORY, found_as, named
 from .native.clip import TOKENIZER_NAME, load_clip_native, shorten
-from .native.files import BUILT_IN, notice, options, resolve, shared
+from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
 
 FOLDER = "text_encoders"
 NO_MOTION = "none"
@@ -31,6 +31,7 @@ class FlashVideoTextEncoderLoader(io.ComfyNode):
             node_id="FlashVideoTextEncoderLoader",
             display_name=cls.NAME,
             category=CATEGORY,
+            **found_as("flashvideo clip", "load clip", "t5xxl", "t5 loader"),
             description="Loads T5-XXL, the text encoder that both stages of FlashVideo read prompts with.",
             inputs=[
                 io.Combo.Input(
@@ -46,6 +47,11 @@ class FlashVideoTextEncoderLoader(io.ComfyNode):
             outputs=[io.Clip.Output(display_name="clip", tooltip="The text encoder, for FlashVideo Prompt.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder_name: str | None) -> bool | str:
+        """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
+        return check_file(FOLDER, text_encoder_name)
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:
@@ -68,6 +74,7 @@ class FlashVideoTextEncode(io.ComfyNode):
             node_id="FlashVideoTextEncode",
             display_name=cls.NAME,
             category=CATEGORY,
+            **found_as("text to video", "prompt", "clip text encode", "motion"),
             description="Encodes a prompt for either stage. FlashVideo takes no negative prompt: its models were "
             "trained to be guided away from no text at all, and that is the negative output.",
             inputs=[

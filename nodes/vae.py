@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .common import CATEGORY, named
-from .native.files import BUILT_IN, notice, options, resolve, shared
-from .native.vae import load_vae_native
+from .common import CATEGORY, found_as, named
+from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
+from .native.vae import GIGABYTE, load_vae_native
 
 FOLDER = "vae"
+# Saved workflows hold these names: they never change.
+BUDGETS = {"auto": None, **{f"{size} GB": size * GIGABYTE for size in (2, 4, 6, 8, 12, 16, 24, 32)}}
 
 
 class FlashVideoVAELoader(io.ComfyNode):
@@ -23,6 +25,7 @@ class FlashVideoVAELoader(io.ComfyNode):
             node_id="FlashVideoVAELoader",
             display_name=cls.NAME,
             category=CATEGORY,
+            **found_as("load vae", "video vae", "3d-vae.pt", "cogvideox vae"),
             description="Loads FlashVideo's video VAE, which turns frames into a latent and back. It is CogVideoX's: "
             "one file for both stages. Use it with VAE Encode and VAE Decode, or their tiled versions.",
             inputs=[
@@ -35,23 +38,39 @@ class FlashVideoVAELoader(io.ComfyNode):
                     "(diffusion_pytorch_model.safetensors from its vae folder). FlashVideo-Nano's VAE only goes with "
                     f"FlashVideo-Nano. Default: {BUILT_IN}.",
                 ),
+                io.Combo.Input(
+                    "memory_budget",
+                    options=list(BUDGETS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How much memory encoding and decoding may take beside the models. Where a picture needs "
+                    "more, it runs in tiles without seams: the result is the same, less memory takes longer. auto: "
+                    "what is free. Lower it when other programs need the card. Default: auto.",
+                ),
             ],
             outputs=[
                 io.Vae.Output(
                     display_name="vae",
                     tooltip="The VAE, for VAE Encode and VAE Decode. Clips have 4n+1 frames, and run in chunks of 16; "
-                    "the tiled nodes save memory by cutting space, and their temporal settings do nothing.",
+                    "the tiled nodes work in tiles of the size you choose, without seams: their overlap and temporal "
+                    "settings do nothing.",
                 )
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, vae_name: str) -> io.NodeOutput:
+    def validate_inputs(cls, vae_name: str | None) -> bool | str:
+        """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
+        return check_file(FOLDER, vae_name)
+
+    @classmethod
+    def execute(cls, vae_name: str, memory_budget: str = "auto") -> io.NodeOutput:
         """Load the VAE, or find it loaded."""
         with named(cls.NAME):
             path = resolve(FOLDER, vae_name)
-            vae = shared(path, lambda: load_vae_native(path))
+            budget = BUDGETS[memory_budget]
+            vae = shared(path, lambda: load_vae_native(path, budget), memory_budget)
         return io.NodeOutput(vae, ui=notice(path, cls.hidden.unique_id))
 
 

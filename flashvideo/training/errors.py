@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..errors import CommandError
 
-class TrainingError(RuntimeError):
+
+class TrainingError(CommandError):
     """Training can't start or go on; the message says why, and what is kept."""

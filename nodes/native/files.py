@@ -12,6 +12,7 @@ import folder_paths
 from comfy_api.latest import ui
 from server import PromptServer
 
+from ...flashvideo.model_files import what_goes_into
 from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
 
 BUILT_IN = "FlashVideo-Nano (built-in)"  # saved workflows hold this name: it never changes
@@ -33,8 +34,27 @@ def resolve(folder: str, name: str, built_in: tuple[str, ...] = (BUILT_IN,)) -> 
         return None
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise ValueError(f'"{name}" is not in models/{folder}. Put the file there, or choose another one')
+        raise ValueError(_missing(folder, name))
     return Path(path)
+
+
+def check_file(folder: str, name: str | None, built_in: tuple[str, ...] = (BUILT_IN,)) -> bool | str:
+    """ComfyUI's validation of an option before anything runs: True, or what to put where.
+
+    An option that comes through a wire is not known yet (None), and passes.
+    """
+    if name is None or name in built_in or folder_paths.get_full_path(folder, name):
+        return True
+    return _missing(folder, name)
+
+
+def _missing(folder: str, name: str) -> str:
+    places = folder_paths.get_folder_paths(folder)
+    place = next((place for place in places if Path(place).name == folder), places[0])
+    return (
+        f'"{name}" is not in models/{folder}. Put {what_goes_into(folder)} into {place} and press R on the page, '
+        "or choose another file"
+    )
 
 
 def shared(path: Path | None, build: Callable[[], Loaded], *settings: Hashable) -> Loaded:

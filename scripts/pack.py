@@ -1,0 +1,42 @@
+"""Zip what ComfyUI's registry hands out: the files that git knows, without those that .comfyignore names.
+
+    python scripts/pack.py comfyui-flashvideo.zip
+
+`comfy node pack` makes the same zip. Files that are new and not yet in git are taken too.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IGNORED = ROOT / ".comfyignore"
+
+
+def packed_files() -> list[str]:
+    """Paths inside the repository, in order. Raises CalledProcessError where there is no git repository."""
+    known = _git("--exclude-standard")
+    left_out = _git("--ignored", f"--exclude-from={IGNORED}")
+    return sorted(name for name in known - left_out if (ROOT / name).is_file())
+
+
+def _git(*options: str) -> set[str]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", *options]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, encoding="utf-8")
+    return set(filter(None, listed.stdout.split("\0")))
+
+
+def pack(target: Path) -> None:
+    """Write the zip."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in packed_files():
+            archive.write(ROOT / name, name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    pack(Path(sys.argv[1]))
