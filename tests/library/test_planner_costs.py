@@ -1,0 +1,189 @@
+"""The planner's formulas against counted operations and measured memory."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
+from flashvideo.dit import FlashVideoDiT
+from flashvideo.nano import NANO_STAGE1, NANO_STAGE2, NANO_VAE, build_nano
+from flashvideo.planner import NANO, Setting, latent_shape, make_plan
+from flashvideo.planner_flops import decode_flops, dit_flops, encode_flops, tiling_factor
+from flashvideo.planner_memory import dit_bytes, sampler_bytes, vae_outline
+from flashvideo.refine import guided_velocity
+from flashvideo.samplers import solve_flow
+from flashvideo.schedule import stage2_times
+from flashvideo.vae import VideoVAE
+from flashvideo.vae_memory import decode_bytes, encode_bytes, plan_tiles
+from flashvideo.vae_tiles import decode_in_tiles
+from flashvideo.weightfiles import open_weights
+
+FLOPS_TOLERANCE = 0.01  # 0.1 is what a plan needs; the formulas leave out nothing that the counter counts
+MEMORY_TOLERANCE = 0.15
+DRAFT, FULL_HD = (13, 32, 60), (13, 136, 240)  # latents of 480x256 and 1920x1088, 49 frames
+ONE_LAYER_1, ONE_LAYER_2 = replace(STAGE1, num_layers=1), replace(STAGE2, num_layers=1)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once, also of tensors on the meta device.
+
+    What a kernel takes for itself while it runs is not seen.
+    """
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: set[int] = set()
+        for tensor in known:
+            self._note(tensor)
+        self.before = self.live
+
+    @property
+    def added(self) -> int:
+        """The peak, less what was there before."""
+        return self.peak - self.before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation and look at what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self._storages:
+            return
+        self._storages.add(id(storage))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+
+    def _forget(self, storage: int, count: int) -> None:
+        self._storages.discard(storage)
+        self.live -= count
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The shape of attention's result, without the scores that only the meta device would keep."""
+    return q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
+
+
+def dit_inputs(config: DiTConfig, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs = {
+        "latent": torch.empty(1, 16, *shape, dtype=dtype, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "context": torch.empty(1, 226, config.text_dim, dtype=dtype, device="meta"),
+    }
+    return inputs | ({"degradation_step": torch.empty(1, device="meta")} if config.stage == 2 else {})
+
+
+def operations(run: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [(NANO_STAGE1, (3, 16, 20)), (NANO_STAGE2, FULL_HD), (ONE_LAYER_1, DRAFT), (ONE_LAYER_2, FULL_HD)],
+)
+def test_operations_of_the_transformer_are_those_counted(config: DiTConfig, shape: tuple[int, int, int]) -> None:
+    network = FlashVideoDiT(config, device="meta")
+    counted = operations(lambda: network(**dit_inputs(config, shape, torch.float32)))
+    assert dit_flops(config, shape).total == pytest.approx(counted, rel=FLOPS_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("config", "video"), [(NANO_VAE, (9, 64, 96)), (NANO_VAE, (37, 48, 64)), (VAE, (17, 1088, 1920))]
+)
+def test_operations_of_the_vae_are_those_counted(config: VAEConfig, video: tuple[int, int, int]) -> None:
+    network = VideoVAE(config, device="meta")
+    counted = operations(lambda: network.encode(torch.empty(1, 3, *video, device="meta")))
+    assert encode_flops(config, *video).total == pytest.approx(counted, rel=FLOPS_TOLERANCE)
+    counted = operations(lambda: network.decode(torch.empty(1, 16, *latent_shape(video), device="meta")))
+    assert decode_flops(config, *video).total == pytest.approx(counted, rel=FLOPS_TOLERANCE)
+
+
+def test_operations_of_the_vae_in_tiles_are_those_counted() -> None:
+    network, video = vae_outline(NANO_VAE), (9, 128, 192)
+    shape = latent_shape(video)
+    latent, frames = torch.empty(1, 16, *shape, device="meta"), torch.empty(1, 3, *video, device="meta")
+    tiles = plan_tiles(network.decoder, shape, torch.float32, math.inf, math.inf, side=8)
+    counted = operations(lambda: decode_in_tiles(network, latent, tiles, frames, "meta"))
+    predicted = decode_flops(NANO_VAE, *video).total * tiling_factor(tiles, *shape)
+    assert predicted == pytest.approx(counted, rel=0.1)
+    assert predicted > 1.5 * decode_flops(NANO_VAE, *video).total
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (NANO_STAGE1, DRAFT),
+        (NANO_STAGE2, FULL_HD),
+        (ONE_LAYER_1, DRAFT),
+        (ONE_LAYER_2, (13, 68, 120)),
+        (ONE_LAYER_2, FULL_HD),
+        (ONE_LAYER_2, (13, 184, 320)),
+    ],
+)
+def test_memory_of_the_transformer_is_what_was_measured(
+    config: DiTConfig, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    network = FlashVideoDiT(config, device="meta", dtype=dtype)
+    inputs = dit_inputs(config, shape, dtype)
+    with LiveBytes(*inputs.values(), *network.parameters()) as memory, torch.no_grad():
+        network(**inputs, attention=flash_attention)
+    assert dit_bytes(config, shape, dtype) == pytest.approx(memory.added, rel=MEMORY_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_the_refiner_is_what_a_run_took(dtype: torch.dtype) -> None:
+    network = FlashVideoDiT(NANO_STAGE2, dtype=dtype).eval()
+    context, shape = torch.zeros(1, 226, NANO_STAGE2.text_dim, dtype=dtype), (5, 24, 48)
+    with LiveBytes(context, *network.parameters()) as memory, torch.no_grad():
+        start = torch.zeros(1, 16, *shape)
+        solve_flow(guided_velocity(network, context, 13.0, 675), start, stage2_times(2))
+    predicted = dit_bytes(NANO_STAGE2, shape, dtype, "cpu") + sampler_bytes(NANO_STAGE2, shape)
+    assert predicted == pytest.approx(memory.added, rel=MEMORY_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("config", "video"),
+    [(NANO_VAE, (37, 256, 480)), (NANO_VAE, (1, 544, 960)), (VAE, (21, 256, 480))],
+)
+def test_memory_of_the_vae_is_what_was_measured(
+    config: VAEConfig, video: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    network = VideoVAE(config, device="meta", dtype=dtype)
+    pixels = torch.empty(1, 3, *video, dtype=dtype, device="meta")
+    latent = torch.empty(1, 16, *latent_shape(video), dtype=dtype, device="meta")
+    for predicted, run, given in (
+        (encode_bytes(network, pixels.shape, dtype), network.encode, pixels),
+        (decode_bytes(network, latent.shape, dtype), network.decode, latent),
+    ):
+        with LiveBytes(*network.parameters()) as memory, torch.no_grad():
+            run(given)
+        assert predicted == pytest.approx(memory.added, rel=MEMORY_TOLERANCE)
+
+
+def test_weights_are_those_of_the_files() -> None:
+    plan = make_plan(Setting(networks=NANO, precision="fp32"))
+    weights = {phase.name: phase.weights for phase in plan.phases}
+    for phase, part in (("text", "text_encoder"), ("stage I", "stage1"), ("stage II", "stage2"), ("VAE decode", "vae")):
+        numbers = sum(math.prod(shape) for shape in open_weights(build_nano(0)[part]).shapes.values())
+        assert weights[phase] == 4 * numbers
