@@ -71,13 +71,51 @@ class ColorStatistics(NamedTuple):
     deviation: Tensor
 
 
+class WaveletMatch:
+    """The "wavelet" way for frames of one size, one frame at a time."""
+
+    def __init__(self, height: int, width: int, device: torch.device | str = "cpu") -> None:
+        self._low_band = LowBand(height, width, device)
+        self._difference = torch.empty(height, width, 3, device=device)
+        self._correction = torch.empty_like(self._difference)
+
+    def __call__(self, refined: Tensor, reference: Tensor, out: Tensor | None = None) -> Tensor:
+        """A refined frame [H, W, 3] in its reference's colours, in [0, 1]; `out` receives it if given."""
+        torch.sub(reference, refined, out=self._difference)
+        return torch.add(refined, self._low_band(self._difference, self._correction), out=out).clamp_(0, 1)
+
+
+class AdainMatch:
+    """The "adain" way, one frame at a time, with the statistics of the whole clips."""
+
+    def __init__(
+        self, refined: ColorStatistics, reference: ColorStatistics, device: torch.device | str = "cpu"
+    ) -> None:
+        transform = adain_transform(refined, reference)
+        self._gain, self._offset = (numbers.float().to(device) for numbers in transform)
+
+    def __call__(self, refined: Tensor, _reference: Tensor, out: Tensor | None = None) -> Tensor:
+        """A refined frame [H, W, 3] in the reference clip's colours, in [0, 1]; `out` receives it if given."""
+        return torch.mul(refined, self._gain, out=out).add_(self._offset).clamp_(0, 1)
+
+
 def color_statistics(frames: Iterable[Tensor], report: Callable[[], None] = lambda: None) -> ColorStatistics:
     """Statistics of frames [H, W, 3] of one size, one frame at a time; `report` is called after each."""
     parts = []
     for frame in frames:
-        parts.append(torch.stack(torch.var_mean(frame, (0, 1), correction=0)).cpu().double())  # MPS has no float64
+        parts.append(frame_statistics(frame))
         report()
-    variance, mean = torch.stack(parts, 1)  # [T, 3] each
+    return clip_statistics(torch.stack(parts))
+
+
+def frame_statistics(frame: Tensor) -> Tensor:
+    """Variance and mean of each channel of a frame [H, W, 3]: [2, 3], float64, on the CPU (MPS has no float64)."""
+    return torch.stack(torch.var_mean(frame, (0, 1), correction=0)).cpu().double()
+
+
+def clip_statistics(parts: Tensor) -> ColorStatistics:
+    """Statistics of a clip from the `frame_statistics` of its frames, [T, 2, 3]."""
+    variance, mean = parts.unbind(1)  # [T, 3] each
     # Frames are equally big, so that the clip's variance is that within the frames plus that of their means.
     return ColorStatistics(mean.mean(0), (variance.mean(0) + mean.var(0, correction=0)).sqrt())
 
@@ -114,11 +152,9 @@ def delta_e(frames: Tensor, reference: Tensor) -> Tensor:
 
 
 def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -> None:
-    low_band = LowBand(*frames.shape[1:3], device=frames.device)
-    difference, correction = torch.empty_like(out[0]), torch.empty_like(out[0])
+    match = WaveletMatch(*frames.shape[1:3], device=frames.device)
     for index, (refined, wanted) in enumerate(zip(frames, reference, strict=True)):
-        torch.sub(wanted, refined, out=difference)
-        torch.add(refined, low_band(difference, correction), out=out[index]).clamp_(0, 1)
+        match(refined, wanted, out[index])
         progress(index + 1, len(frames))
 
 
@@ -128,10 +164,9 @@ def _adain(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -
     def report() -> None:
         progress(next(steps), 3 * len(frames))
 
-    transform = adain_transform(color_statistics(frames, report), color_statistics(reference, report))
-    gain, offset = (number.to(frames) for number in transform)
-    for refined, result in zip(frames, out, strict=True):
-        torch.mul(refined, gain, out=result).add_(offset).clamp_(0, 1)
+    match = AdainMatch(color_statistics(frames, report), color_statistics(reference, report), frames.device)
+    for refined, wanted, result in zip(frames, reference, out, strict=True):
+        match(refined, wanted, result)
         report()
 
 

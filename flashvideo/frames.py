@@ -92,11 +92,30 @@ def prepare(
     count, old_height, old_width, _ = source.shape
     height, width = size.resolve(old_height, old_width)
     padded = padded_shape(count, height, width)
-    canvas = source.new_empty(*padded, 3)  # [T', H', W', 3]
+    canvas = enlarge(source, height, width, padded[0], resample, progress=progress)
     reference = canvas[:count, :height, :width]
-    resize(source, height, width, resample, out=reference, progress=progress)
-    extend_edges(canvas, count, height, width)
     return Prepared(canvas, reference, (_describe(source.shape, reference.shape, padded), *notes))
+
+
+def enlarge(
+    frames: Tensor,
+    height: int,
+    width: int,
+    length: int,
+    resample: str = "bilinear",
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Resize clean frames [T, H, W, 3] to `height` x `width` and pad them: [length, H', W', 3], H', W' multiples of 16.
+
+    Frames are treated one by one, so that a part of a clip comes out as it does within the whole. Raises ValueError as
+    `resize` does.
+    """
+    _, rows, columns = padded_shape(1, height, width)
+    canvas = frames.new_empty(length, rows, columns, 3)
+    resize(frames, height, width, resample, out=canvas[: len(frames), :height, :width], progress=progress)
+    extend_edges(canvas, len(frames), height, width)
+    return canvas
 
 
 def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, progress: Progress | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from flashvideo.frames import (
     RESAMPLERS,
     TargetSize,
     clean,
+    enlarge,
     extend_edges,
     finish,
     padded_shape,
@@ -297,3 +298,11 @@ def test_extending_a_full_canvas_changes_nothing() -> None:
     untouched = canvas.clone()
     extend_edges(canvas, 2, 16, 16)
     assert torch.equal(canvas, untouched)
+
+
+@pytest.mark.parametrize("resample", RESAMPLERS)
+def test_parts_of_a_clip_are_enlarged_as_the_whole_is(resample: str) -> None:
+    clip = frames_of(10, 21, 34)
+    whole = prepare(clip, TargetSize("exact", width=50, height=30), resample).frames
+    parts = [enlarge(clip[:4], 30, 50, 4, resample), enlarge(clip[4:], 30, 50, 9, resample)]
+    assert torch.equal(torch.cat(parts), whole)

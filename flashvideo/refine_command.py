@@ -1,0 +1,306 @@
+"""`python -m flashvideo refine IN OUT`: refine a video, a picture or a folder of videos without ComfyUI."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoints import load_dit, load_vae
+from .config import TEXT_TOKENS
+from .degradation import DEGRADATION_STEP
+from .devices import open_device
+from .errors import CommandError
+from .frames import COLOR_MATCHES, RESAMPLERS, TargetSize
+from .guidance import STAGE2_SCALE
+from .nano import NANO_NOTICE, nano_is_trained, nano_state
+from .refine import REFINE, Networks, RefineSettings
+from .samplers import SOLVERS
+from .schedule import STAGE2_SHIFT
+from .weightfiles import open_weights
+from .windows import OVERLAP, WINDOW
+
+if TYPE_CHECKING:
+    from .dit import FlashVideoDiT
+
+BUILT_IN = "nano"
+MOTION = "medium"  # the official script's for stage II
+CANCELLED = 130
+VAE_SHARE = 0.8  # of a card's memory: its weights and other programs need some, too
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # of a text encoder's file
+
+
+def add_refine(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "refine",
+        help="refine a video, a picture or a folder of videos",
+        description="Give a video real detail: same frames, same times, same sound. A run that was ended, however it "
+        "was, goes on when the same command is given again.",
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="a video, a picture, or a folder of videos")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv), or a folder")
+    _add_size(parser.add_argument_group("size of the result (default: --short-side 1080)"))
+    _add_refiner(parser.add_argument_group("refiner"))
+    _add_models(parser.add_argument_group("models"))
+    group = parser.add_argument_group("files")
+    group.add_argument("--crf", type=int, default=14, help="quality of the written video: 0 is lossless, default 14")
+    group.add_argument("--work", type=Path, metavar="DIR", help="folder for what is unfinished (default: beside OUT)")
+    group.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    group.add_argument("--anew", action="store_true", help="don't go on with an unfinished run: start over")
+    parser.set_defaults(run=_refine)
+
+
+def _add_size(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--short-side", type=int, metavar="N", help="pixels of the shorter side")
+    group.add_argument("--scale", type=float, metavar="F", help="both sides times this")
+    group.add_argument("--exact", metavar="WxH", help="this size, stretched if need be")
+    group.add_argument("--keep-size", action="store_true", help="the size stays")
+    group.add_argument("--resample", choices=RESAMPLERS, default=RESAMPLERS[0], help="how pixels are interpolated")
+
+
+def _add_refiner(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prompt",
+        help="what the video shows. Without one there is nothing to guide by: the refiner gets an empty text, and "
+        "--cfg is 1",
+    )
+    group.add_argument("--motion", default=MOTION, help=f"how much moves, put before the prompt (default: {MOTION})")
+    for name, kind, default, text in (
+        ("strength", int, DEGRADATION_STEP, "how much detail is made anew, 0 to 999; 650 to 750 works well"),
+        ("steps", int, 4, "4 to 6 is enough"),
+        ("cfg", float, STAGE2_SCALE, "how strongly detail follows the prompt; 10 to 13 works well"),
+        ("shift", float, STAGE2_SHIFT, "how the steps are spaced; 2 to 3.5 works well"),
+        ("seed", int, 0, "another one gives another version of the fine detail"),
+        ("window", int, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
+        ("overlap", int, OVERLAP, "frames that neighbouring windows share, a multiple of 4"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
+    group.add_argument(
+        "--color", choices=COLOR_MATCHES, default="wavelet", help="how colours are matched to IN's (default: wavelet)"
+    )
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", metavar="FILE", type=Path, help="stage II (default: the built-in FlashVideo-Nano)")
+    group.add_argument("--vae", metavar="FILE", type=Path, help="the VAE that goes with it")
+    group.add_argument("--text-encoder", metavar="FILE", type=Path, help="T5-XXL, needed for --prompt")
+    group.add_argument("--tokenizer", metavar="FILE", default="", help="T5's tokenizer.json (default: ComfyUI's)")
+    group.add_argument(
+        "--vae-memory",
+        metavar="GB",
+        type=float,
+        help="memory for the VAE: beyond it works in tiles, slower (default: most of a CUDA card's, else no limit)",
+    )
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 and a float16 VAE, on a CPU float32")
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    target: Path
+
+
+def _refine(options: argparse.Namespace) -> int:
+    # Imported here, so that the other commands don't need PyAV.
+    try:
+        from .refine_files import FileOptions, check_paths, is_picture, refine_picture, refine_video
+    except ModuleNotFoundError as error:
+        raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
+
+    settings = _settings(options)
+    jobs = _jobs(options)
+    for job in jobs:
+        check_paths(job.source, job.target, force=options.force)
+    networks = _networks(options)
+    bars, failed = _Bars(), 0
+    for job in jobs:
+        try:
+            if is_picture(job.source):
+                refine_picture(networks, job.source, job.target, settings, force=options.force, on_progress=bars)
+            else:
+                files = FileOptions(
+                    crf=options.crf,
+                    force=options.force,
+                    work=_work(options, job),
+                    anew=options.anew,
+                    about=_about(options, networks),
+                )
+                refine_video(networks, job.source, job.target, settings, files, bars)
+        except (CommandError, ValueError) as error:
+            bars.close()
+            failed += 1
+            sys.stderr.write(f"{job.source.name}: {error}\n")
+        except KeyboardInterrupt:
+            bars.close()
+            sys.stderr.write("\nCancelled. The same command goes on with it.\n")
+            return CANCELLED
+        else:
+            bars.close()
+            sys.stdout.write(f"{job.target}: refined\n")
+    return 1 if failed else 0
+
+
+def _settings(options: argparse.Namespace) -> RefineSettings:
+    try:
+        return RefineSettings(
+            size=_size(options),
+            resample=options.resample,
+            strength=options.strength,
+            steps=options.steps,
+            cfg=1.0 if options.prompt is None else options.cfg,
+            shift=options.shift,
+            solver=options.solver,
+            seed=options.seed,
+            window=options.window,
+            overlap=options.overlap,
+            color_match=options.color,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _size(options: argparse.Namespace) -> TargetSize:
+    wanted = [name for name in ("short_side", "scale", "exact", "keep_size") if getattr(options, name)]
+    if len(wanted) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted)
+        raise CommandError(f"{names} are two sizes: give one of them.")
+    if options.exact:
+        sides = options.exact.lower().split("x")
+        if len(sides) != 2 or not all(side.isdigit() for side in sides):
+            raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {options.exact}.")
+        return TargetSize("exact", width=int(sides[0]), height=int(sides[1]))
+    if options.scale:
+        return TargetSize("scale", scale=options.scale)
+    if options.keep_size:
+        return TargetSize("keep")
+    return TargetSize("short side", short_side=options.short_side) if options.short_side else TargetSize()
+
+
+def _jobs(options: argparse.Namespace) -> list[_Job]:
+    """What to refine, and where to; in a folder, what is there already is left out."""
+    from .refine_files import videos_in
+    from .video_files import CONTAINERS
+
+    if not options.source.is_dir():
+        return [_Job(options.source, options.target)]
+    videos = videos_in(options.source)
+    if not videos:
+        raise CommandError(f"{options.source} holds no videos.")
+    if options.target.exists() and not options.target.is_dir():
+        raise CommandError(f"{options.target} is a file: a folder of videos needs a folder to go to.")
+    options.target.mkdir(parents=True, exist_ok=True)
+    if options.target.samefile(options.source):
+        raise CommandError("IN and OUT are the same folder: give another one for the refined videos.")
+    jobs = []
+    for video in videos:
+        ending = video.suffix if video.suffix.lower() in CONTAINERS else ".mp4"
+        target = options.target / f"{video.stem}{ending}"
+        if target.exists() and not options.force:
+            sys.stdout.write(f"{target} exists already and is left as it is\n")
+        else:
+            jobs.append(_Job(video, target))
+    return jobs
+
+
+def _work(options: argparse.Namespace, job: _Job) -> Path | None:
+    return None if options.work is None else options.work / job.target.name
+
+
+def _networks(options: argparse.Namespace) -> Networks:
+    if (options.model is None) != (options.vae is None):
+        raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
+    device = open_device(options.device)
+    if options.dtype:
+        dit_dtype = vae_dtype = DTYPES[options.dtype]
+    else:
+        dit_dtype, vae_dtype = (torch.float32,) * 2 if device.type == "cpu" else (torch.bfloat16, torch.float16)
+    if options.model is None and not nano_is_trained():
+        sys.stdout.write(f"{NANO_NOTICE}\n")
+    dit = load_dit(_weights(options.model, "stage2"), dtype=dit_dtype)
+    if dit.config.stage != 2:
+        raise CommandError(f"{options.model} is stage I, which makes drafts; the refiner is stage II.")
+    vae = load_vae(_weights(options.vae, "vae"), dtype=vae_dtype)
+    return Networks(dit, vae, _context(options, dit, device), device, _vae_memory(options.vae_memory, device))
+
+
+def _vae_memory(gigabytes: float | None, device: torch.device) -> float | None:
+    """Bytes for the VAE. Of the card's whole memory, not of what is free now, so that a run can go on as it began."""
+    if gigabytes is not None:
+        return gigabytes * 2**30
+    return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _weights(path: Path | None, part: str) -> Any:
+    if path is None:
+        return nano_state(part)
+    if not path.is_file():
+        raise CommandError(f"There is no file {path}.")
+    return path
+
+
+def _context(options: argparse.Namespace, dit: FlashVideoDiT, device: torch.device) -> Tensor:
+    """The prompt's encoding [1, 226, text_dim]; zeros, as for the unconditional side, without one."""
+    if options.prompt is None:
+        return torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)
+    # Imported here: they need packages that refining without a prompt doesn't.
+    from .training.text import T5Tokens, contexts, load_encoder
+
+    if options.text_encoder is None and options.model is not None:
+        raise CommandError("--prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
+    source = _weights(options.text_encoder, "text_encoder")
+    names = open_weights(source).shapes
+    if any(name.endswith(_QUANTISED) for name in names):
+        raise CommandError(f"{source} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
+    tokens = T5Tokens(options.tokenizer)
+    dtype = torch.float32 if options.text_encoder is None else torch.bfloat16  # as the official script has it
+    text = f"{options.motion} motion,{options.prompt}" if options.motion != "none" else options.prompt
+    context = contexts(load_encoder(source, device, dtype), tokens, [text])
+    if context.shape[2] != dit.config.text_dim:
+        raise CommandError(
+            f"The text encoder gives {context.shape[2]} numbers a token and the model takes {dit.config.text_dim}: "
+            "they don't belong together."
+        )
+    return context
+
+
+def _about(options: argparse.Namespace, networks: Networks) -> dict[str, Any]:
+    """What else than settings and source the result depends on."""
+    from .refine_files import file_identity
+
+    dtypes = [str(next(network.parameters()).dtype) for network in (networks.dit, networks.vae)]
+    about: dict[str, Any] = {"device": networks.device.type, "dtypes": dtypes, "vae_memory": networks.vae_memory}
+    for name in ("model", "vae", "text_encoder"):
+        path = getattr(options, name)
+        about[name] = BUILT_IN if path is None else file_identity(path)
+    return about | {"prompt": options.prompt, "motion": options.motion}
+
+
+class _Bars:
+    """A bar for each phase on standard error: windows in stage II, frames in the others."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __call__(self, phase: str, done: float, total: int) -> None:
+        if self._bar is None or self._bar.desc != phase:
+            self.close()
+            unit = "window" if phase == REFINE else "frame"
+            # What an earlier run has done doesn't count for the speed.
+            self._bar = tqdm(total=total, desc=phase, unit=unit, initial=round(done, 2))
+        self._bar.total = total
+        self._bar.update(round(done - self._bar.n, 2))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None

@@ -1,0 +1,172 @@
+"""Refine files: a video with its sound, or a picture. What can be found wrong is found before the work starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import CommandError
+from .refine import ENCODE, SEGMENT_CHUNKS, Networks, OnProgress, RefineRun, RefineSettings, refine_frames
+from .video_files import (
+    CONTAINERS,
+    CRF,
+    VIDEO_ENDINGS,
+    VideoFormat,
+    check_container,
+    encode_segment,
+    open_clip,
+    write_video,
+)
+from .work_folder import WorkFolder
+
+READ = "read"  # the phase before the others: the video is read to its end once
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+WORK_ENDING = ".unfinished"  # of the folder beside the result
+FORMAT = 1  # of the work folder; another one's can't be gone on with
+_BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
+_SPARE_SPACE = 2**28
+_JPEG_QUALITY = 95
+_SEGMENTS = "segments"
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How a video file is written.
+
+    `crf`: quality, see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
+    (default: the result's name + .unfinished), `anew`: delete it first. `about` (JSON): what else the result depends
+    on, such as the networks' files; a run with another one isn't gone on with. `segment_chunks`: see `RefineRun`.
+    """
+
+    crf: int = CRF
+    force: bool = False
+    work: Path | None = None
+    anew: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    segment_chunks: int = SEGMENT_CHUNKS
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name is that of a picture."""
+    return path.suffix.lower() in PICTURE_ENDINGS
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The videos of a folder, by name; not its subfolders'."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in VIDEO_ENDINGS)
+
+
+def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
+    """Raise CommandError unless `source` is a file and `target` can be its refined form; `force` allows to replace."""
+    if not source.is_file():
+        raise CommandError(f"There is no file {source}.")
+    endings = PICTURE_ENDINGS if is_picture(source) else tuple(CONTAINERS)
+    if target.suffix.lower() not in endings:
+        kind = "picture" if is_picture(source) else "video"
+        raise CommandError(f"{target.name} should end in {', '.join(endings)}: {source.name} is a {kind}.")
+    if not target.parent.is_dir():
+        raise CommandError(f"There is no folder {target.parent} to write to.")
+    if not os.access(target.parent, os.W_OK):
+        raise CommandError(f"The folder {target.parent} can't be written to.")
+    if target.is_dir():
+        raise CommandError(f"{target} is a folder: give a file name.")
+    if target.exists() and target.samefile(source):
+        raise CommandError(f"{target} is the file to be refined: give the new file another name.")
+    if target.exists() and not force:
+        raise CommandError(f"{target} exists already: --force replaces it.")
+
+
+def refine_video(
+    networks: Networks,
+    source: Path,
+    target: Path,
+    settings: RefineSettings,
+    options: FileOptions | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Refine a video file: the same frames at the same times with the same sound, in the wanted size.
+
+    What is finished is kept in a work folder until `target` is whole, and a call with the same arguments goes on
+    there. Raises CommandError for what can't be done, and ValueError for a size that can't be.
+    """
+    options, report = options or FileOptions(), on_progress or (lambda phase, done, total: None)
+    check_paths(source, target, force=options.force)
+    clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
+    form = VideoFormat(clip, *settings.size.resolve(clip.height, clip.width), options.crf)
+    check_container(target.suffix, form)
+    folder = _work_folder(source, target, settings, options)
+    run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
+    if folder.fresh:
+        _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
+    run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(_to_bytes, chunks), form)))
+    segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
+    _write_whole(target, lambda part: write_video(part, form, segments))
+    folder.remove()
+
+
+def _work_folder(source: Path, target: Path, settings: RefineSettings, options: FileOptions) -> WorkFolder:
+    facts = {"format": FORMAT, "file": file_identity(source), "crf": options.crf, "segment": options.segment_chunks}
+    path = options.work or target.with_name(target.name + WORK_ENDING)
+    return WorkFolder(path, {**facts, **asdict(settings), **options.about}, ENCODE, anew=options.anew)
+
+
+def refine_picture(
+    networks: Networks,
+    source: Path,
+    target: Path,
+    settings: RefineSettings,
+    *,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Refine a picture file. Raises CommandError for what can't be done, and ValueError as `refine_frames` does."""
+    check_paths(source, target, force=force)
+    try:
+        with Image.open(source) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise CommandError(f"{source} can't be read as a picture: {error}.") from error
+    refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
+    result = Image.fromarray(_to_bytes(refined)[0].numpy())
+    _write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY))
+
+
+def file_identity(path: Path) -> list[str | int]:
+    """Name, size and time of change of a file: what tells it from another one."""
+    facts = path.stat()
+    return [path.name, facts.st_size, facts.st_mtime_ns]
+
+
+def _to_bytes(frames: Tensor) -> Tensor:
+    """[T, H, W, 3] in [0, 1] as uint8, rounded."""
+    return (frames * 255).round().byte()
+
+
+def _check_space(folder: WorkFolder, needed: int) -> None:
+    free = shutil.disk_usage(folder.path).free
+    if free < needed + _SPARE_SPACE:
+        folder.remove()
+        raise CommandError(
+            f"{folder.path.parent} has {free / 1e9:.1f} GB free, and this run needs up to {needed / 1e9:.1f} GB there "
+            "until it is done. --work DIR puts it elsewhere."
+        )
+
+
+def _write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    part = target.with_name(f"{target.stem}.part{target.suffix}")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

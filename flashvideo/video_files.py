@@ -1,0 +1,262 @@
+"""Video files through PyAV: frames out one by one, frames in as segments, and one file of the segments and the sound.
+
+The timestamps of the pictures and every packet of sound are those of the source, so that rate, length and lips stay.
+A segment is encoded by itself, from a key frame on, and kept as packets: a run that is interrupted has its finished
+segments, and the file they make is the same as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+from av.codec.context import Flags
+from torch import Tensor
+
+from .errors import CommandError
+
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what is written
+CODEC = "libx264"
+CRF = 14  # of the official script's writer: hardly distinguishable from the frames themselves
+# Without this, x264's assembler code reads beyond its tables for some widths, and no two files are the same.
+_STEADY = "mbtree=0"
+_FALLBACK_RATE = Fraction(8)  # frames a second: what the model makes
+_BT709, _BT601 = 1, 5  # FFmpeg's numbers of the colour matrices
+_MATRICES = {1: _BT709, 5: _BT601, 6: _BT601, 7: 7, 9: 9}  # by a stream's tag; what swscale knows
+_UNSPECIFIED = 2  # as a tag
+_HD_ROWS = 720  # from here on, untagged video is taken as BT.709
+
+
+@dataclass(frozen=True)
+class VideoClip:
+    """A video file whose frames can be read more than once.
+
+    `times` are the frames' timestamps in units of `time_base` seconds. `turns` is by how many quarter turns
+    (anticlockwise) the stored pictures have to be turned; `height` and `width` are those of the turned ones.
+    """
+
+    path: Path
+    height: int
+    width: int
+    rate: Fraction
+    time_base: Fraction
+    times: tuple[int, ...]
+    matrix: int
+    turns: int = 0
+    pixel_aspect: Fraction | None = None
+    tags: tuple[int, int] = (_UNSPECIFIED, _UNSPECIFIED)  # colour primaries and transfer
+
+    @property
+    def count(self) -> int:
+        """How many frames there are."""
+        return len(self.times)
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from number `start` on, [height, width, 3] uint8."""
+        with _opened(self.path) as container:
+            for index, frame in enumerate(_decode(container)):
+                if index >= start:
+                    # PyAV takes BT.601 for granted unless the two are named and differ.
+                    frame = frame.reformat(format="rgb24", src_colorspace=self.matrix, dst_colorspace=_BT601)
+                    pixels = frame.to_ndarray()
+                    yield torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, self.turns)))
+
+
+def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None) -> VideoClip:
+    """Read a video to its end: only that tells how many frames there are, and that all can be read.
+
+    `on_frame(done, expected)` runs after each; expected is 0 where the file doesn't say. Raises CommandError.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        times, first, size = [], None, None
+        for frame in _decode(container):
+            first = first or frame
+            size = size or (frame.height, frame.width)
+            if size != (frame.height, frame.width):
+                raise CommandError(f"{path}: the pictures change their size at frame {len(times)}.")
+            times.append(frame.pts)
+            on_frame(len(times), stream.frames)
+        if first is None:
+            raise CommandError(f"{path} holds no pictures.")
+        rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
+        time_base, steady = stream.time_base, _steady_times(times, rate, stream.time_base)
+        turns = round(getattr(first, "rotation", 0) / 90) % 4
+        height, width = size if turns % 2 == 0 else size[::-1]
+        context = stream.codec_context
+        aspect = stream.sample_aspect_ratio or None
+        return VideoClip(
+            path=path,
+            height=height,
+            width=width,
+            rate=Fraction(rate),
+            time_base=time_base,
+            times=steady,
+            matrix=_MATRICES.get(int(first.colorspace), _BT709 if first.height >= _HD_ROWS else _BT601),
+            turns=turns,
+            pixel_aspect=1 / aspect if aspect and turns % 2 else aspect,
+            tags=(int(context.color_primaries), int(context.color_trc)),
+        )
+
+
+def _steady_times(times: list[int | None], rate: Fraction, time_base: Fraction) -> tuple[int, ...]:
+    """The timestamps, or those of a constant rate where some are missing or out of order."""
+    if all(time is not None for time in times) and all(a < b for a, b in zip(times, times[1:], strict=False)):
+        return tuple(times)
+    return tuple(round(index / (rate * time_base)) for index in range(len(times)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise CommandError(f"{path} holds no pictures.")
+            container.streams.video[0].thread_type = "AUTO"
+            yield container
+    except (av.FFmpegError, OSError) as error:
+        raise CommandError(f"{path} can't be read as a video: {error.strerror or error}.") from error
+
+
+def _decode(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    return container.decode(container.streams.video[0])
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """How the refined pictures are encoded: H.264, of constant quality (`crf`: 0 is lossless, 51 the worst)."""
+
+    clip: VideoClip
+    height: int
+    width: int
+    crf: int = CRF
+
+    def prepare(self, context: av.VideoCodecContext) -> None:
+        """Set up an encoder."""
+        context.height, context.width = self.height, self.width
+        # Colours at half size need even sides.
+        context.pix_fmt = "yuv444p" if self.height % 2 or self.width % 2 else "yuv420p"
+        context.framerate, context.time_base = self.clip.rate, 1 / self.clip.rate
+        context.colorspace, context.color_range = self.clip.matrix, 1
+        context.color_primaries, context.color_trc = self.clip.tags
+        if self.clip.pixel_aspect is not None:
+            context.sample_aspect_ratio = self.clip.pixel_aspect
+        context.options = {"crf": str(self.crf), "x264-params": _STEADY}
+
+
+def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Tensor]:
+    """Encode frames, [t, H, W, 3] uint8 at a time, from a key frame on.
+
+    Returns `data`, the packets' bytes one after the other, and `packets` [n, 4]: size, number of the frame shown,
+    number by which it is decoded (starts below 0), and whether it is a key frame.
+    """
+    context = av.CodecContext.create(CODEC, "w")
+    form.prepare(context)
+    context.flags |= Flags.global_header
+    packets, index = [], 0
+    for chunk in frames:
+        for pixels in chunk.numpy():
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format=context.pix_fmt, src_colorspace=_BT601, dst_colorspace=form.clip.matrix)
+            frame.pts, frame.time_base = index, context.time_base
+            packets += context.encode(frame)
+            index += 1
+    packets += context.encode(None)
+    rows = [[packet.size, packet.pts, packet.dts, int(packet.is_keyframe)] for packet in packets]
+    data = np.frombuffer(b"".join(bytes(packet) for packet in packets), dtype=np.uint8)
+    return {"data": torch.from_numpy(data.copy()), "packets": torch.tensor(rows)}
+
+
+def check_container(suffix: str, form: VideoFormat) -> None:
+    """Raise CommandError if a file with this ending doesn't take the pictures or the clip's sound."""
+    with _opened(form.clip.path) as source:
+        try:
+            with _output(io.BytesIO(), CONTAINERS[suffix.lower()], form, source) as (container, _, sound):
+                missing = set(sound.values())
+                # Some containers look at a stream only when it has a packet.
+                for packet in _sound_packets(source, sound):
+                    if packet.stream in missing:
+                        missing.remove(packet.stream)
+                        container.mux(packet)
+                    if not missing:
+                        break
+        except (av.FFmpegError, ValueError) as error:
+            codecs = ", ".join(each.codec_context.name for each in source.streams.audio) or "none"
+            raise CommandError(
+                f"A {suffix} file can't hold {CODEC} pictures and the sound of {form.clip.path.name} as it is "
+                f"({codecs}): {error}. .mkv takes any sound."
+            ) from error
+
+
+def write_video(target: Path, form: VideoFormat, segments: Iterable[dict[str, Tensor]]) -> None:
+    """Write a video file of encoded segments, in order, with the sound of the clip's file as it is there.
+
+    Raises CommandError if the file can't be written.
+    """
+    with _opened(form.clip.path) as source:
+        try:
+            with _output(str(target), CONTAINERS[target.suffix.lower()], form, source) as (container, stream, sound):
+                pictures = _picture_packets(segments, form.clip, stream)
+                # In the order of time, so that the container has to hold back nothing.
+                for packet in heapq.merge(pictures, _sound_packets(source, sound), key=_moment):
+                    container.mux(packet)
+        except (av.FFmpegError, ValueError) as error:
+            raise CommandError(f"{target} can't be written: {error}.") from error
+
+
+@contextmanager
+def _output(
+    file: str | BinaryIO, kind: str, form: VideoFormat, source: av.container.InputContainer
+) -> Iterator[tuple[av.container.OutputContainer, av.VideoStream, dict[int, av.AudioStream]]]:
+    """A container with one stream of pictures and the source's of sound, those by the source's numbers."""
+    with av.open(file, "w", format=kind) as container:
+        container.metadata.update(source.metadata)
+        stream = container.add_stream(CODEC, rate=form.clip.rate)
+        form.prepare(stream.codec_context)
+        stream.time_base = form.clip.time_base
+        sound = {each.index: container.add_stream_from_template(each) for each in source.streams.audio}
+        container.start_encoding()
+        yield container, stream, sound
+
+
+def _picture_packets(
+    segments: Iterable[dict[str, Tensor]], clip: VideoClip, stream: av.VideoStream
+) -> Iterator[av.Packet]:
+    step = max(1, round(1 / (clip.rate * clip.time_base)))
+    ends = (*clip.times[1:], clip.times[-1] + step)
+    offset = 0
+    for segment in segments:
+        data, position = segment["data"].numpy(), 0
+        for size, shown, decoded, key in segment["packets"].tolist():
+            packet = av.Packet(data[position : position + size].tobytes())
+            position += size
+            shown, decoded = shown + offset, decoded + offset
+            packet.stream, packet.time_base, packet.is_keyframe = stream, clip.time_base, bool(key)
+            packet.pts = clip.times[shown]
+            packet.dts = clip.times[decoded] if decoded >= 0 else clip.times[0] + decoded * step
+            packet.duration = ends[shown] - clip.times[shown]
+            yield packet
+        offset += len(segment["packets"])
+
+
+def _sound_packets(source: av.container.InputContainer, streams: dict[int, av.AudioStream]) -> Iterator[av.Packet]:
+    if not streams:
+        return
+    for packet in source.demux([source.streams[index] for index in streams]):
+        if packet.dts is not None:  # the last one is empty and only says that there are no more
+            packet.stream = streams[packet.stream.index]
+            yield packet
+
+
+def _moment(packet: av.Packet) -> Fraction:
+    return packet.dts * packet.time_base

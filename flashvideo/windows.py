@@ -1,0 +1,244 @@
+"""Stage II over a long video: windows of time that agree with each other at every evaluation of the network.
+
+The network sees one window of frames at a time, with positions and frame count of its own. Where windows overlap, the
+velocities that they give are averaged, with weights that fade towards a window's ends, and only then the latent moves
+on (MultiDiffusion, arXiv 2302.08113, over time). So all windows work on one latent and no border can be told.
+
+Two ways to the same numbers. `windowed_velocity` makes one velocity of a whole latent, for any solver. `Wavefront`
+takes the frames in order and gives the finished ones in order: a frame moves on as soon as no window still to come
+covers it, so that window i is in evaluation k when window i + 1 has left evaluation k - 1. It holds a few windows,
+however long the video is, and what it holds can be saved and restored between any two evaluations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .config import TEMPORAL_FACTOR
+from .samplers import SOLVERS
+
+WINDOW = 49  # frames: what the refiner was trained on
+OVERLAP = 16  # frames
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (latent [B, C, T, H, W], time) -> dx/dt of the same shape
+State = tuple[Tensor, ...]  # what a solver knows of some frames: the latent first, [B, C, T, H, W] each
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where windows lie on `frames` latent frames.
+
+    `starts` ascend; every window has `length` frames. weights[i, p] is what window i's frame p counts, and the weights
+    of the windows that cover a frame sum to one.
+    """
+
+    frames: int
+    length: int
+    starts: tuple[int, ...]
+    weights: Tensor
+
+    @property
+    def settled(self) -> tuple[int, ...]:
+        """How many frames are done when a window is: those that no later window covers."""
+        return (*self.starts[1:], self.frames)
+
+
+def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP) -> WindowPlan:
+    """Windows of `window` frames (4n + 1), each overlapping the one before by `overlap` (a multiple of 4) or more.
+
+    `frames` counts latent frames, the other two video frames. The last window is moved back to be whole; a video
+    shorter than a window is one window. Raises ValueError for other numbers.
+    """
+    if frames < 1:
+        raise ValueError(f"a video has at least one frame; got {frames} latent frames.")
+    if window < 1 or window % TEMPORAL_FACTOR != 1:
+        raise ValueError(f"a window must have 4n+1 frames (1, 5, 9, ... 49, ...); got {window}.")
+    if overlap % TEMPORAL_FACTOR or not 0 <= overlap < window:
+        raise ValueError(f"windows overlap by a multiple of 4 frames, from 0 to less than {window}; got {overlap}.")
+    length = min(frames, (window - 1) // TEMPORAL_FACTOR + 1)
+    shared = min(overlap // TEMPORAL_FACTOR, length - 1)
+    last = frames - length
+    starts = (*range(0, last, length - shared), last)
+    return WindowPlan(frames, length, starts, _weights(frames, length, starts, shared))
+
+
+def _weights(frames: int, length: int, starts: tuple[int, ...], overlap: int) -> Tensor:
+    """[windows, length]: a raised cosine over the overlap at both ends, divided by the sum at each frame."""
+    from_end = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1.0
+    fade = torch.sin(math.pi / 2 * (from_end / (overlap + 1)).clamp(max=1)).square()
+    sums = torch.zeros(frames)
+    for start in starts:
+        sums[start : start + length] += fade
+    return torch.stack([fade / sums[start : start + length] for start in starts])
+
+
+def windowed_velocity(
+    velocity: Velocity, plan: WindowPlan, on_window: Callable[[int], None] = lambda index: None
+) -> Velocity:
+    """A velocity of the whole latent from a velocity of windows; `on_window(index)` runs after each and may raise."""
+
+    def blended(latent: Tensor, time: Tensor) -> Tensor:
+        total = None
+        for index, start in enumerate(plan.starts):
+            at = slice(start, start + plan.length)
+            piece = _weighted(velocity(latent[:, :, at], time), plan, index)
+            if total is None:
+                total = piece.new_zeros((*piece.shape[:2], plan.frames, *piece.shape[3:]))
+            total[:, :, at] += piece
+            on_window(index)
+        return total
+
+    return blended
+
+
+def _weighted(velocity: Tensor, plan: WindowPlan, index: int) -> Tensor:
+    return velocity * plan.weights[index].to(velocity).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the network: at which time, and how a state moves on with the velocity found there."""
+
+    time: Tensor
+    advance: Callable[[State, Tensor], State]
+
+
+def flow_evaluations(times: Tensor, solver: str = "euler") -> list[Evaluation]:
+    """What `solve_flow` does over the grid `times` [steps + 1], evaluation by evaluation."""
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; one of {', '.join(SOLVERS)}")
+    evaluations = []
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        if solver == "heun" and step < len(times) - 2:
+            evaluations += [Evaluation(t, _predict(t_next - t)), Evaluation(t_next, _correct(t_next - t))]
+        else:
+            evaluations.append(Evaluation(t, _straight(t_next - t)))
+    return evaluations
+
+
+def _straight(span: Tensor) -> Callable[[State, Tensor], State]:
+    return lambda state, slope: (state[0] + span * slope,)
+
+
+def _predict(span: Tensor) -> Callable[[State, Tensor], State]:
+    return lambda state, slope: (state[0] + span * slope, state[0], slope)
+
+
+def _correct(span: Tensor) -> Callable[[State, Tensor], State]:
+    def advance(state: State, slope: Tensor) -> State:
+        _, before, first = state
+        return (before + span * ((first + slope) / 2),)
+
+    return advance
+
+
+class Wavefront:
+    """The frames of a video on their way through all evaluations. Frames go in and come out in order.
+
+    Feed it with `feed` while it is not `ready`, and let it evaluate one window with `step` while it is.
+    """
+
+    def __init__(self, velocity: Velocity, evaluations: Iterable[Evaluation], plan: WindowPlan) -> None:
+        self._passes = [_Pass(velocity, evaluation, plan) for evaluation in evaluations]
+        self.plan = plan
+        self.fed = 0  # frames
+        self.finished = 0  # frames
+
+    @property
+    def evaluated(self) -> int:
+        """How many evaluations of a window are done, of len(plan.starts) times the evaluations."""
+        return sum(each.window for each in self._passes)
+
+    @property
+    def total(self) -> int:
+        """How many evaluations of a window there are in all."""
+        return len(self.plan.starts) * len(self._passes)
+
+    @property
+    def ready(self) -> bool:
+        """Whether some window can be evaluated."""
+        return any(each.ready for each in self._passes)
+
+    def feed(self, latent: Tensor) -> None:
+        """Take the next frames [B, C, t, H, W] of the degraded latent, in the model's scaled space, float32."""
+        self._passes[0].push((latent,))
+        self.fed += latent.shape[2]
+
+    def step(self) -> Tensor | None:
+        """Evaluate one window, one that is furthest on; returns the frames that are finished by it, if any."""
+        place = max(index for index, each in enumerate(self._passes) if each.ready)
+        moved = self._passes[place].run()
+        if place + 1 < len(self._passes):
+            self._passes[place + 1].push(moved)
+            return None
+        self.finished += moved[0].shape[2]
+        return moved[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is held, for `restore`."""
+        tensors = {"counts": torch.tensor([self.fed, self.finished, *(each.window for each in self._passes)])}
+        for place, each in enumerate(self._passes):
+            tensors |= {f"{place}.state.{index}": tensor for index, tensor in enumerate(each.held)}
+            if each.carried is not None:
+                tensors[f"{place}.carried"] = each.carried
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Go on where `state` was taken; the plan and the evaluations must be the same."""
+        self.fed, self.finished, *windows = tensors["counts"].tolist()
+        for place, each in enumerate(self._passes):
+            each.window = windows[place]
+            names = (f"{place}.state.{index}" for index in range(len(tensors)))
+            each.held = tuple(tensors[name].to(device) for name in names if name in tensors)
+            carried = tensors.get(f"{place}.carried")
+            each.carried = None if carried is None else carried.to(device)
+
+
+class _Pass:
+    """One evaluation's place in the wavefront: frames that wait for their windows here."""
+
+    def __init__(self, velocity: Velocity, evaluation: Evaluation, plan: WindowPlan) -> None:
+        self.velocity, self.evaluation, self.plan = velocity, evaluation, plan
+        self.window = 0  # the next one; what is held starts at its first frame
+        self.held: State = ()
+        self.carried: Tensor | None = None  # what earlier windows add to the first of these frames' velocity
+
+    @property
+    def ready(self) -> bool:
+        return self.window < len(self.plan.starts) and bool(self.held) and self.held[0].shape[2] >= self.plan.length
+
+    def push(self, state: State) -> None:
+        if self.held:
+            state = tuple(torch.cat(pair, dim=2) for pair in zip(self.held, state, strict=True))
+        self.held = state
+
+    def run(self) -> State:
+        """Evaluate the next window; returns the frames that move on."""
+        plan, length = self.plan, self.plan.length
+        slope = _weighted(self.velocity(self.held[0][:, :, :length], self.evaluation.time), plan, self.window)
+        if self.carried is not None:
+            slope[:, :, : self.carried.shape[2]] += self.carried
+        done = plan.settled[self.window] - plan.starts[self.window]
+        moved = self.evaluation.advance(tuple(part[:, :, :done] for part in self.held), slope[:, :, :done])
+        # Copies, so that the frames that have left are freed.
+        self.carried = slope[:, :, done:].clone() if done < length else None
+        self.held = tuple(part[:, :, done:].clone() for part in self.held)
+        self.window += 1
+        return moved
+
+
+def frame_noise(shape: tuple[int, ...], seed: int, frame: int) -> Tensor:
+    """Standard normal noise for latent frame number `frame` of a video, [C, H, W], on the CPU, float32.
+
+    It depends on seed, number and shape alone: windows agree on it, and so do runs that start anywhere.
+    """
+    digest = hashlib.blake2b(f"{seed} {frame}".encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.randn(shape, generator=generator)

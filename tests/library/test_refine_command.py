@@ -1,0 +1,172 @@
+"""`python -m flashvideo refine`: what it takes, what it writes, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from flashvideo import refine_files
+from flashvideo.errors import CommandError
+from flashvideo.nano import nano_state
+from flashvideo.refine_command import CANCELLED, add_refine
+from flashvideo.weightfiles import CheckpointError
+
+FAST = ("--keep-size", "--steps", "1", "--device", "cpu")
+
+
+def refine(*arguments: str | Path) -> int:
+    """Run the command; its exit code."""
+    parser = argparse.ArgumentParser()
+    add_refine(parser.add_subparsers())
+    options = parser.parse_args(["refine", *map(str, arguments)])
+    return options.run(options)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A video of five frames of 32x16."""
+    return make_clip(tmp_path / "in.mp4")
+
+
+def make_clip(path: Path) -> Path:
+    """Write a short video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 32, "yuv420p"
+        for index in range(5):
+            pixels = np.full((16, 32, 3), 40 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def shape_of(path: Path) -> tuple[int, int, int]:
+    """Frames, height and width of a video."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return len(frames), frames[0].height, frames[0].width
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        (["--keep-size"], (5, 16, 32)),
+        (["--scale", "1.5"], (5, 24, 48)),
+        (["--short-side", "20"], (5, 20, 40)),
+        (["--exact", "18x34"], (5, 34, 18)),
+    ],
+)
+def test_every_way_to_say_the_size(size: list[str], shape: tuple[int, int, int], clip: Path, tmp_path: Path) -> None:
+    assert refine(clip, tmp_path / "out.mp4", *size, "--steps", "1", "--device", "cpu") == 0
+    assert shape_of(tmp_path / "out.mp4") == shape
+    assert not (tmp_path / "out.mp4.unfinished").exists()
+
+
+def test_bars_count_windows_and_frames(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    refine(clip, tmp_path / "out.mp4", *FAST)
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'out.mp4'}: refined" in said.out
+    for words in ("read: 100%", "encode: 100%", "refine: 100%", "decode: 100%", "window/s"):
+        assert words in said.err
+
+
+def test_a_folder_of_videos_goes_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    make_clip(source / "a.mp4")
+    make_clip(source / "b.mkv")
+    (source / "broken.mp4").write_text("no video")
+    (source / "notes.txt").write_text("not meant")
+    assert refine(source, target, *FAST) == 1
+    assert sorted(path.name for path in target.iterdir()) == ["a.mp4", "b.mkv"]
+    assert "broken.mp4" in capsys.readouterr().err
+    (source / "broken.mp4").unlink()
+    assert refine(source, target, *FAST) == 0
+    assert "a.mp4 exists already and is left as it is" in capsys.readouterr().out
+
+
+def test_a_picture_goes_to_a_picture(tmp_path: Path) -> None:
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "in.png")
+    assert refine(tmp_path / "in.png", tmp_path / "out.jpg", *FAST) == 0
+    with Image.open(tmp_path / "out.jpg") as image:
+        assert image.size == (30, 20)
+
+
+def test_model_files_give_what_the_built_in_ones_give(clip: Path, tmp_path: Path) -> None:
+    for part in ("stage2", "vae"):
+        save_file(nano_state(part), tmp_path / f"{part}.safetensors")
+    refine(clip, tmp_path / "built_in.mp4", *FAST)
+    files = ("--model", tmp_path / "stage2.safetensors", "--vae", tmp_path / "vae.safetensors")
+    refine(clip, tmp_path / "files.mp4", *FAST, *files)
+    assert (tmp_path / "files.mp4").read_bytes() == (tmp_path / "built_in.mp4").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_prompt_steers(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {
+        word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "medium", "motion", ",", "red", "blue"])
+    }
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for prompt in ("red", "blue"):
+        target = tmp_path / f"{prompt}.png"
+        Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "in.png")
+        options = ("--prompt", prompt, "--tokenizer", tmp_path / "tokenizer.json")
+        assert refine(tmp_path / "in.png", target, *FAST, "--color", "none", *options) == 0
+    assert (tmp_path / "red.png").read_bytes() != (tmp_path / "blue.png").read_bytes()
+
+
+def test_cancelling_says_how_to_go_on(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    encode = refine_files.encode_segment
+
+    def cancelled(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refine_files, "encode_segment", cancelled)
+    assert refine(clip, tmp_path / "out.mp4", *FAST) == CANCELLED
+    assert "The same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()
+    monkeypatch.setattr(refine_files, "encode_segment", encode)
+    assert refine(clip, tmp_path / "out.mp4", *FAST) == 0
+    assert "encode" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--window", "48"], "4n\\+1"),
+        (["--strength", "1000"], "0 to 999"),
+        (["--steps", "0"], "at least 1 step"),
+        (["--scale", "2", "--short-side", "64"], "two sizes"),
+        (["--exact", "64"], "such as 1920x1080"),
+        (["--model", "nowhere.safetensors"], "--model and --vae go together"),
+        (["--model", "nowhere.safetensors", "--vae", "nowhere.safetensors"], "no file nowhere"),
+        (["--device", "abacus"], "no device 'abacus'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_first(options: list[str], words: str, clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=words):
+        refine(clip, tmp_path / "out.mp4", *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_the_draft_model_is_no_refiner(clip: Path, tmp_path: Path) -> None:
+    for part in ("stage1", "vae"):
+        save_file(nano_state(part), tmp_path / f"{part}.safetensors")
+    files = ("--model", tmp_path / "stage1.safetensors", "--vae", tmp_path / "vae.safetensors")
+    with pytest.raises((CommandError, CheckpointError), match="stage I"):
+        refine(clip, tmp_path / "out.mp4", *FAST, *files)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "stage1.safetensors")
+    with pytest.raises(CheckpointError):
+        refine(clip, tmp_path / "out.mp4", *FAST, *files)

@@ -1,0 +1,312 @@
+"""Video files in, video files out: frames, times and sound as they were, and a run that survives its end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flashvideo.config import DiTConfig, VAEConfig
+from flashvideo.dit import FlashVideoDiT
+from flashvideo.errors import CommandError
+from flashvideo.frames import TargetSize
+from flashvideo.refine import Networks, RefineSettings, refine_frames
+from flashvideo.refine_files import WORK_ENDING, FileOptions, refine_picture, refine_video
+from flashvideo.vae import VideoVAE
+from flashvideo.video_files import open_clip
+
+ROOT = Path(__file__).resolve().parents[2]
+SOUND_RATE = 44100
+SETTINGS = RefineSettings(TargetSize("keep"), window=17, overlap=8, steps=2)
+
+# What a child process does: refine IN to OUT with the networks of `tiny`, and tell how far it is and what it takes.
+CHILD = """
+import resource, sys, torch
+from pathlib import Path
+from flashvideo.config import DiTConfig, VAEConfig
+from flashvideo.dit import FlashVideoDiT
+from flashvideo.frames import TargetSize
+from flashvideo.refine import Networks, RefineSettings
+from flashvideo.refine_files import FileOptions, refine_video
+from flashvideo.vae import VideoVAE
+
+def report(phase, done, total):
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    print(phase, done, pages * resource.getpagesize(), flush=True)
+
+torch.manual_seed(0)
+dit = FlashVideoDiT(DiTConfig(1, 32, 2, 16, 8, 64, degradation_embedding=True, frame_count_embedding=True)).eval()
+vae = VideoVAE(VAEConfig(4, (1, 1, 1, 1), encoder_blocks=1, decoder_blocks=1, norm_groups=2)).eval()
+settings = RefineSettings(TargetSize("keep"), window=17, overlap=8, steps=2)
+networks = Networks(dit, vae, torch.randn(1, 6, 8))
+source, target, segment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+refine_video(networks, source, target, settings, FileOptions(segment_chunks=segment), report)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Networks:
+    """The real networks, small enough for many runs, with random weights."""
+    torch.manual_seed(0)
+    dit = FlashVideoDiT(DiTConfig(1, 32, 2, 16, 8, 64, degradation_embedding=True, frame_count_embedding=True))
+    vae = VideoVAE(VAEConfig(4, (1, 1, 1, 1), encoder_blocks=1, decoder_blocks=1, norm_groups=2))
+    return Networks(dit.eval(), vae.eval(), torch.randn(1, 6, 8))
+
+
+def make_video(
+    path: Path,
+    count: int,
+    rate: Fraction = Fraction(24),
+    size: tuple[int, int] = (32, 48),
+    *,
+    sound: str = "",
+    times: list[int] | None = None,
+    matrix: int = 5,
+) -> Path:
+    """Write a video of moving colour ramps; `times` in frames, where they aren't regular."""
+    height, width = size
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "1"})
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1
+        track = container.add_stream(sound, rate=SOUND_RATE) if sound else None
+        for index in range(count):
+            frame = av.VideoFrame.from_ndarray(ramps(index, height, width), format="rgb24")
+            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=matrix)
+            frame.pts, frame.time_base = index if times is None else times[index], 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if track is not None:
+            add_sound(container, track, float(count / rate))
+    return path
+
+
+def ramps(index: int, height: int, width: int) -> np.ndarray:
+    """Frame number `index`, [height, width, 3] uint8: colours that differ from corner to corner."""
+    red = np.broadcast_to(np.linspace(30, 220, width), (height, width))
+    green = np.broadcast_to(np.linspace(20, 200, height)[:, None], (height, width))
+    return np.stack([red, green, np.full((height, width), 40 + 5 * index % 150)], axis=-1).astype(np.uint8)
+
+
+def add_sound(container: av.container.OutputContainer, track: av.AudioStream, seconds: float) -> None:
+    """Write a tone."""
+    wave = (np.sin(np.arange(int(seconds * SOUND_RATE)) / 20) * 20000).astype(np.int16)
+    resampler = av.AudioResampler(format=track.format.name, layout=track.layout.name, rate=SOUND_RATE)
+    for start in range(0, len(wave), 1024):
+        frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = SOUND_RATE, start
+        for piece in resampler.resample(frame):
+            container.mux(track.encode(piece))
+    container.mux(track.encode())
+
+
+@dataclass
+class Contents:
+    """What a video file holds."""
+
+    rate: Fraction
+    times: list[Fraction]
+    frames: list[np.ndarray]
+    sound: list[tuple[bytes, Fraction, Fraction]]  # packets, when and how long
+
+
+def read(path: Path) -> Contents:
+    """Read a whole file."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        decoded = list(container.decode(stream))
+        times = [frame.pts * stream.time_base for frame in decoded]
+        frames = [frame.reformat(format="rgb24", dst_colorspace=5).to_ndarray() for frame in decoded]
+        rate = stream.average_rate
+    with av.open(str(path)) as container:
+        packets = container.demux(audio=0) if container.streams.audio else ()
+        sound = [(bytes(p), p.pts * p.time_base, p.duration * p.time_base) for p in packets if p.size]
+    return Contents(rate, times, frames, sound)
+
+
+@pytest.mark.parametrize(
+    ("rate", "ending", "sound"),
+    [
+        (Fraction(8), ".mp4", ""),
+        (Fraction(16), ".mkv", "flac"),
+        (Fraction(24), ".mp4", "aac"),
+        (Fraction(24000, 1001), ".mov", "pcm_s16le"),
+        (Fraction(30000, 1001), ".mp4", "aac"),
+    ],
+)
+def test_frames_times_and_sound_are_the_sources(
+    rate: Fraction, ending: str, sound: str, tiny: Networks, tmp_path: Path
+) -> None:
+    source = make_video(tmp_path / f"in{ending}", 38, rate, sound=sound)
+    target = tmp_path / f"out{ending}"
+    refine_video(tiny, source, target, SETTINGS, FileOptions(segment_chunks=2))
+
+    before, after = read(source), read(target)
+    assert len(after.frames) == 38
+    assert after.rate == before.rate
+    assert after.times == before.times
+    assert bool(before.sound) == bool(sound)
+    assert after.sound == before.sound
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, target.name]
+
+
+def test_a_file_comes_out_as_its_frames_do(tiny: Networks, tmp_path: Path) -> None:
+    """Reading, the segments and writing add nothing of their own but what H.264 rounds."""
+    source = make_video(tmp_path / "in.mp4", 21)
+    refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS, FileOptions(crf=0, segment_chunks=2))
+    clip = torch.stack(list(open_clip(source).frames()))
+    expected = (refine_frames(tiny, clip, SETTINGS) * 255).round().numpy()
+    # Colours are kept at half size: what can be compared is the mean over 2x2 pixels. PyAV rounds down, both ways.
+    for frame, wanted in zip(read(tmp_path / "out.mp4").frames, expected, strict=True):
+        cells = [part.reshape(16, 2, 24, 2, 3).mean((1, 3)) for part in (frame.astype(float), wanted)]
+        assert np.abs(cells[0] - cells[1]).mean() < 2.5
+
+
+def test_uneven_times_stay_uneven(tiny: Networks, tmp_path: Path) -> None:
+    times = [0, 1, 2, 5, 6, 10, 11, 12, 13, 20, 21, 22, 23, 24, 25, 40, 41, 42, 43, 44, 47, 50]
+    source = make_video(tmp_path / "in.mp4", len(times), times=times)
+    refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS, FileOptions(segment_chunks=2))
+    assert read(tmp_path / "out.mp4").times == [Fraction(time, 24) for time in times]
+
+
+@pytest.mark.parametrize("matrix", [1, 5])
+def test_colours_are_read_by_the_files_own_matrix(matrix: int, tmp_path: Path) -> None:
+    source = make_video(tmp_path / "in.mp4", 2, size=(64, 64), matrix=matrix)
+    first = next(open_clip(source).frames()).numpy().astype(int)
+    assert np.abs(first - ramps(0, 64, 64)).mean() < 3  # the other matrix is off by about 10
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (32, 48)), (2, (31, 48)), (6, (17, 33))])
+def test_any_length_and_any_size_even_odd_ones(
+    count: int, size: tuple[int, int], tiny: Networks, tmp_path: Path
+) -> None:
+    source = make_video(tmp_path / "in.mp4", count, size=size)
+    refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
+    frames = read(tmp_path / "out.mp4").frames
+    assert len(frames) == count
+    assert frames[0].shape == (*size, 3)
+
+
+def test_a_turned_video_comes_out_upright(tiny: Networks, tmp_path: Path) -> None:
+    source = make_video(tmp_path / "in.mp4", 5)
+    straight = next(open_clip(source).frames())
+    # The display matrix in the track's header, 16.16 fixed point: from none to a quarter turn clockwise.
+    one = bytes([0, 1, 0, 0])
+    none = one + bytes(12) + one + bytes(12) + bytes([0x40, 0, 0, 0])
+    turn = bytes(4) + one + bytes(4) + bytes([255, 255, 0, 0]) + bytes(16) + bytes([0x40, 0, 0, 0])
+    data = source.read_bytes()
+    at = data.index(none, data.index(b"tkhd"))
+    source.write_bytes(data[:at] + turn + data[at + len(turn) :])
+
+    clip = open_clip(source)
+    assert (clip.height, clip.width) == (48, 32)
+    assert torch.equal(next(clip.frames()), straight.rot90(-1))
+    refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
+    assert open_clip(tmp_path / "out.mp4").turns == 0
+    assert read(tmp_path / "out.mp4").frames[0].shape == (48, 32, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["refine", "decode"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_file(phase: str, tiny: Networks, tmp_path: Path) -> None:
+    source = make_video(tmp_path / "in.mp4", 60, sound="aac")
+    options = FileOptions(segment_chunks=2)
+    refine_video(tiny, source, tmp_path / "whole.mp4", SETTINGS, options)
+
+    target = tmp_path / "out.mp4"
+    command = [sys.executable, "-c", CHILD, str(source), str(target), "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        for number, _ in enumerate(line for line in child.stdout if line.startswith(phase)):
+            if number == 2:
+                child.send_signal(signal.SIGKILL)
+                break
+    assert child.returncode == -signal.SIGKILL
+    assert not target.exists()
+    assert (tmp_path / f"out.mp4{WORK_ENDING}").is_dir()
+
+    seen = []
+    refine_video(tiny, source, target, SETTINGS, options, lambda *at: seen.append(at))
+    phases = [at[0] for at in seen]
+    assert phase == next(name for name in phases if name != "read")  # nothing that was done is done again
+    assert target.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert not (tmp_path / f"out.mp4{WORK_ENDING}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
+    source = make_video(tmp_path / "in.mp4", 240)
+    command = [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out.mp4"), "4"]
+    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    for phase in ("encode", "refine", "decode"):
+        memory = [int(line.split()[2]) for line in lines if line.startswith(phase)]
+        # From a fifth on: the allocator and the codec have then what they need.
+        assert max(memory[len(memory) // 5 :]) < 1.05 * memory[len(memory) // 5], phase
+
+
+def test_a_picture_is_refined_too(tiny: Networks, tmp_path: Path) -> None:
+    Image.fromarray(ramps(0, 33, 47)).save(tmp_path / "in.png")
+    refine_picture(tiny, tmp_path / "in.png", tmp_path / "out.png", RefineSettings(TargetSize("scale", scale=2)))
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (94, 66)
+
+
+def test_what_cannot_be_done_is_said_before_the_work(tiny: Networks, tmp_path: Path) -> None:
+    source = make_video(tmp_path / "in.mp4", 5, sound="aac")
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "there.mp4").write_text("something else")
+    tone = tmp_path / "tone.mp4"
+    with av.open(str(tone), "w") as container:
+        add_sound(container, container.add_stream("aac", rate=SOUND_RATE), 0.2)
+    unusual = make_video(tmp_path / "in.mkv", 5, sound="wavpack")
+    for first, second, words in (
+        (tmp_path / "nothing.mp4", "out.mp4", "no file"),
+        (tmp_path / "text.mp4", "out.mp4", "can't be read as a video"),
+        (tone, "out.mp4", "holds no pictures"),
+        (source, "there.mp4", "--force"),
+        (source, "in.mp4", "the file to be refined"),
+        (source, "out.avi", r"should end in \.mp4"),
+        (source, "nowhere/out.mp4", "no folder"),
+        (unusual, "out.mp4", "as it is"),
+    ):
+        with pytest.raises(CommandError, match=words):
+            refine_video(tiny, first, tmp_path / second, SETTINGS)
+    assert (tmp_path / "there.mp4").read_text() == "something else"
+    assert not list(tmp_path.glob(f"*{WORK_ENDING}"))
+
+
+def test_other_settings_do_not_go_on_with_an_unfinished_run(tiny: Networks, tmp_path: Path) -> None:
+    source, target = make_video(tmp_path / "in.mp4", 9), tmp_path / "out.mp4"
+
+    def stop(phase: str, _done: float, _total: int) -> None:
+        if phase == "refine":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine_video(tiny, source, target, SETTINGS, on_progress=stop)
+    other = RefineSettings(TargetSize("keep"), window=17, overlap=8, steps=3)
+    with pytest.raises(CommandError, match="steps was 2, now 3"):
+        refine_video(tiny, source, target, other)
+    refine_video(tiny, source, target, other, FileOptions(anew=True))
+    assert target.is_file()
+
+
+def test_too_little_room_on_the_disk_is_said_before_the_work(
+    tiny: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_video(tmp_path / "in.mp4", 9)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("flashvideo.refine_files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CommandError, match="GB free, and this run needs up to"):
+        refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]

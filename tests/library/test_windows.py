@@ -1,0 +1,232 @@
+"""Stage II in windows of time: every frame is covered, and no border can be told, whole or frame by frame."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashvideo.checkpoints import load_dit
+from flashvideo.nano import nano_state
+from flashvideo.refine import guided_velocity
+from flashvideo.samplers import SOLVERS, sample_stage2, solve_flow
+from flashvideo.schedule import stage2_times
+from flashvideo.windows import (
+    Velocity,
+    Wavefront,
+    WindowPlan,
+    flow_evaluations,
+    frame_noise,
+    plan_windows,
+    windowed_velocity,
+)
+
+TIMES = stage2_times(4)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mixing(latent: Tensor, time: Tensor) -> Tensor:
+    """A velocity that, like attention, makes each frame depend on all the others of its window, and on its place."""
+    weights = normal(latent.shape[1], latent.shape[1]) / latent.shape[1] ** 0.5
+    mixed = torch.einsum("dc,bcthw->bdthw", weights, latent)
+    place = torch.arange(latent.shape[2]).view(-1, 1, 1) / 50
+    return torch.tanh(mixed + mixed.mean(2, keepdim=True) + place) - latent * time
+
+
+def through_wavefront(front: Wavefront, latent: Tensor) -> Tensor:
+    """All frames of a latent, fed one by one."""
+    finished = []
+    while front.finished < latent.shape[2]:
+        if front.ready:
+            moved = front.step()
+            finished += [] if moved is None else [moved]
+        else:
+            front.feed(latent[:, :, front.fed : front.fed + 1])
+    return torch.cat(finished, dim=2)
+
+
+def random_plan(seed: int) -> WindowPlan:
+    """Windows over a video of 1 to 200 frames."""
+    pick = random.Random(seed)
+    window = pick.randrange(1, 82, 4)
+    return plan_windows(pick.randint(1, 51), window, pick.randrange(0, window, 4))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_windows_cover_every_frame_and_overlap_as_asked(seed: int) -> None:
+    pick = random.Random(seed)
+    frames, window = pick.randint(1, 300), pick.randrange(1, 82, 4)
+    overlap = pick.randrange(0, window, 4)
+    plan = plan_windows(frames, window, overlap)
+
+    assert plan.length == min(frames, (window + 3) // 4)
+    assert plan.starts[0] == 0
+    assert plan.starts[-1] + plan.length == frames
+    steps = [after - before for before, after in zip(plan.starts, plan.starts[1:], strict=False)]
+    assert all(0 < step <= plan.length - overlap // 4 for step in steps)
+    sums = torch.zeros(frames)
+    for start, weights in zip(plan.starts, plan.weights, strict=True):
+        sums[start : start + plan.length] += weights
+    torch.testing.assert_close(sums, torch.ones(frames))
+    assert float(plan.weights.min()) > 0
+
+
+def test_weights_fade_smoothly_over_the_overlap() -> None:
+    plan = plan_windows(22, 49, 16)
+    assert plan.starts == (0, 9)
+    first, second = plan.weights
+    shared = first[9:13]
+    assert torch.equal(first[:9], torch.ones(9))
+    assert (shared.diff() < 0).all()
+    torch.testing.assert_close(shared + second[:4], torch.ones(4))
+    torch.testing.assert_close(shared, second[:4].flip(0))
+
+
+@pytest.mark.parametrize(
+    ("window", "overlap", "words"),
+    [(48, 16, "4n\\+1 .* got 48"), (0, 0, "4n\\+1 .* got 0"), (49, 6, "multiple of 4 .* got 6"), (17, 20, "got 20")],
+)
+def test_other_windows_are_refused(window: int, overlap: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan_windows(100, window, overlap)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("seed", range(12))
+def test_frame_by_frame_gives_what_the_whole_gives(seed: int, solver: str) -> None:
+    plan = random_plan(seed)
+    latent = normal(1, 4, plan.frames, 2, 3, seed=seed)
+    whole = solve_flow(windowed_velocity(mixing, plan), latent, TIMES, solver)
+    front = Wavefront(mixing, flow_evaluations(TIMES, solver), plan)
+    assert torch.equal(through_wavefront(front, latent), whole)
+    assert front.evaluated == front.total
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_window_is_the_plain_sampler(solver: str) -> None:
+    latent = normal(1, 4, 13, 2, 3)
+    plan = plan_windows(13)
+    plain = solve_flow(mixing, latent, TIMES, solver)
+    assert torch.equal(solve_flow(windowed_velocity(mixing, plan), latent, TIMES, solver), plain)
+
+
+def test_a_wavefront_can_be_put_aside_after_any_evaluation() -> None:
+    plan = plan_windows(31, 17, 8)
+    latent = normal(1, 4, 31, 2, 3)
+    evaluations = flow_evaluations(TIMES, "heun")
+    whole = solve_flow(windowed_velocity(mixing, plan), latent, TIMES, "heun")
+    front, finished = Wavefront(mixing, evaluations, plan), []
+    while front.finished < 31:
+        if not front.ready:
+            front.feed(latent[:, :, front.fed : front.fed + 1])
+            continue
+        moved = front.step()
+        finished += [] if moved is None else [moved]
+        state = {name: tensor.clone() for name, tensor in front.state().items()}
+        front = Wavefront(mixing, evaluations, plan)
+        front.restore(state)
+    assert torch.equal(torch.cat(finished, dim=2), whole)
+
+
+def test_what_a_wavefront_holds_does_not_grow_with_the_video() -> None:
+    def most(frames: int) -> int:
+        front = Wavefront(mixing, flow_evaluations(TIMES), plan_windows(frames))
+        latent, held = normal(1, 4, frames, 2, 2), 0
+        while front.finished < frames:
+            if front.ready:
+                front.step()
+            else:
+                front.feed(latent[:, :, front.fed : front.fed + 1])
+            held = max(held, sum(tensor.numel() for tensor in front.state().values()))
+        return held
+
+    short, long = most(13 + 5 * 9), most(13 + 30 * 9)  # regular windows: one that is moved back waits for more
+    assert long == short
+    assert long < 4 * (13 + 4) * 4 * 2 * 2 + 10  # four evaluations' windows and overlaps, and the counts
+
+
+def test_noise_depends_on_seed_and_frame_number_alone() -> None:
+    shape = (16, 8, 6)
+    frames = torch.stack([frame_noise(shape, 5, index) for index in range(20)])
+    assert torch.equal(frames[7], frame_noise(shape, 5, 7))
+    assert not torch.equal(frames[7], frame_noise(shape, 6, 7))
+    flat = frames.flatten(1)
+    assert abs(float(flat.mean())) < 4 / flat.numel() ** 0.5
+    assert abs(float(flat.std()) - 1) < 4 / (2 * flat.numel()) ** 0.5
+    likeness = torch.corrcoef(flat) - torch.eye(20)
+    assert float(likeness.abs().max()) < 5 / flat.shape[1] ** 0.5
+
+
+def wandering(frames: int, seed: int) -> Tensor:
+    """A latent [1, 16, frames, 8, 8] that changes slowly and keeps its spread: nine tenths of a frame stay."""
+    keep, noise = 0.9, normal(1, 16, frames, 8, 8, seed=seed)
+    latent = [noise[:, :, 0]]
+    for index in range(1, frames):
+        latent.append(keep * latent[-1] + (1 - keep**2) ** 0.5 * noise[:, :, index])
+    return torch.stack(latent, dim=2)
+
+
+def looking_around(latent: Tensor, time: Tensor) -> Tensor:
+    """A smooth velocity that depends on the mean of all frames, so that every window has its own opinion."""
+    weights = normal(latent.shape[1], latent.shape[1]) / latent.shape[1] ** 0.5
+    mixed = torch.einsum("dc,bcthw->bdthw", weights, latent)
+    return torch.tanh(mixed + mixed.mean(2, keepdim=True) / 2) - latent * time
+
+
+@pytest.fixture(scope="module")
+def nano() -> Velocity:
+    """Nano's velocity."""
+    dit = load_dit(nano_state("stage2"), dtype=torch.float32)
+    velocity = guided_velocity(dit, normal(1, 8, dit.config.text_dim), 1.0, 675)
+    return torch.no_grad()(velocity)
+
+
+@pytest.mark.parametrize("name", ["looking around", "Nano"])
+def test_windows_differ_from_the_whole_no_more_at_their_borders_than_inside(name: str, nano: Velocity) -> None:
+    network = nano if name == "Nano" else looking_around
+    plan = plan_windows(58)
+    squares = torch.zeros(58)
+    for seed in range(3):
+        latent = wandering(58, seed)
+        whole = solve_flow(network, latent, TIMES)
+        windowed = solve_flow(windowed_velocity(network, plan), latent, TIMES)
+        squares += (windowed - whole).square().mean((0, 1, 3, 4))
+    cuts = [*plan.starts[1:], *(start + plan.length for start in plan.starts[:-1])]
+    border = torch.zeros(58, dtype=torch.bool)
+    border[[frame for cut in cuts for frame in (cut - 1, cut)]] = True
+    assert float(squares.min()) > 0  # the windows do have opinions of their own
+    assert float(squares[border].mean().sqrt() / squares[~border].mean().sqrt()) <= 1.05
+
+
+def test_quality_does_not_beat_at_the_period_of_the_windows(nano: Velocity) -> None:
+    period, windows = 9, 15  # latent frames from one window's start to the next
+    plan = plan_windows(13 + period * windows)
+    refined = solve_flow(windowed_velocity(nano, plan), wandering(plan.frames, 7), TIMES)
+    steady = refined[:, :, period : period * (windows + 1)]
+    for quality in (
+        steady.std((0, 1, 3, 4)),
+        steady.diff(dim=4).square().mean((0, 1, 3, 4)).sqrt(),  # sharpness
+        steady.diff(dim=2).square().mean((0, 1, 3, 4)).sqrt()[: -period + 1],  # motion
+    ):
+        whole_periods = quality[: len(quality) // period * period]
+        power = torch.fft.rfft(whole_periods - whole_periods.mean()).abs().square()
+        at = len(whole_periods) // period
+        neighbours = torch.cat((power[at - 4 : at], power[at + 1 : at + 5])).mean()
+        # One line of a random spectrum is above 5 times the mean once in 150.
+        assert float(power[at] / neighbours) < 5
+
+
+def test_guidance_in_two_passes_is_the_samplers_in_one() -> None:
+    dit = load_dit(nano_state("stage2"), dtype=torch.float32)
+    start, context = normal(1, 16, 3, 4, 6), normal(1, 8, dit.config.text_dim)
+    together = sample_stage2(dit, start, context, torch.zeros_like(context))
+    with torch.no_grad():
+        apart = solve_flow(guided_velocity(dit, context, 13.0, 675), start, TIMES)
+    # Batches of two and of one take sums in another order; guidance multiplies the difference by 13, four times over.
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-3)
