@@ -1,8 +1,9 @@
-"""The command line: `python -m flashvideo convert|info|train`."""
+"""The command line: `python -m flashvideo convert|info|models|plan|refine|train|ablate`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import signal
 import sys
@@ -15,24 +16,27 @@ from tqdm import tqdm
 from .checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from .config import DiTConfig
 from .convert import DTYPES, convert_file
-from .training.command import add_train
-from .training.errors import TrainingError
+from .errors import CommandError
+from .models_command import add_models
+from .plan_command import add_plan
+from .refine_command import add_refine
 from .weightfiles import some
 
 CANCELLED = 130  # exit code of a command stopped with Ctrl+C
 TERMINATED = 143
+REPOSITORY = "https://github.com/flashvideo/ComfyUI-FlashVideo"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 1 refused with a message, 130 cancelled (143 by SIGTERM)."""
     parser = argparse.ArgumentParser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in (_add_convert, _add_info, add_train):
+    for add_command in (_add_convert, _add_info, add_models, add_plan, add_refine, _add_training):
         add_command(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (CheckpointError, TrainingError) as error:
+    except (CheckpointError, CommandError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except OSError as error:
@@ -114,6 +118,25 @@ def _info(path: Path) -> None:
     ):
         if value:
             say(f"  {name:<16}{value}")
+
+
+def _add_training(commands: argparse._SubParsersAction) -> None:
+    if importlib.util.find_spec(".training", __package__):
+        from .training.ablations.command import add_ablate
+        from .training.command import add_train
+
+        add_train(commands)
+        add_ablate(commands)
+        return
+    # What ComfyUI's registry hands out leaves training out.
+    for name in ("train", "ablate"):
+        parser = commands.add_parser(name, help="is in the repository, not in this download")
+        parser.add_argument("rest", nargs=argparse.REMAINDER)
+        parser.set_defaults(run=_no_training)
+
+
+def _no_training(_options: argparse.Namespace) -> None:
+    raise CommandError(f"Training is not part of this download. Clone {REPOSITORY} to train.")
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

@@ -1,4 +1,4 @@
-"""`python -m flashvideo train vae|text|stage1|stage2|nano`: reads a config, and runs the loop or an export."""
+"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: a config, and a loop or an export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..devices import open_device
 from .errors import TrainingError
 
 WHOLE = "nano"  # all four, with the configs that come with the library
@@ -20,6 +21,7 @@ KINDS = {
     "text": ("text", "TextSettings", "TextTask"),
     "stage1": ("stage1", "Stage1Settings", "Stage1Task"),
     "stage2": ("stage2", "Stage2Settings", "Stage2Task"),
+    "preference": ("preference", "PreferenceSettings", "PreferenceTask"),
 }
 
 
@@ -87,19 +89,8 @@ def _open(kind: str, config: Path, options: argparse.Namespace) -> tuple[Any, An
         settings = dataclasses.replace(settings, tokenizer=options.tokenizer)
     if settings.loop.threads:
         torch.set_num_threads(settings.loop.threads)
-    return settings, getattr(module, task_name)(settings, _device(options.device))
+    return settings, getattr(module, task_name)(settings, open_device(options.device))
 
 
 def _exit_code(ended_by: int | None) -> int:
     return 0 if ended_by is None else SIGNAL_EXIT + ended_by
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch says it in one way or the other
-        raise TrainingError(f"There is no device {name!r} here ({str(error).splitlines()[0]}).") from error

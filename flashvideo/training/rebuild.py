@@ -21,18 +21,20 @@ CONFIGS = Path(__file__).resolve().parent / "configs" / "nano"
 
 @dataclass(frozen=True)
 class Part:
-    """One of the four networks."""
+    """One training: of a network, or of a part of it."""
 
-    kind: str  # as `train` calls it, and its config
-    file: str  # what its export writes
+    kind: str  # as `train` calls it
+    config: str
+    file: str  # what its export writes; empty if the next training goes on from its run
     what: str
 
 
 PARTS = (  # each needs those before it
-    Part("vae", "vae.safetensors", "the video VAE"),
-    Part("text", "text_encoder.safetensors", "the text encoder"),
-    Part("stage1", "stage1.safetensors", "stage I, which makes drafts"),
-    Part("stage2", "stage2.safetensors", "stage II, which refines them"),
+    Part("vae", "vae", "", "the video VAE"),
+    Part("vae", "vae_decoder", "vae.safetensors", "its decoder once more"),
+    Part("text", "text", "text_encoder.safetensors", "the text encoder"),
+    Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts"),
+    Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them"),
 )
 
 # open_task(kind, config) reads a config: its settings and its task
@@ -43,7 +45,7 @@ def rebuild(open_task: OpenTask, folder: Path, minutes: float | None) -> int | N
     """Train and export what isn't done yet, for at most so many minutes; returns a signal's number if one ended it."""
     deadline = None if minutes is None else time.monotonic() + minutes * MINUTE
     for part in PARTS:
-        settings, task = open_task(part.kind, CONFIGS / f"{part.kind}.toml")
+        settings, task = open_task(part.kind, CONFIGS / f"{part.config}.toml")
         if not _finished(settings):
             sys.stdout.write(f"FlashVideo-Nano: {part.what}\n")
             trainer = Trainer(task, settings.loop, settings.out)
@@ -56,7 +58,7 @@ def rebuild(open_task: OpenTask, folder: Path, minutes: float | None) -> int | N
             if ended_by is not None or trainer.step < settings.loop.steps:
                 sys.stdout.write("Stopped; the same command goes on from here.\n")
                 return ended_by
-        if not (folder / part.file).is_file():
+        if part.file and not (folder / part.file).is_file():
             export(task, settings.out, folder)
     sys.stdout.write(f"{folder}: FlashVideo-Nano is complete.\n")
     return None

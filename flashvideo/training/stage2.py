@@ -12,13 +12,14 @@ from torch.utils.data import Dataset
 
 from ..config import STAGE2_LATENT_SCALE
 from ..degradation import DEGRADATION_STEP, degrade_latent
+from ..dit import FlashVideoDiT
 from ..samplers import sample_stage2
 from ..schedule import STAGE2_SHIFT
 from .config import LoopSettings
 from .degradations import LatentDegradation, StrongDegradation, WeakDegradation
 from .errors import TrainingError
 from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
-from .losses import CAPTION_DROPOUT, drop_captions, flow_loss
+from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_loss
 from .metrics import psnr, sheet
 from .networks import (
     FrozenText,
@@ -127,10 +128,18 @@ class Stage2Task:
         caches = [self._cached(phase.clips, "train", text) for phase in settings.phases]
         self.held_out = self._cached(settings.phases[-1].clips, "validation", text)
         text.release()
-        self.model = make_network(settings.network, 2, settings.seed, device)
+        self.model = self.network()
         self.data = PairData(settings, caches)
         self.description = describe_network(self.model, settings.network)
         self._references: list[tuple[Tensor, Tensor]] = []
+
+    def network(self) -> FlashVideoDiT:
+        """Make the network that learns; a variant of stage II has another one."""
+        return make_network(self.settings.network, 2, self.settings.seed, self.device)
+
+    def called(self, _reference: Tensor) -> Network:
+        """The network as losses and samplers call it; a variant may show it the scaled reference [B, C, T, H, W]."""
+        return as_called(self.model, checkpoint_blocks=self.settings.network.checkpoint_blocks)
 
     def _degraded(self, video: Tensor, *names: str | int) -> dict[str, Tensor]:
         weak = WeakDegradation(self.settings.degradation.factor)
@@ -166,7 +175,7 @@ class Stage2Task:
         context = drop_captions(
             batch["context"], generator_for(settings.seed, "dropout", index), settings.caption_dropout
         )
-        network = as_called(self.model, checkpoint_blocks=settings.network.checkpoint_blocks)
+        network = self.called(reference)
         uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
         return {"loss": flow_loss(network, degraded, clean, context, uniform, steps, shift=settings.shift)}
 
@@ -182,7 +191,8 @@ class Stage2Task:
             clean, start = clean * STAGE2_LATENT_SCALE, self._start(reference, row)
             steps = torch.full((1,), self._step, device=self.device)
             place = torch.full((1,), (row + 0.5) / len(batch["clean"]), device=self.device)
-            loss = flow_loss(as_called(self.model), start, clean, context, place, steps, shift=self.settings.shift)
+            network = self.called(reference * STAGE2_LATENT_SCALE)
+            loss = flow_loss(network, start, clean, context, place, steps, shift=self.settings.shift)
             explained.append(1 - (loss / (clean - start).square().mean()).item())
         scores = {"explained": sum(explained) / len(explained)}
         refined = self.refine(batch)
@@ -208,8 +218,9 @@ class Stage2Task:
         dtype = self.model.proj_out.weight.dtype
         for row in range(self._shown()):
             reference, context = (batch[name][row : row + 1].to(self.device) for name in ("reference", "context"))
+            network, start = self.called(reference * STAGE2_LATENT_SCALE), self._start(reference, row)
             latent = sample_stage2(
-                self.model, self._start(reference, row), context.to(dtype), torch.zeros_like(context, dtype=dtype),
+                network, start, context.to(dtype), torch.zeros_like(context, dtype=dtype),
                 steps=settings.steps, cfg=settings.cfg, shift=self.settings.shift, degradation_step=self._step,
             )  # fmt: skip
             videos.append(self.vae.decode(latent / STAGE2_LATENT_SCALE)[0])

@@ -19,7 +19,7 @@ from ..checkpoints import STAGE_METADATA
 from ..config import VAEConfig
 from ..vae import VideoVAE
 from ..vae_layers import SpatialNorm
-from .checkpointing import export_weights
+from .checkpointing import BEST, export_weights, load_state
 from .config import LoopSettings
 from .errors import TrainingError
 from .losses import vae_loss
@@ -87,6 +87,8 @@ class VAESettings:
     loss: VAELossSettings
     crops: tuple[Crop, ...]
     validation: tuple[ValidationClip, ...]
+    start: str = ""  # folder of a run whose best weights to start from; empty for fresh ones
+    decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
 
 
 class CropData(Dataset):
@@ -139,10 +141,22 @@ class VAETask:
         self.settings = settings
         self.model = VideoVAE(settings.model.config())
         initialise(self.model, settings.seed)
+        if settings.start:
+            self._start_from(Path(settings.start) / BEST)
+        self.model.encoder.requires_grad_(not settings.decoder_only)
         self.model.to(device)
         self.data = CropData(settings.crops, settings.seed)
-        self.description = {"network": "vae", **_plain(settings.model)}
+        self.description = self._sizes()
         self._held_out: dict[str, list[Tensor]] = {}
+
+    def _start_from(self, path: Path) -> None:
+        state = load_state(path)
+        if state["description"] != self._sizes():
+            raise TrainingError(f"{path} holds {state['description']}, the config asks for {self._sizes()}.")
+        self.model.load_state_dict(state["mean"])
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"network": "vae", **_plain(self.settings.model)}
 
     def loss(self, batch: Tensor, index: int) -> dict[str, Tensor]:
         """Encode, draw a latent, decode, compare."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from flashvideo.__main__ import main
@@ -143,7 +144,7 @@ clips = 2
 @pytest.fixture
 def two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], tuple[Any, Any]]:
     """The chain with two tiny VAEs instead of the four networks; they differ in nothing but their folder."""
-    parts = tuple(rebuild.Part(name, "vae.safetensors", name) for name in ("first", "second"))
+    parts = (rebuild.Part("first", "first", "", "one"), rebuild.Part("second", "second", "vae.safetensors", "two"))
     monkeypatch.setattr(rebuild, "PARTS", parts)
     opened = []
 
@@ -181,6 +182,25 @@ def test_a_stopped_chain_goes_on_where_it_was(two_parts: Callable, tmp_path: Pat
     shutil.rmtree(folder)
     assert rebuild.rebuild(two_parts, folder, None) is None  # exports again without training again
     assert (folder / "vae.safetensors").is_file()
+
+
+def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Path) -> None:
+    first = tmp_path / "first.toml"
+    first.write_text(VAE.format(out=(tmp_path / "first").as_posix()))
+    assert main(["train", "vae", "--config", str(first), "--device", "cpu"]) == 0
+    second = tmp_path / "second.toml"
+    start = f'start = "{(tmp_path / "first").as_posix()}"\ndecoder_only = true\n'
+    second.write_text(start + VAE.format(out=(tmp_path / "second").as_posix()))
+    assert main(["train", "vae", "--config", str(second), "--device", "cpu"]) == 0
+    files = []
+    for config in (first, second):
+        folder = tmp_path / f"{config.stem}-export"
+        assert main(["train", "vae", "--config", str(config), "--device", "cpu", "--export", str(folder)]) == 0
+        files.append(load_file(folder / "vae.safetensors"))
+    encoder = [name for name in files[0] if name.startswith("encoder.")]
+    assert encoder
+    assert all(torch.equal(files[0][name], files[1][name]) for name in encoder)
+    assert not all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
 def test_a_single_network_needs_a_config(capsys: pytest.CaptureFixture) -> None:

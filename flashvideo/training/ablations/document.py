@@ -1,0 +1,160 @@
+"""Writes docs/ablations.md from measured tables: every number, verdict and picture in it follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpointing import write_whole
+from .acceptance import Check, checks, other_drafts
+from .measures import METRICS
+from .pages import save_page
+from .results import Claim, Finding, TableResult
+from .settings import Note
+
+DOCUMENT, PICTURES = "ablations.md", "ablations"
+ACCEPTANCE = "acceptance"
+INTRODUCTION = """# Ablations on FlashVideo-Nano
+
+The paper's tables (FlashVideo, arXiv 2502.05179), repeated with the miniature: not its numbers, which belong to models
+a thousand times larger, but the order of what is compared. This page is written by `python -m flashvideo ablate` from
+what it measured; `make ablations` does it all. Orderings were written down before they were measured, and one that
+does not come out stays here as it is.
+
+**Clips.** Procedural scenes of the "test" split, whose combinations of colour, shape and direction no training saw, and
+a real clip. A draft is a quarter as high and wide: "shrunk" is that and no more, "coded" went through the VAE as the
+drafts of stage I do, "strong" was blurred, resized, compressed and made noisy first. Means are over the procedural
+clips.
+
+**Measures.** PSNR and SSIM against the truth; the same PSNR of the high and of the low band, which part at patterns of
+70 pixels, as the colour match does; gradient-energy error: how far the amount of detail is from the truth's, whichever
+way; sharpness: variance of the Laplacian, to be read beside the truth's; flicker: mean error of the change from frame
+to frame, in levels of 255; warp error: mean change along the truth's optical flow, in levels of 255, to be read beside
+the truth's; colour shift: ΔE of the low bands, of broad areas, to those of the enlarged draft, which is what refining
+changed; colour error: the same to the truth's; pixels' ΔE: that of the pixels to the truth's, with what detail is
+wrong. Seconds are of the whole chain for one clip.
+"""
+
+
+def write_document(folder: Path, tables: Sequence[TableResult], notes: Sequence[Note]) -> Path:
+    """Write the page and its pictures into a folder; returns the page's path."""
+    parts = [INTRODUCTION, _summary(tables)]
+    for table in tables:
+        parts.append(section(table, [note.text for note in notes if note.table == table.key]))
+        picture = folder / PICTURES / f"{table.key}.jpg"
+        if save_page(table, picture, whole=table.key == ACCEPTANCE):
+            parts.append(f"![{table.title}]({PICTURES}/{picture.name})\n")
+    path = folder / DOCUMENT
+    text = "\n".join(parts)
+    write_whole(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def _summary(tables: Sequence[TableResult]) -> str:
+    lines = ["| | came out | of |", "|---|---|---|"]
+    for table in tables:
+        if table.key == ACCEPTANCE:
+            outcome = [check.passed for check in checks(table, table.procedural)]
+        else:
+            outcome = [finding.holds for finding in table.findings(table.procedural)]
+        lines.append(f"| [{table.title}](#{_anchor(table.title)}) | {sum(outcome)} | {len(outcome)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """The link to a heading as GitHub makes it."""
+    return "".join(letter for letter in title.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
+
+
+def section(table: TableResult, notes: Sequence[str] = ()) -> str:
+    """One table in Markdown: what it compares, its numbers, and what became of its orderings."""
+    parts = [f"## {table.title}\n", f"{table.about}\n"]
+    parts.append("; ".join(f"{name}: {fact}" for name, fact in table.facts.items()) + ".\n")
+    parts.append(number_table(table, table.procedural))
+    if table.real:
+        parts += [f"The real clip, {', '.join(table.real)}:\n", number_table(table, table.real)]
+    parts.append(_checks(table) if table.key == ACCEPTANCE else _findings(table))
+    parts += [f"{note}\n" for note in notes]
+    return "\n".join(parts)
+
+
+def number_table(table: TableResult, clips: Sequence[str]) -> str:
+    """Means over some clips, the best of each column in bold (the truth, which is no competitor, aside)."""
+    means = {row.label: row.mean(list(clips)) for row in table.rows}
+    lines = ["| | " + " | ".join(METRICS[name].label for name in table.metrics) + " |"]
+    lines.append("|---|" + "---:|" * len(table.metrics))
+    rivals = [mean for label, mean in means.items() if not label.startswith("truth")]
+    best = {name: _best(name, [mean[name] for mean in rivals]) for name in table.metrics}
+    for label, mean in means.items():
+        cells = []
+        for name in table.metrics:
+            text = number(name, mean[name])
+            cells.append(f"**{text}**" if not label.startswith("truth") and text == best[name] else text)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _best(name: str, values: Sequence[float]) -> str | None:
+    better = METRICS[name].better
+    known = [value for value in values if not math.isnan(value)]
+    if better is None or not known:
+        return None
+    return number(name, max(known) if better == "higher" else min(known))
+
+
+def number(name: str, value: float) -> str:
+    """A metric's value as it is printed."""
+    if math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.{METRICS[name].digits}f}"
+
+
+def _findings(table: TableResult) -> str:
+    """What became of the orderings, as a table: on the mean, on how many clips, and on the real one."""
+    real = {finding.claim: finding for finding in table.findings(table.real)}
+    lines = ["| Asked | Numbers | Came out | On clips |" + (" Real clip |" if real else "")]
+    lines.append("|---|---|---|---:|" + ("---|" if real else ""))
+    for finding in table.findings(table.procedural):
+        cells = [asked(finding.claim), _numbers(finding), _yes(finding.holds), f"{finding.wins} of {finding.clips}"]
+        if finding.claim in real:
+            cells.append(f"{_yes(real[finding.claim].holds)}, {_numbers(real[finding.claim])}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "**no**"
+
+
+def _numbers(finding: Finding) -> str:
+    better, worse = (number(finding.claim.metric, value) for value in (finding.better, finding.worse))
+    return f"{better} against {worse}"
+
+
+def sentence(finding: Finding) -> str:
+    """What was asked, the numbers, and on how many clips it holds."""
+    return f"{asked(finding.claim)}: {_numbers(finding)}; on {finding.wins} of {finding.clips} clips."
+
+
+def asked(claim: Claim) -> str:
+    """A claim in words."""
+    metric = METRICS[claim.metric]
+    name = metric.label.split(",")[0]
+    if claim.within is None:
+        return f"*{claim.better}* has a {metric.better} {name} than *{claim.worse}*"
+    less = "no worse" if claim.within == 0 else f"at most {claim.within:g} worse"
+    return f"*{claim.better}* is {less} in {name} than *{claim.worse}*"
+
+
+def _checks(table: TableResult) -> str:
+    blocks = [("Held-out scenes", checks(table, table.procedural))]
+    if table.real:
+        blocks.append((f"The real clip, {', '.join(table.real)}", checks(table, table.real)))
+    for draft in other_drafts(table):
+        blocks.append((f'Held-out scenes, drafts "{draft}"', checks(table, table.procedural, draft)))
+    return "\n".join(f"{title}:\n\n" + "\n".join(_check_lines(results)) + "\n" for title, results in blocks)
+
+
+def _check_lines(results: Sequence[Check]) -> list[str]:
+    return [f"- **{'Passed' if check.passed else 'Not passed'}**: {check.wanted}: {check.found}." for check in results]

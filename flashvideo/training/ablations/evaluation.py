@@ -1,0 +1,143 @@
+"""Runs one way from a draft to a finished video on held-out clips, and measures it: each clip once, kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...config import STAGE2_LATENT_SCALE
+from ...convert import sha256
+from ...degradation import DEGRADATION_STEP, degrade_latent
+from ...frames import finish, resize, to_frames, to_video
+from ...samplers import sample_stage2
+from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
+from ..checkpointing import write_whole
+from ..losses import Network
+from ..metrics import save_picture
+from ..networks import as_called
+from ..randomness import generator_for, normal_like
+from .clips import TEST_SEED, ClipStore, HeldOutClip, Suite
+from .measures import measure
+from .variants import KINDS, Deadline, beside, load_variant
+
+ENLARGERS = ("bilinear", "bicubic", "lanczos")
+TRUTH = "truth"
+CODED = "coded"  # the truth, encoded and decoded
+FORMAT = 1  # of the kept results; another one when a measure or the chain changes
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to finish a draft: one of ENLARGERS, or a network of one of KINDS; or what it should be: TRUTH, CODED."""
+
+    kind: str
+    weights: Path | None = None
+    steps: int = 4
+    cfg: float = 1.0
+    shift: float = STAGE2_SHIFT
+    strength: int = DEGRADATION_STEP
+    color_match: str = "wavelet"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a method on one clip."""
+
+    values: dict[str, float]
+    picture: Path  # the middle frame
+
+
+class Evaluator:
+    """Measures methods on clips, and keeps numbers and pictures in a folder."""
+
+    def __init__(self, store: ClipStore, folder: Path, device: torch.device, deadline: Deadline) -> None:
+        self.store, self.folder, self.device, self.deadline = store, folder, device, deadline
+        self._network = lru_cache(maxsize=1)(lambda path, kind: load_variant(path, kind, device))
+        self._digest = lru_cache(maxsize=None)(lambda path: sha256(path, lambda *_: None))
+
+    def suite(self, label: str, method: Method, suite: Suite) -> dict[str, Measured]:
+        """Measure a method on all clips of a suite, by their names. Raises Paused at the deadline."""
+        results = {}
+        for index, name in enumerate(suite.names):
+            results[name] = self._measured(label, method, suite, index)
+        return results
+
+    def _measured(self, label: str, method: Method, suite: Suite, index: int) -> Measured:
+        clip = self.store.clip(suite, index)
+        path = self.folder / f"{self._name(method, clip)}.json"
+        picture = path.with_suffix(".png")
+        if path.is_file() and picture.is_file():
+            return Measured(json.loads(path.read_text(encoding="utf-8")), picture)
+        self.deadline.check()
+        started = time.monotonic()
+        frames = self.finished(method, clip)
+        values = {"seconds": time.monotonic() - started}
+        frames = (frames * 255).round() / 255  # as a player shows it
+        values = {**measure(frames, clip.truth, clip.flow, clip.enlarged), **values}
+        save_picture(picture, as_picture(frames[len(frames) // 2]))
+        write_whole(path, lambda file: file.write(json.dumps(values).encode()))
+        sys.stdout.write(
+            f"  {label}, {suite.size}, {clip.name}: PSNR {values['psnr']:.2f}, high band {values['psnr_high']:.2f}, "
+            f"gradient error {values['gradient_error']:.1f} %; {time.monotonic() - started:.1f} s\n"
+        )
+        return Measured(values, picture)
+
+    def _name(self, method: Method, clip: HeldOutClip) -> str:
+        weights = None if method.weights is None else self._digest(method.weights)
+        parts = (FORMAT, dataclasses.replace(method, weights=None), weights, clip.digest)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+    def finished(self, method: Method, clip: HeldOutClip) -> Tensor:
+        """The whole chain from the draft to frames [T, H, W, 3] in [0, 1] on the CPU."""
+        if method.kind == TRUTH:
+            return clip.truth
+        if method.kind == CODED:
+            return self._coded(clip.truth)
+        if method.kind in ENLARGERS:
+            return enlarge(clip.draft, *clip.truth.shape[1:3], method.kind)
+        refined = to_frames(self.store.vae.decode(self._refined(method, clip))).cpu()
+        return finish(refined, clip.enlarged, method.color_match)
+
+    @torch.no_grad()
+    def _coded(self, truth: Tensor) -> Tensor:
+        video = to_video(truth).to(self.device)
+        return to_frames(self.store.vae.decode(self.store.vae.encode(video).mode())).cpu()
+
+    @torch.no_grad()
+    def _refined(self, method: Method, clip: HeldOutClip) -> Tensor:
+        if method.kind not in KINDS:
+            raise ValueError(f"there is no method {method.kind!r}")
+        network: Network = as_called(self._network(method.weights, method.kind))
+        latent, strength = clip.latent * STAGE2_LATENT_SCALE, method.strength
+        if method.kind == "cascade":
+            network, strength = beside(network, latent), TRAIN_STEPS - 1  # noise alone
+        start = degrade_latent(latent, normal_like(latent, generator_for(TEST_SEED, "start", clip.name)), strength)
+        refined = sample_stage2(
+            network, start, clip.context, torch.zeros_like(clip.context),
+            steps=method.steps, cfg=method.cfg, shift=method.shift, degradation_step=strength,
+        )  # fmt: skip
+        return refined / STAGE2_LATENT_SCALE
+
+
+def enlarge(frames: Tensor, height: int, width: int, resampler: str) -> Tensor:
+    """Enlarge frames [T, h, w, 3] by one of ENLARGERS to [T, height, width, 3]. Lanczos is Pillow's, of 8 bits."""
+    if resampler != "lanczos":
+        return resize(frames, height, width, resampler)
+    large = [as_picture(frame).resize((width, height), Image.Resampling.LANCZOS) for frame in frames]
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in large])).float() / 255
+
+
+def as_picture(frame: Tensor) -> Image.Image:
+    """A frame [H, W, 3] in [0, 1] as a picture of 8 bits."""
+    return Image.fromarray((frame * 255).round().byte().numpy())

@@ -1,0 +1,176 @@
+"""What all tables share: models, held-out clips, trained variants and the evaluator, each made when first needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...convert import sha256
+from ..errors import TrainingError
+from ..latents import ClipSettings
+from ..loop import Task
+from ..networks import FrozenText, NetworkSettings
+from ..preference import PreferenceSettings, PreferenceTask
+from ..stage1 import SheetSettings as DraftSheet
+from ..stage1 import Stage1Settings, Stage1Task
+from ..stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
+from .clips import ClipStore, RealClip, Suite
+from .evaluation import Evaluator, Method
+from .results import Row
+from .settings import AblationSettings
+from .variants import Deadline, VariantTask, train_once
+
+LARGER = 1.5  # times the training resolution, in table 5
+SIDE = 16  # sides are multiples of so many pixels
+
+
+class Lab:
+    """The models of a config on a device."""
+
+    def __init__(self, settings: AblationSettings, device: torch.device, clip: Path | None, deadline: Deadline) -> None:
+        """Check that the models of most tables are there; nothing is made yet."""
+        shipped = settings.shipped
+        for path in (shipped.stage2, shipped.vae, Path(shipped.text)):
+            _check(path)
+        if clip is not None and not clip.is_file():
+            raise TrainingError(f"{clip}: there is no such video.")
+        self.settings, self.device, self.deadline = settings, device, deadline
+        held_out = settings.held_out
+        self.real = None if clip is None else RealClip(clip, held_out.when, held_out.caption)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What measures."""
+        shipped, out = self.settings.shipped, self.settings.out
+        text = FrozenText(shipped.text, shipped.tokenizer, self.device)
+        store = ClipStore(out / "clips", shipped.vae, text, self.device)
+        return Evaluator(store, out / "results", self.device, self.deadline)
+
+    # Clips
+
+    def suite(self, draft: str | None = None) -> Suite:
+        """Held-out clips of full size."""
+        held_out = self.settings.held_out
+        source = ClipSettings(held_out.height, held_out.width, held_out.frames, clips=1)
+        return Suite(source, held_out.clips, draft or held_out.draft, self.real)
+
+    def small_suite(self, scale: float = 1.0) -> Suite:
+        """Held-out clips of the size that variants are trained at, or a multiple of it."""
+        held_out, clips = self.settings.held_out, self.settings.variants.clips
+        height, width = (round(side * scale / SIDE) * SIDE for side in (clips.height, clips.width))
+        source = dataclasses.replace(clips, height=height, width=width)
+        return Suite(source, held_out.clips, held_out.draft, self.real)
+
+    # Ways from a draft to a finished video
+
+    def refiner(self, weights: Path | None = None, kind: str = "rotary", **changes: int | str) -> Method:
+        """Stage II, the shipped one if no weights are given, with the config's settings but for `changes`."""
+        weights = weights or self.settings.shipped.stage2
+        return dataclasses.replace(Method(kind, weights, **dataclasses.asdict(self.settings.refiner)), **changes)
+
+    def rows(self, ways: list[tuple[str, Method]], suite: Suite) -> list[Row]:
+        """Measure ways, each with its label, on a suite."""
+        return [Row.of(label, self.evaluator.suite(label, method, suite)) for label, method in ways]
+
+    # Training
+
+    def variant(self, name: str, degradation: DegradationSettings, kind: str = "rotary") -> Path:
+        """Weights of a stage II trained from nothing."""
+        variants, shipped = self.settings.variants, self.settings.shipped
+        settings = Stage2Settings(
+            seed=self.settings.seed,
+            out=Path(),
+            cache=self.settings.cache,
+            vae=shipped.vae,
+            text=shipped.text,
+            tokenizer=shipped.tokenizer,
+            loop=variants.loop,
+            phases=(Phase(variants.loop.steps, variants.batch, variants.clips),),
+            degradation=degradation,
+            shift=self.settings.refiner.shift,
+            sheet=self._sheet,
+        )
+        return self._train(name, settings, lambda: VariantTask(settings, self.device, kind), kind)
+
+    def preferred(self, name: str, candidates: int) -> Path:
+        """Weights of the shipped stage II after tuning on the best of so many samples of a clip."""
+        tuning, refiner, shipped = self.settings.preference, self.settings.refiner, self.settings.shipped
+        choice = dataclasses.replace(
+            tuning.choice, candidates=candidates, steps=refiner.steps, cfg=refiner.cfg, strength=refiner.strength
+        )
+        settings = PreferenceSettings(
+            seed=self.settings.seed,
+            out=Path(),
+            cache=self.settings.cache,
+            vae=shipped.vae,
+            text=shipped.text,
+            tokenizer=shipped.tokenizer,
+            loop=tuning.loop,
+            phases=(Phase(tuning.loop.steps, tuning.batch, tuning.clips),),
+            network=NetworkSettings(weights=str(shipped.stage2)),
+            shift=refiner.shift,
+            sheet=self._sheet,
+            choice=choice,
+        )
+        return self._train(name, settings, lambda: PreferenceTask(settings, self.device))
+
+    def draft_settings(self, weights: Path, lora_rank: int = 0) -> Stage1Settings:
+        """Stage I at the size that it is tuned for."""
+        tuning, shipped = self.settings.draft_tuning, self.settings.shipped
+        rate = tuning.lora_learning_rate if lora_rank else tuning.loop.learning_rate
+        return Stage1Settings(
+            seed=self.settings.seed,
+            out=Path(),
+            cache=self.settings.cache,
+            vae=shipped.vae,
+            text=shipped.text,
+            tokenizer=shipped.tokenizer,
+            clips=tuning.clips,
+            batch=tuning.batch,
+            loop=dataclasses.replace(tuning.loop, learning_rate=rate),
+            network=NetworkSettings(weights=str(weights), lora_rank=lora_rank),
+            sheet=DraftSheet(count=2, steps=tuning.steps, scale=tuning.scale),
+        )
+
+    def tuned_draft(self, name: str, lora_rank: int) -> Path:
+        """Weights of the shipped stage I after tuning for another size, all of them or through adapters."""
+        _check(self.settings.shipped.stage1)
+        settings = self.draft_settings(self.settings.shipped.stage1, lora_rank)
+        return self._train(name, settings, lambda: Stage1Task(settings, self.device))
+
+    @property
+    def _sheet(self) -> SheetSettings:
+        return SheetSettings(clips=1, steps=self.settings.refiner.steps, cfg=self.settings.refiner.cfg)
+
+    def _train(self, name: str, settings: Any, make_task: Callable[[], Task], kind: str = "") -> Path:
+        return train_once(name, settings, make_task, self.settings.out / "variants", self.deadline, kind)
+
+    # What the document says of a measurement
+
+    def facts(self, **more: str) -> dict[str, str]:
+        """The shipped stage II's sha256, device, date, and whatever a table adds."""
+        cpu = f"CPU, {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "CPU, one thread"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
+        weights = sha256(self.settings.shipped.stage2, lambda *_: None)[:8]
+        return {**more, "stage II": weights, "device": device, "date": datetime.date.today().isoformat()}
+
+    def clip_facts(self, suite: Suite) -> dict[str, str]:
+        """How many clips of which size, and with which drafts."""
+        real = "" if self.real is None else f", and {self.real.path.name}"
+        return {"clips": f"{suite.count} held-out scenes{real}", "size": suite.size, "drafts": suite.draft}
+
+    def budget_facts(self) -> dict[str, str]:
+        """How long variants are trained."""
+        loop, batch = self.settings.variants.loop, self.settings.variants.batch
+        return {"training": f"{loop.steps} steps of {batch} clips from nothing, every variant alike"}
+
+
+def _check(model: Path) -> None:
+    if not model.is_file():
+        raise TrainingError(f"{model}: there is no such model. Train it first: python -m flashvideo train nano.")

@@ -1,0 +1,113 @@
+"""Settings of the ablations: which models, clips and training lengths. Read from configs/ablations/*.toml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...degradation import DEGRADATION_STEP
+from ...schedule import STAGE2_SHIFT
+from ..config import LoopSettings
+from ..errors import TrainingError
+from ..latents import ClipSettings
+from ..preference import ChoiceSettings
+from .clips import DRAFTS
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The weights that are judged."""
+
+    stage1: Path
+    stage2: Path
+    vae: Path
+    text: str
+    tokenizer: str = ""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured on: procedural clips of the "test" split, and a real clip where one is given."""
+
+    height: int
+    width: int
+    frames: int
+    clips: int
+    draft: str = "coded"  # one of DRAFTS: what the tables and the verdict are about
+    other_drafts: tuple[str, ...] = ()  # that the acceptance measures besides
+    caption: str = ""  # of the real clip
+    when: float = 0.5  # where it is cut from the real video: 0 the beginning, 1 the end
+
+    def __post_init__(self) -> None:
+        """Refuse unknown drafts."""
+        for draft in (self.draft, *self.other_drafts):
+            if draft not in DRAFTS:
+                raise TrainingError(f"[held_out] drafts are {', '.join(DRAFTS)}; got {draft!r}.")
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """How stage II is run where a table doesn't vary it."""
+
+    steps: int = 4
+    cfg: float = 4.0
+    shift: float = STAGE2_SHIFT
+    strength: int = DEGRADATION_STEP
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Trainings of stage II from fresh weights, all of them equally long, on the same clips in the same order."""
+
+    batch: int
+    clips: ClipSettings
+    loop: LoopSettings
+    cascade_steps: tuple[int, ...] = (4, 16)  # evaluations that the generate-from-noise cascade gets
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Fine-tuning of the shipped stage II on its own samples that a scorer chose."""
+
+    batch: int
+    clips: ClipSettings
+    loop: LoopSettings
+    choice: ChoiceSettings = field(default_factory=ChoiceSettings)
+
+
+@dataclass(frozen=True)
+class DraftTuning:
+    """Fine-tuning of the shipped stage I for another resolution: adapters against all weights."""
+
+    batch: int
+    clips: ClipSettings
+    loop: LoopSettings
+    lora_learning_rate: float
+    lora_rank: int = 16
+    prompts: int = 16
+    steps: int = 20
+    scale: float = 6.0
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the document that isn't measured: why an ordering came out as it did."""
+
+    table: str
+    text: str
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """A whole config file of the ablations."""
+
+    seed: int
+    out: Path
+    cache: Path  # folder of latents; may be shared with the training of the miniature
+    shipped: Shipped
+    held_out: HeldOut
+    variants: Variants
+    preference: Preference
+    draft_tuning: DraftTuning
+    refiner: Refiner = field(default_factory=Refiner)
+    notes: tuple[Note, ...] = ()

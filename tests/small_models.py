@@ -1,0 +1,38 @@
+"""Untrained models small enough for tests that train and sample: files that the training commands read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+from safetensors.torch import save_file
+
+from flashvideo.config import VAEConfig
+from flashvideo.nano import build_nano
+from flashvideo.training.text import fresh_encoder
+from flashvideo.training.vae import initialise
+from flashvideo.vae import VideoVAE
+
+WORDS = ("a", "an", "red", "blue", "circle", "moves", "left", "right", "over", "green", "hill")
+
+
+def write_models(folder: Path) -> None:
+    """Write stage1, stage2, vae and text_encoder.safetensors, and tokenizer.json."""
+    folder.mkdir(parents=True)
+    vae = VideoVAE(VAEConfig(8, (1, 1, 1, 1), 1, 1, norm_groups=8))
+    initialise(vae, seed=1)
+    save_file(vae.state_dict(), folder / "vae.safetensors")
+    save_file(fresh_encoder(1).weights(), folder / "text_encoder.safetensors")
+    for stage, state in build_nano(1).items():
+        if stage.startswith("stage"):
+            save_file(state, folder / f"{stage}.safetensors")
+    write_tokenizer(folder / "tokenizer.json")
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write a tokenizer in T5's format that knows a few words of the procedural captions."""
+    vocabulary = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made.save(str(path))
