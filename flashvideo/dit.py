@@ -10,27 +10,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DiTConfig
-from .rope import rope_table, rotate
+from .rope import rope_table, rotate, rotate_
 
 BLOCK_EPS = 1e-5  # norms of the residual stream
 HEAD_EPS = 1e-6  # norms of queries and keys, and the last norm
 SINUSOID_BASE = 10000.0
 
-# attention(q, k, v, heads) on [B, heads, N, head_dim] -> [B, N, heads * head_dim]
+# Without autograd a layer goes over the sequence in pieces, so that its activations take memory for keys, values and
+# one piece. A piece's largest tensor has batch * tokens * ff_dim elements:
+PIECE_ELEMENTS = 2**26  # 8,738 tokens of stage II, enough to fill any card's matrix units
+PIECE_TOKENS_CPU = 1024  # enough for the matrix products' speed; the pieces stay near the caches
+PIECE_MULTIPLE = 128  # tokens; attention kernels and matrix products work in such tiles
+
+# attention(q, k, v, heads) on [B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads * head_dim];
+# the queries may be a piece of the sequence.
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-# around_block(index, block, tokens) -> tokens: runs block(tokens), or something in its place
+# around_block(index, block, tokens) -> tokens: runs block(tokens), or something in its place. Without autograd
+# block(tokens) overwrites its argument.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """PyTorch's scaled dot product attention: [B, heads, N, head_dim] three times -> [B, N, heads * head_dim]."""
+    """PyTorch's scaled dot product attention: [B, heads, n or N, head_dim] -> [B, n, heads * head_dim]."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -70,9 +78,55 @@ class PatchEmbed(nn.Module):
     def forward(self, latent: Tensor, context: Tensor) -> Tensor:
         """[B, C, T, H, W] and [B, L, text_dim] -> [B, L + T * H/2 * W/2, hidden]."""
         batch, frames = latent.shape[0], latent.shape[2]
-        patches = self.proj(latent.transpose(1, 2).flatten(0, 1))  # [B * T, hidden, H/2, W/2]
-        video = patches.flatten(2).transpose(1, 2).reshape(batch, frames * patches[0, 0].numel(), -1)
-        return torch.cat((self.text_proj(context), video), dim=1)
+        text = self.text_proj(context)
+        patches = self.proj(latent.transpose(1, 2).flatten(0, 1)).flatten(2)  # [B * T, hidden, H/2 * W/2]
+        tokens = text.new_empty(batch, text.shape[1] + frames * patches.shape[2], text.shape[2])
+        tokens[:, : text.shape[1]] = text
+        tokens[:, text.shape[1] :].unflatten(1, (frames, -1))[:] = patches.transpose(1, 2).unflatten(0, (batch, frames))
+        return tokens
+
+
+def may_overwrite() -> bool:
+    """Whether temporaries and the residual stream may be overwritten: autograd would need them; a compiler knows."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+class Stretch(NamedTuple):
+    """A piece of the sequence: where it stands, how many of its tokens, the first ones, are text, and its positions."""
+
+    tokens: slice
+    text: int
+    rope: tuple[Tensor, Tensor]  # of its video tokens
+
+
+def stretches(tokens: Tensor, rope: tuple[Tensor, Tensor], expanded: int) -> list[Stretch]:
+    """Cut a sequence [B, N, hidden] into pieces of equal size. `expanded` is the feed-forward network's width."""
+    batch, count = tokens.shape[:2]
+    text = count - rope[0].shape[0]
+    if not may_overwrite():
+        return [Stretch(slice(None), text, rope)]
+    limit = PIECE_TOKENS_CPU if tokens.device.type == "cpu" else max(1, PIECE_ELEMENTS // (batch * expanded))
+    step = math.ceil(count / math.ceil(count / limit) / PIECE_MULTIPLE) * PIECE_MULTIPLE
+    cut = []
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        text_here = min(max(text - start, 0), stop - start)
+        turned = slice(start + text_here - text, stop - text) if text_here < stop - start else slice(0)
+        cut.append(Stretch(slice(start, stop), text_here, (rope[0][turned], rope[1][turned])))
+    return cut
+
+
+class Modulators(NamedTuple):
+    """What the timestep makes of half a layer, for text and for video: each number is [B, 1, hidden]."""
+
+    shift: tuple[Tensor, Tensor]
+    scale: tuple[Tensor, Tensor]
+    gate: tuple[Tensor, Tensor]
+
+
+def by_kind(tokens: Tensor, text: int) -> tuple[Tensor, Tensor]:
+    """Views of the text tokens and of the video tokens of [B, N, ...]."""
+    return tokens[:, :text], tokens[:, text:]
 
 
 class Modulation(nn.Module):
@@ -84,21 +138,36 @@ class Modulation(nn.Module):
         self.linear = operations.Linear(config.time_embed_dim, 6 * config.hidden_size, **factory)
         self.norm = operations.LayerNorm(config.hidden_size, eps=BLOCK_EPS, **factory)
 
-    def forward(self, tokens: Tensor, embedding: Tensor, text_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Modulated tokens [B, N, hidden], and the gates of video and of text, both [B, 1, hidden]."""
+    def modulators(self, embedding: Tensor) -> Modulators:
+        """Numbers for an embedding [B, time_embed_dim]."""
         numbers = self.linear(F.silu(embedding))[:, None].chunk(6, dim=-1)
         shift, scale, gate, text_shift, text_scale, text_gate = numbers
-        text, video = self.norm(tokens).tensor_split((text_tokens,), dim=1)
-        text = torch.addcmul(text_shift, text, 1 + text_scale)
-        video = torch.addcmul(shift, video, 1 + scale)
-        return torch.cat((text, video), dim=1), gate, text_gate
+        return Modulators((text_shift, shift), (1 + text_scale, 1 + scale), (text_gate, gate))
+
+    def forward(self, tokens: Tensor, numbers: Modulators, text: int) -> Tensor:
+        """[B, N, hidden], of which `text` tokens are text -> the same, normed and modulated."""
+        normed = self.norm(tokens)
+        kinds = list(zip(numbers.shift, by_kind(normed, text), numbers.scale, strict=True))
+        if not may_overwrite():
+            return torch.cat([torch.addcmul(shift, x, scale) for shift, x, scale in kinds], dim=1)
+        for shift, x, scale in kinds:
+            torch.addcmul(shift, x, scale, out=x)
+        return normed
 
 
-def add_gated(tokens: Tensor, update: Tensor, gate: Tensor, text_gate: Tensor, text_tokens: int) -> Tensor:
-    """`tokens` + gate * `update`, text and video tokens with their own gate."""
-    text, video = tokens.tensor_split((text_tokens,), dim=1)
-    text_update, video_update = update.tensor_split((text_tokens,), dim=1)
-    return torch.cat((text + text_gate * text_update, video + gate * video_update), dim=1)
+def add_gated(tokens: Tensor, update: Tensor, numbers: Modulators, text: int) -> Tensor:
+    """`tokens` + gate * `update`, text and video tokens with their own gate; in place where that is allowed."""
+    kinds = list(zip(by_kind(tokens, text), numbers.gate, by_kind(update, text), strict=True))
+    if not may_overwrite():
+        return torch.cat([torch.addcmul(x, gate, change) for x, gate, change in kinds], dim=1)
+    for x, gate, change in kinds:
+        x.addcmul_(gate, change)
+    return tokens
+
+
+def activate(expanded: Tensor) -> Tensor:
+    """GELU (tanh form) of a temporary, in place where that is allowed."""
+    return (torch.ops.aten.gelu_ if may_overwrite() else F.gelu)(expanded, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -108,7 +177,7 @@ class Block(nn.Module):
         super().__init__()
         operations = factory["operations"]
         layer = {name: value for name, value in factory.items() if name != "operations"}
-        hidden, self.heads = config.hidden_size, config.num_heads
+        hidden, self.heads, self.ff_dim = config.hidden_size, config.num_heads, config.ff_dim
         self.norm1 = Modulation(config, **factory)
         self.q = operations.Linear(hidden, hidden, **layer)
         self.k = operations.Linear(hidden, hidden, **layer)
@@ -120,29 +189,57 @@ class Block(nn.Module):
         self.ff_proj = operations.Linear(hidden, config.ff_dim, **layer)
         self.ff_out = operations.Linear(config.ff_dim, hidden, **layer)
 
-    def forward(
-        self, tokens: Tensor, embedding: Tensor, rope: tuple[Tensor, Tensor], attention: Attention
-    ) -> Tensor:
-        """[B, N, hidden] -> [B, N, hidden]; the tokens that `rope` has no row for, the first ones, are text."""
-        text_tokens = tokens.shape[1] - rope[0].shape[0]
-        normed, gate, text_gate = self.norm1(tokens, embedding, text_tokens)
-        q = self._turn(self.norm_q(self._heads(self.q(normed))), rope, text_tokens)
-        k = self._turn(self.norm_k(self._heads(self.k(normed))), rope, text_tokens)
-        v = self._heads(self.v(normed)).transpose(1, 2)
-        attended = self.attn_out(attention(q, k, v, self.heads))
-        tokens = add_gated(tokens, attended, gate, text_gate, text_tokens)
+    def forward(self, tokens: Tensor, embedding: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[B, N, hidden] -> [B, N, hidden]; the tokens that `rope` has no row for, the first ones, are text.
 
-        normed, gate, text_gate = self.norm2(tokens, embedding, text_tokens)
-        expanded = F.gelu(self.ff_proj(normed), approximate="tanh")
-        return add_gated(tokens, self.ff_out(expanded), gate, text_gate, text_tokens)
+        Without autograd the result overwrites `tokens`.
+        """
+        first, second = self.norm1.modulators(embedding), self.norm2.modulators(embedding)
+        pieces = stretches(tokens, rope, self.ff_dim)
+        if len(pieces) == 1:
+            piece = pieces[0]
+            normed = self.norm1(tokens, first, piece.text)
+            k, v = self._keys(normed, piece), self._heads(self.v(normed))
+            return self._advance(tokens, self._attend(normed, k, v, piece, attention), first, second, piece)
+
+        # Keys and values of the whole sequence stand before the first token changes; then each piece runs through
+        # the rest of the layer by itself.
+        k, v = self._heads(torch.empty_like(tokens)), self._heads(torch.empty_like(tokens))
+        for piece in pieces:
+            normed = self.norm1(tokens[:, piece.tokens], first, piece.text)
+            k[:, piece.tokens], v[:, piece.tokens] = self._keys(normed, piece), self._heads(self.v(normed))
+        for piece in pieces:
+            normed = self.norm1(tokens[:, piece.tokens], first, piece.text)
+            attended = self._attend(normed, k, v, piece, attention)
+            self._advance(tokens[:, piece.tokens], attended, first, second, piece)
+        return tokens
+
+    def _attend(self, normed: Tensor, k: Tensor, v: Tensor, piece: Stretch, attention: Attention) -> Tensor:
+        """Attention of a piece's tokens [B, n, hidden] to keys and values [B, N, heads, head_dim]: [B, n, hidden]."""
+        q = self._turn(self.norm_q(self._heads(self.q(normed))), piece)
+        return self.attn_out(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.heads))
+
+    def _advance(
+        self, tokens: Tensor, attended: Tensor, first: Modulators, second: Modulators, piece: Stretch
+    ) -> Tensor:
+        """Add attention's result, then the feed-forward network's."""
+        tokens = add_gated(tokens, attended, first, piece.text)
+        expanded = activate(self.ff_proj(self.norm2(tokens, second, piece.text)))
+        return add_gated(tokens, self.ff_out(expanded), second, piece.text)
+
+    def _keys(self, normed: Tensor, piece: Stretch) -> Tensor:
+        return self._turn(self.norm_k(self._heads(self.k(normed))), piece)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))  # [B, N, heads, head_dim]
 
     @staticmethod
-    def _turn(x: Tensor, rope: tuple[Tensor, Tensor], text_tokens: int) -> Tensor:
-        text, video = x.tensor_split((text_tokens,), dim=1)
-        return torch.cat((text, rotate(video, *rope)), dim=1).transpose(1, 2)  # [B, heads, N, head_dim]
+    def _turn(x: Tensor, piece: Stretch) -> Tensor:
+        text, video = by_kind(x, piece.text)
+        if not may_overwrite():
+            return torch.cat((text, rotate(video, *piece.rope)), dim=1)
+        rotate_(video, *piece.rope)
+        return x
 
 
 class FinalModulation(nn.Module):
@@ -215,7 +312,7 @@ class FlashVideoDiT(nn.Module):
         _, _, frames, height, width = latent.shape
         rows, columns = height // self.config.patch_size, width // self.config.patch_size
         embedding = self._embed(timestep, frames, degradation_step, latent.dtype)
-        rope = rope_table(frames, rows, columns, self.config.head_dim, latent.device)
+        rope = self.rope(frames, rows, columns, latent.device)
         tokens = self.patch_embed(latent, context)
         for index, block in enumerate(self.blocks):
             if around_block is None:
@@ -223,8 +320,16 @@ class FlashVideoDiT(nn.Module):
             else:
                 tokens = around_block(index, lambda x, block=block: block(x, embedding, rope, attention), tokens)
         # Each token is normed by itself, so the text is dropped first.
-        video = self.norm_final(tokens[:, context.shape[1] :])
-        return self._unpatchify(self.proj_out(self.norm_out(video, embedding)), frames, rows, columns)
+        video = tokens[:, context.shape[1] :]
+        patches = [
+            self.proj_out(self.norm_out(self.norm_final(video[:, piece.tokens]), embedding))
+            for piece in stretches(video, rope, self.config.ff_dim)
+        ]
+        return self._unpatchify(torch.cat(patches, dim=1), frames, rows, columns)
+
+    def rope(self, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the video tokens' positions; a variant with other positions overrides this."""
+        return rope_table(frames, rows, columns, self.config.head_dim, device)
 
     def _check(self, latent: Tensor, context: Tensor, degradation_step: float | Tensor | None) -> None:
         config = self.config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 ROPE_BASE = 10000.0
+COMPLEX_DEVICES = ("cpu", "cuda")  # where complex numbers multiply fast, ROCm's included
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
@@ -49,3 +50,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None], sin[:, None]  # [N, 1, head_dim / 2]
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in place and without temporaries of its size in float32; not for autograd.
+
+    A pair is a complex number, and turning it is one multiplication. Other dtypes than float32 are turned in a copy.
+    """
+    if x.device.type not in COMPLEX_DEVICES:
+        return x.copy_(rotate(x, cos, sin))
+    exact = x.float()  # `x` itself if it is float32
+    torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin)[:, None])
+    return x if exact is x else x.copy_(exact)

@@ -10,7 +10,7 @@ measures its own chunk, so the chunk sizes are part of what the model computes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -24,6 +24,7 @@ from .vae_layers import (
     DownBlock,
     Downsample,
     LayerFactory,
+    ResnetBlock,
     ResnetStack,
     UpBlock,
     Upsample,
@@ -85,6 +86,53 @@ class Posterior:
         return self.mean
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the encoder or decoder that can run by itself: about one residual block.
+
+    `run(x, latent, context)` takes what the unit before gave, and in the decoder the latent. A position of the block
+    stands for 1/scale of a latent pixel a side, and a frame for 1/time of a latent frame; `out_scale` and `out_time`
+    tell the same of the result.
+    """
+
+    run: Callable[[Tensor, Tensor | None, ChunkContext], Tensor]
+    inputs: int  # channels
+    channels: int  # of the result
+    norms: int
+    reach: int  # video pixels by which the result looks beyond its own place
+    scale: int
+    time: int
+    out_scale: int
+    out_time: int
+
+
+def _resnet_unit(
+    resnet: ResnetBlock, scale: int, time: int, before: Sequence[nn.Module] = (), after: Sequence[nn.Module] = ()
+) -> Unit:
+    """A residual block with the convolution or step between resolutions `before` or `after` it."""
+
+    def run(x: Tensor, latent: Tensor | None, context: ChunkContext) -> Tensor:
+        for layer in before:
+            x = layer(x, context)
+        x = resnet(x, context, latent)
+        for layer in after:
+            x = layer(x, context)
+        return x
+
+    inputs, channels = resnet.conv1.conv.in_channels, resnet.conv1.conv.out_channels
+    reach = (2 + len(before) + len(after)) * (SPATIAL_FACTOR // scale)
+    out_scale = scale // 2 if after else scale
+    out_time = time // 2 if after and time > 1 else time
+    return Unit(run, inputs, channels, 2, reach, scale, time, out_scale, out_time)
+
+
+def _last_unit(
+    run: Callable[[Tensor, Tensor | None, ChunkContext], Tensor], layer: CausalConv3d, scale: int, time: int
+) -> Unit:
+    conv = layer.conv
+    return Unit(run, conv.in_channels, conv.out_channels, 1, SPATIAL_FACTOR // scale, scale, time, scale, time)
+
+
 class Encoder(nn.Module):
     """[B, 3, T, H, W] -> mean and log variance side by side, [B, 2 * 16, T', H/8, W/8]."""
 
@@ -104,12 +152,31 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
         """Encode one chunk; see the class."""
-        x = self.conv_in(x, context)
-        for block in self.down_blocks:
-            x = block(x, context)
-        x = self.mid_block(x, context)
-        x = activate(normalise(self.norm_out, x, context))
-        return self.conv_out(x, context)
+        for unit in self.units():
+            x = unit.run(x, None, context)
+        return x
+
+    def units(self) -> list[Unit]:
+        """The network in pieces, to be run one after the other."""
+        units: list[Unit] = []
+        for level, block in enumerate(self.down_blocks):
+            scale, time = SPATIAL_FACTOR >> level, max(1, TEMPORAL_FACTOR >> level)
+            for resnet in block.resnets:
+                last = resnet is block.resnets[-1]
+                units.append(
+                    _resnet_unit(
+                        resnet,
+                        scale,
+                        time,
+                        before=[] if units else [self.conv_in],
+                        after=block.downsamplers if last else [],
+                    )
+                )
+        units += [_resnet_unit(resnet, 1, 1) for resnet in self.mid_block.resnets]
+        return [*units, _last_unit(self._finish, self.conv_out, 1, 1)]
+
+    def _finish(self, x: Tensor, _latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return self.conv_out(activate(normalise(self.norm_out, x, context)), context)
 
 
 class Decoder(nn.Module):
@@ -131,12 +198,26 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, context: ChunkContext) -> Tensor:
         """Decode one chunk; see the class."""
-        x = self.conv_in(latent, context)
-        x = self.mid_block(x, context, latent)
-        for block in self.up_blocks:
-            x = block(x, context, latent)
-        x = activate(self.norm_out(x, context, latent))
-        return self.conv_out(x, context)
+        x = latent
+        for unit in self.units():
+            x = unit.run(x, latent, context)
+        return x
+
+    def units(self) -> list[Unit]:
+        """The network in pieces, to be run one after the other."""
+        first, *others = self.mid_block.resnets
+        units = [_resnet_unit(first, 1, 1, before=[self.conv_in]), *(_resnet_unit(resnet, 1, 1) for resnet in others)]
+        to_this: list[nn.Module] = []
+        for level, block in enumerate(self.up_blocks):
+            scale, time = 1 << level, min(TEMPORAL_FACTOR, 1 << level)
+            for resnet in block.resnets:
+                units.append(_resnet_unit(resnet, scale, time, before=to_this))
+                to_this = []
+            to_this = list(block.upsamplers)
+        return [*units, _last_unit(self._finish, self.conv_out, SPATIAL_FACTOR, TEMPORAL_FACTOR)]
+
+    def _finish(self, x: Tensor, latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return self.conv_out(activate(self.norm_out(x, context, latent)), context)
 
 
 class VideoVAE(nn.Module):
@@ -160,6 +241,11 @@ class VideoVAE(nn.Module):
         self.encoder = Encoder(config, LayerFactory(**factory))
         self.decoder = Decoder(config, LayerFactory(**factory, latent_channels=config.latent_channels))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the weights are kept in."""
+        return self.encoder.conv_in.conv.weight.dtype
+
     def encode(
         self, video: Tensor, *, chunked: bool = True, on_chunk: OnChunk | None = None, chunk: int = ENCODE_CHUNK
     ) -> Posterior:
@@ -177,12 +263,20 @@ class VideoVAE(nn.Module):
         moments = list(_run(self.encoder, video, sizes if chunked else [video.shape[2]], on_chunk))
         return Posterior(*torch.cat(moments, dim=2).chunk(2, dim=1))
 
-    def decode(self, latent: Tensor, *, chunked: bool = True, on_chunk: OnChunk | None = None) -> Tensor:
+    def decode(
+        self,
+        latent: Tensor,
+        *,
+        chunked: bool = True,
+        on_chunk: OnChunk | None = None,
+        into: Callable[[torch.Size], Tensor] | None = None,
+    ) -> Tensor:
         """Decode a latent [B, 16, n + 1, h, w] in raw scale to a video [B, 3, 4n + 1, 8h, 8w], not clamped.
 
         In chunks of 3, 2, 2, ... latent frames as the official code does (which drops the last of an even count;
         here it is decoded as one more chunk), or in one piece. `on_chunk(done, total)` runs after each chunk and
-        may raise to stop. Raises ValueError for a latent of another shape.
+        may raise to stop. Finished frames go into a tensor on the latent's device, or into the one that `into` makes
+        of the video's shape, on any device. Raises ValueError for a latent of another shape.
         """
         _check_shape("A latent for the VAE", latent, self.config.latent_channels)
         frames = latent.shape[2]
@@ -190,11 +284,19 @@ class VideoVAE(nn.Module):
         video, done = None, 0
         for piece in _run(self.decoder, latent, sizes if chunked else [frames], on_chunk):
             if video is None:
-                total = TEMPORAL_FACTOR * (frames - 1) + 1
-                video = piece.new_empty((*piece.shape[:2], total, *piece.shape[3:]))
+                shape = video_shape(latent.shape, piece.shape[1])
+                video = into(shape) if into is not None else piece.new_empty(shape)
             video[:, :, done : done + piece.shape[2]] = piece
             done += piece.shape[2]
+            del piece  # not kept while the next chunk is worked on
         return video
+
+
+def video_shape(latent: torch.Size, channels: int = 3) -> torch.Size:
+    """The shape of the video that a latent of this shape stands for."""
+    batch, _, frames, rows, columns = latent
+    length = TEMPORAL_FACTOR * (frames - 1) + 1
+    return torch.Size((batch, channels, length, SPATIAL_FACTOR * rows, SPATIAL_FACTOR * columns))
 
 
 def decode_in_halves(vae: VideoVAE, latent: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ KERNEL_SIZE = 3  # of every convolution that mixes positions, in time and in spa
 # A convolution bigger than this runs a few frames at a time: kernels count elements in 32 bits, and the padded copy
 # of a whole 1080p chunk would not fit beside the chunk itself.
 WINDOW_ELEMENTS = 2**29
+# PyTorch (2.4 to 2.13 at least) gives a convolution on the CPU to oneDNN only if the batch is larger than 1 or
+# channels x frames x rows is larger than this.
+SMALL_ELEMENTS = 20480
 
 
 class Statistics(NamedTuple):
@@ -111,6 +114,19 @@ def time_windows(x: Tensor, scale: int = 1) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, frames)
 
 
+def _is_slow(x: Tensor) -> bool:
+    """Whether PyTorch would run a 3D convolution of x without oneDNN, several times slower."""
+    return x.device.type == "cpu" and x.shape[0] == 1 and x.shape[1:4].numel() <= SMALL_ELEMENTS
+
+
+def _halved(conv: nn.Module, x: Tensor, lead: int) -> Tensor:
+    """Run a Conv3d over one clip as a batch of two, the halves of its time; their overlap is computed twice."""
+    frames = x.shape[2] - lead
+    half = (frames + 1) // 2
+    first, second = conv(torch.cat((x[:, :, : half + lead], x[:, :, frames - half :]))).unbind()
+    return torch.cat((first, second[:, 2 * half - frames :]), dim=1)[None]
+
+
 def convolve(conv: nn.Module, x: Tensor, before: Tensor | None = None) -> Tensor:
     """Run a Conv3d over x [B, C, T, H, W] with the frames `before` it, a window of time after the other."""
     lead = 0 if before is None else before.shape[2]
@@ -119,7 +135,7 @@ def convolve(conv: nn.Module, x: Tensor, before: Tensor | None = None) -> Tensor
         window = x[:, :, max(0, start - lead) : stop]
         if start < lead:
             window = torch.cat((before[:, :, start:], window), dim=2)
-        piece = conv(window)
+        piece = _halved(conv, window, lead) if _is_slow(window) else conv(window)
         if piece.shape[2] == x.shape[2]:
             return piece
         if out is None:
@@ -300,22 +316,16 @@ def _by_frames(step: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1, repe
 
 
 class ResnetStack(nn.Module):
-    """Residual blocks one after the other."""
+    """Residual blocks of one resolution; the networks' units run them (see `vae.Unit`)."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, make: LayerFactory) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.resnets = nn.ModuleList(ResnetBlock(*pair, make) for pair in pairwise(widths))
 
-    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None = None) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T, H, W]."""
-        for block in self.resnets:
-            x = block(x, context, latent)
-        return x
-
 
 class DownBlock(ResnetStack):
-    """One level of the encoder; the lowest doesn't downsample."""
+    """One level of the encoder, and the step to the next; the lowest has none."""
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, make: LayerFactory, sampler: Downsample | None
@@ -323,26 +333,12 @@ class DownBlock(ResnetStack):
         super().__init__(in_channels, out_channels, blocks, make)
         self.downsamplers = nn.ModuleList([] if sampler is None else [sampler])
 
-    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None = None) -> Tensor:
-        """[B, C, T, H, W] -> the next level's [B, C', T', H', W']."""
-        x = super().forward(x, context, latent)
-        for downsampler in self.downsamplers:
-            x = downsampler(x, context)
-        return x
-
 
 class UpBlock(ResnetStack):
-    """One level of the decoder; the highest doesn't upsample."""
+    """One level of the decoder, and the step to the next; the highest has none."""
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, make: LayerFactory, sampler: Upsample | None
     ) -> None:
         super().__init__(in_channels, out_channels, blocks, make)
         self.upsamplers = nn.ModuleList([] if sampler is None else [sampler])
-
-    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None = None) -> Tensor:
-        """[B, C, T, H, W] -> the next level's [B, C', T', H', W']."""
-        x = super().forward(x, context, latent)
-        for upsampler in self.upsamplers:
-            x = upsampler(x, context)
-        return x

@@ -20,12 +20,9 @@ from torch import Tensor
 from ...flashvideo.checkpoints import read_dit
 from ...flashvideo.config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, DiTConfig
 from ...flashvideo.dit import FlashVideoDiT
+from ...flashvideo.planner_memory import dit_bytes
 from .degraded import guard_degradation
 from .sampling import RefinerSampling, Stage1Sampling
-
-# Activations alive at once at the peak, in units of tokens * hidden size: 16.7 measured on a full-width layer (float32,
-# CPU, 2,880 tokens), where queries and keys are rotated.
-LIVE_ACTIVATIONS = 18
 
 # Linear map from the CogVideoX VAE's latent to RGB in [-1, 1], for previews (figures: ComfyUI-CogVideoXWrapper).
 PREVIEW_FACTORS = [
@@ -88,9 +85,7 @@ class NativeDiT(FlashVideoDiT):
     ) -> Tensor:
         """ComfyUI's call: latent [B, C, T, H, W], timestep [B] and text [B, L, D] to the model's prediction."""
         options = transformer_options or {}
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
-        )
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._predict, self, wrappers)
         return executor.execute(x, timestep, context, options, **conditions)
 
@@ -142,14 +137,10 @@ class FlashVideoModel(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None) -> float:
         """Bytes of activations for a latent of `input_shape` [B, C, T, H, W]."""
-        config: DiTConfig = self.diffusion_model.config
         batch, _, *volume = input_shape
-        positions = batch
-        for size in volume:
-            positions *= size
         dtype = self.manual_cast_dtype or self.get_dtype()
-        tokens = positions / config.patch_size**2
-        return tokens * config.hidden_size * LIVE_ACTIVATIONS * comfy.model_management.dtype_size(dtype)
+        device = comfy.model_management.get_torch_device().type
+        return batch * dit_bytes(self.diffusion_model.config, tuple(volume), dtype, device)
 
 
 class FlashVideoStage1(FlashVideoModel):

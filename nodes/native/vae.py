@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -17,38 +18,116 @@ import torch
 from torch import Tensor
 
 from ...flashvideo.checkpoints import read_vae
-from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
 from ...flashvideo.nano import nano_state
-from ...flashvideo.vae import OnChunk, VideoVAE
-from .vae_memory import decode_bytes, encode_bytes
+from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE, video_shape
+from ...flashvideo.vae_memory import TilePlan, decode_bytes, encode_bytes, plan_tiles
+from ...flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+GIGABYTE = 2**30
+USED_SHARE = 0.9  # of free memory: what the formulas and the allocator miss by
+STORE_SHARE = 0.5  # of free main memory, when the work is done on a card
 _NO_WEIGHTS = "No VAE weights detected"  # part of comfy.sd.VAE's warning about an empty state dict
 
 
 class NativeVideoVAE(VideoVAE):
-    """The network as ComfyUI calls it: tensors in and out, with progress and cancel at every temporal chunk."""
+    """The network as ComfyUI calls it: within a memory budget, with progress and cancel at every chunk of a tile.
 
-    def encode(self, video: Tensor, on_chunk: OnChunk | None = None) -> Tensor:
-        """[B, 3, 4n + 1, H, W] in [-1, 1] to the mean latent [B, 16, n + 1, H/8, W/8].
+    Whole pictures where they fit, else tiles, which give the same numbers to rounding. `budget` is in bytes; without
+    it, whatever ComfyUI says is free.
+    """
+
+    def __init__(self, config: VAEConfig, *, device: torch.device, budget: float | None, **factory: Any) -> None:
+        super().__init__(config, **factory)
+        self.device, self.budget = device, budget
+        self.output_device = comfy.model_management.intermediate_device()
+
+    def encode(self, video: Tensor, side: int | None = None) -> Tensor:
+        """[B, 3, 4n + 1, H, W] in [-1, 1] to the mean latent [B, 16, n + 1, H/8, W/8]; see `decode` for `side`.
 
         The mean and not a sample as in the official code: the same clip gives the same latent every time, and the
         degradation that follows adds far more noise than the sample would have.
         """
-        return super().encode(video, on_chunk=on_chunk or report_chunks()).mode()
+        on_step = report_steps()
 
-    def decode(self, latent: Tensor, on_chunk: OnChunk | None = None) -> Tensor:
-        """[B, 16, n + 1, h, w] in raw scale to [B, 3, 4n + 1, 8h, 8w], about [-1, 1]."""
-        return super().decode(latent, on_chunk=on_chunk or report_chunks())
+        def whole() -> Tensor:
+            return VideoVAE.encode(self, video.to(self.device), on_chunk=on_step).mode()
+
+        def tiled(plan: TilePlan) -> Tensor:
+            steps = {"on_step": on_step, "is_out_of_memory": is_out_of_memory}
+            return encode_in_tiles(self, video, plan, self.device, **steps).mode()
+
+        _, _, frames, height, width = video.shape
+        size = _latents(frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+        return self._within_memory(self.encoder, size, encode_bytes(self, video.shape, self.dtype), side, whole, tiled)
+
+    def decode(self, latent: Tensor, side: int | None = None) -> Tensor:
+        """[B, 16, n + 1, h, w] in raw scale to [B, 3, 4n + 1, 8h, 8w], about [-1, 1], where ComfyUI keeps results.
+
+        `side` asks for tiles of at most so many latent pixels a side.
+        """
+        on_step = report_steps()
+
+        def room(shape: torch.Size) -> Tensor:
+            return torch.empty(shape, device=self.output_device)
+
+        def whole() -> Tensor:
+            return VideoVAE.decode(self, latent.to(self.device), on_chunk=on_step, into=room)
+
+        def tiled(plan: TilePlan) -> Tensor:
+            steps = {"on_step": on_step, "is_out_of_memory": is_out_of_memory}
+            video = room(video_shape(latent.shape, self.config.image_channels))
+            return decode_in_tiles(self, latent, plan, video, self.device, **steps)
+
+        needed = decode_bytes(self, latent.shape, self.dtype)
+        return self._within_memory(self.decoder, tuple(latent.shape[2:]), needed, side, whole, tiled)
+
+    def _within_memory(
+        self,
+        network: Encoder | Decoder,
+        size: tuple[int, int, int],
+        needed: float,
+        side: int | None,
+        whole: Callable[[], Tensor],
+        tiled: Callable[[TilePlan], Tensor],
+    ) -> Tensor:
+        budget, store = self._room()
+        if needed <= budget and (side is None or side >= max(size[1:])):
+            try:
+                return whole()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                side = max(1, max(size[1:]) // 2)
+            # Outside of the except block, or the exception would keep the tensors of the first try alive.
+            logging.warning("The VAE ran out of memory and goes on in smaller tiles; the result is the same.")
+            comfy.model_management.soft_empty_cache()
+        plan = plan_tiles(network, size, self.dtype, budget, store, side)
+        if plan.device_bytes > budget:
+            logging.warning(
+                "The VAE's smallest tiles need %.1f GB, more than the %.1f GB that it may use.",
+                plan.device_bytes / GIGABYTE,
+                budget / GIGABYTE,
+            )
+        return tiled(plan)
+
+    def _room(self) -> tuple[float, float]:
+        """Bytes for working, and for storing in main memory."""
+        management = comfy.model_management
+        budget = management.get_free_memory(self.device) * USED_SHARE
+        budget = budget if self.budget is None else min(budget, self.budget)
+        if management.is_device_cpu(self.device):
+            return budget / 2, budget / 2
+        return budget, management.get_free_memory(torch.device("cpu")) * STORE_SHARE
 
 
 class FlashVideoVAE(comfy.sd.VAE):
     """A ComfyUI VAE around FlashVideo's network.
 
-    Time is always whole: chunks that carry on from one another are part of the network. Tiled nodes cut space only,
-    and their temporal settings do nothing. Each tile still measures its norms by itself, so neighbours can differ
-    slightly in tone; the overlap blends them.
+    Time is always whole: chunks that carry on from one another are part of the network. Tiles cut space only, without
+    a seam, so that the overlap of the tiled nodes and their temporal settings do nothing.
     """
 
     def __init__(self, network: NativeVideoVAE, dtype: torch.dtype, device: torch.device) -> None:
@@ -63,8 +142,9 @@ class FlashVideoVAE(comfy.sd.VAE):
         self.downscale_ratio = (_latents, SPATIAL_FACTOR, SPATIAL_FACTOR)
         self.upscale_index_formula = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
         self.downscale_index_formula = self.upscale_index_formula
-        self.memory_used_encode = lambda shape, dtype: encode_bytes(config, shape, dtype)
-        self.memory_used_decode = lambda shape, dtype: decode_bytes(config, shape, dtype)
+        most = math.inf if network.budget is None else network.budget
+        self.memory_used_encode = lambda shape, dtype: min(most, encode_bytes(network, shape, dtype))
+        self.memory_used_decode = lambda shape, dtype: min(most, decode_bytes(network, shape, dtype))
         self.working_dtypes = WORKING_DTYPES
         self.vae_dtype = dtype
         self.device = device
@@ -106,19 +186,8 @@ class FlashVideoVAE(comfy.sd.VAE):
         tile_y: int = 32,
         overlap: tuple[int, int, int] = (1, 8, 8),
     ) -> Tensor:
-        """Decode in spatial tiles of latent pixels, blended where they overlap; `tile_t` is not used."""
-        tile, overlap = (tile_x, tile_y), overlap[1:]
-        on_chunk = report_chunks(_count_tiles(samples, tile, overlap))
-        video = self._tiled(
-            samples,
-            lambda piece: self.first_stage_model.decode(piece, on_chunk),
-            tile,
-            overlap,
-            out_channels=self.output_channels,
-            upscale_amount=self.upscale_ratio,
-            index_formulas=self.upscale_index_formula,
-        )
-        return self.process_output(video)
+        """Decode in spatial tiles of latent pixels; `tile_t` and `overlap` are not used."""
+        return self.process_output(self.first_stage_model.decode(samples.to(self.vae_dtype), max(tile_x, tile_y)))
 
     def encode_tiled_3d(
         self,
@@ -128,36 +197,10 @@ class FlashVideoVAE(comfy.sd.VAE):
         tile_y: int = 512,
         overlap: tuple[int, int, int] = (1, 64, 64),
     ) -> Tensor:
-        """Encode in spatial tiles of pixels, blended where they overlap; `tile_t` is not used."""
-        tile, overlap = (tile_x, tile_y), overlap[1:]
-        on_chunk = report_chunks(_count_tiles(samples, tile, overlap))
-        return self._tiled(
-            samples,
-            lambda piece: self.first_stage_model.encode(self.process_input(piece), on_chunk),
-            tile,
-            overlap,
-            out_channels=self.latent_channels,
-            upscale_amount=self.downscale_ratio,
-            index_formulas=self.downscale_index_formula,
-            downscale=True,
-        )
-
-    def _tiled(
-        self,
-        samples: Tensor,
-        run: Callable[[Tensor], Tensor],
-        tile: tuple[int, int],
-        overlap: tuple[int, int],
-        **scale: object,
-    ) -> Tensor:
-        return comfy.utils.tiled_scale_multidim(
-            samples,
-            lambda piece: run(piece.to(self.device, self.vae_dtype)).float(),
-            tile=(samples.shape[2], *tile),
-            overlap=(1, *overlap),
-            output_device=self.output_device,
-            **scale,
-        )
+        """Encode in spatial tiles of pixels; `tile_t` and `overlap` are not used."""
+        video = self.process_input(samples).to(self.vae_dtype)
+        latent = self.first_stage_model.encode(video, max(tile_x, tile_y) // SPATIAL_FACTOR)
+        return latent.to(self.output_device).float()
 
 
 def check_length(pixels: Tensor) -> None:
@@ -171,24 +214,34 @@ def check_length(pixels: Tensor) -> None:
         )
 
 
-def report_chunks(runs: int = 1) -> OnChunk:
-    """A callback for the chunks of one or several encodes or decodes: moves ComfyUI's progress bar, and cancels."""
-    bar = comfy.utils.ProgressBar(runs)
-    done = itertools.count(1)
+def report_steps() -> OnChunk:
+    """A callback for the chunks of an encode or decode: moves ComfyUI's progress bar, and cancels."""
+    bar = comfy.utils.ProgressBar(1)
 
-    def on_chunk(_index: int, chunks: int) -> None:
+    def on_step(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(next(done), runs * chunks)
+        bar.update_absolute(done, total)
 
-    return on_chunk
+    return on_step
 
 
-def load_vae_native(path: Path | None) -> FlashVideoVAE:
-    """A VAE from a file in any known layout; FlashVideo-Nano's for None. Raises CheckpointError."""
+def is_out_of_memory(error: Exception) -> bool:
+    """ComfyUI's own check."""
+    check = getattr(comfy.model_management, "is_oom", None)  # newer than 0.3.75
+    return check(error) if check is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)
+
+
+def load_vae_native(path: Path | None, budget: float | None = None) -> FlashVideoVAE:
+    """A VAE from a file in any known layout; FlashVideo-Nano's for None. Raises CheckpointError.
+
+    `budget`: bytes that an encode or decode may hold; None for what is free.
+    """
     config, state = read_vae(nano_state("vae") if path is None else path)
     device = comfy.model_management.vae_device()
     dtype = comfy.model_management.vae_dtype(device, WORKING_DTYPES)
-    network = NativeVideoVAE(config, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
+    layers = {"dtype": dtype, "operations": comfy.ops.disable_weight_init}
+    with torch.device("meta"):
+        network = NativeVideoVAE(config, device=device, budget=budget, **layers)
     # Copied, so that nothing changes under a loaded VAE when its file is replaced.
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     network.load_state_dict(weights, assign=True)
@@ -201,13 +254,6 @@ def _frames(latents: int) -> int:
 
 def _latents(frames: int) -> int:
     return (frames + TEMPORAL_FACTOR - 1) // TEMPORAL_FACTOR
-
-
-def _count_tiles(samples: Tensor, tile: tuple[int, int], overlap: tuple[int, int]) -> int:
-    rows, columns = samples.shape[3:]
-    # ComfyUI's tile sizes are (rows, columns) here, whatever they are called.
-    tiles = comfy.utils.get_tiled_scale_steps(columns, rows, tile[1], tile[0], overlap[0])
-    return samples.shape[0] * tiles
 
 
 @contextmanager

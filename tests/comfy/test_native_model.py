@@ -319,3 +319,53 @@ def test_a_small_run_gives_what_the_last_release_gave(comfy_nodes: dict, submodu
     released = json.loads((GOLDEN.parent / "small_run.json").read_text())["refined"]
     # Rounding differs between processors; cfg 13 over four steps amplifies it to about 1e-4.
     assert (refined.flatten()[::16] - torch.tensor(released)).abs().max() <= 1e-3
+
+
+def test_a_compiled_model_has_one_graph_and_a_new_size_recompiles_once(
+    comfy_nodes: dict, submodule: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What core's TorchCompileModel does, with a compiler that counts graphs; fullgraph refuses breaks.
+
+    With PyTorch's attention, as on every GPU: core's choice for the CPU asks for free memory, which no graph can hold.
+    """
+    from comfy.ldm.modules.attention import attention_pytorch
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    native = submodule("nodes.native.model")
+    monkeypatch.setattr(native, "optimized_attention", attention_pytorch)
+    model = native.load_model(load_file(GOLDEN / "dit_stage1_weights.safetensors"))
+    golden = load_file(GOLDEN / "sample_stage1.safetensors")
+    text = ([[golden["case0.cond"], {}]], [[golden["case0.uncond"], {}]])
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _examples: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend=backend, fullgraph=True)
+    run = comfy_nodes["FlashVideoStage1Sampler"].execute
+    for height, width in ((4, 8), (8, 4), (6, 10)):
+        empty = {"samples": torch.zeros(1, 16, 2, height, width)}
+        with torch.inference_mode():
+            plain, fast = (run(m, *text, empty, 0, 2, 8.0, True).result[0]["samples"] for m in (model, compiled))
+        assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max()
+    torch._dynamo.reset()
+    assert len(graphs) == 2
+
+
+def test_memory_required_is_what_an_evaluation_takes(comfy_nodes: dict, submodule: Callable) -> None:
+    """ComfyUI batches both branches of the guidance, or doesn't, by this number: it may not be too small."""
+    model = submodule("nodes.native.model").load_model(load_file(GOLDEN / "dit_stage1_weights.safetensors"))
+    network, config = model.model.diffusion_model, model.model.diffusion_model.config
+    shape = [2, 16, 5, 32, 32]
+    arguments = (torch.randn(shape), torch.full((2,), 500.0), torch.randn(2, 226, config.text_dim))
+    with torch.inference_mode(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        submodule("flashvideo.dit").FlashVideoDiT.forward(network, *arguments)
+    held = peak = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0.9 * peak <= model.model.memory_required(shape) <= 4 * peak

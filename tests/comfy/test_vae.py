@@ -147,22 +147,56 @@ def test_one_tile_that_holds_everything_equals_untiled(apply: Callable) -> None:
 
 
 @torch.inference_mode()
-def test_out_of_memory_falls_back_to_tiles(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("node", ["VAEEncodeTiled", "VAEDecodeTiled"])
+def test_tiles_give_what_the_whole_picture_gives(apply: Callable, node: str) -> None:
+    if node == "VAEEncodeTiled":
+        pixels = clip_of(21, 64, 104)
+        whole = apply("VAEEncode", {"pixels": pixels})["samples"]
+        tiled = apply(node, {"pixels": pixels, **TILES})["samples"]
+    else:
+        latent = latent_of(4, 6, 12)
+        whole, tiled = apply("VAEDecode", {"samples": latent}), apply(node, {"samples": latent, **TILES})
+    assert (tiled - whole).abs().max() <= NETWORK_TOLERANCE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_out_of_memory_falls_back_to_smaller_tiles_with_the_same_result(
+    vae: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A residual block of latent pixels runs out of memory with more than 200 of them."""
     import comfy.model_management
 
-    latent = latent_of(1, 40, 4)["samples"]
-    network, decode = type(vae.first_stage_model), type(vae.first_stage_model).decode
-    decoded = []
+    given = latent_of(1, 24, 20)["samples"] if way == "decode" else clip_of(1, 192, 160)
+    whole = getattr(vae, way)(given)
+    layer = getattr(vae.first_stage_model, f"{way}r").mid_block.resnets[0]
+    sizes = []
 
-    def full(self: Any, piece: Tensor, *args: Any) -> Tensor:
-        decoded.append(tuple(piece.shape[3:]))
-        if piece.shape[3:] == (40, 4):
+    def full(_module: object, args: tuple) -> None:
+        sizes.append(tuple(args[0].shape[3:]))
+        if args[0][0, 0, 0].numel() > 200:
             raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
-        return decode(self, piece, *args)
 
-    monkeypatch.setattr(network, "decode", full)
-    assert vae.decode(latent).shape == (1, 1, 320, 32, 3)
-    assert decoded == [(40, 4), (32, 4), (16, 4)]
+    handle = layer.register_forward_pre_hook(full)
+    try:
+        smaller = getattr(vae, way)(given)
+    finally:
+        handle.remove()
+    assert sizes[0] == (24, 20) and 200 >= sizes[-1][0] * sizes[-1][1] > 100
+    assert (smaller - whole).abs().max() <= NETWORK_TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any, in_comfy: Callable) -> None:
+    pixels, latent = clip_of(9, 64, 96), latent_of(3, 8, 12)["samples"]
+    mean, frames = vae.encode(pixels), vae.decode(latent)
+    memory = in_comfy("flashvideo.vae_memory")
+    small = in_comfy("nodes.native.vae").load_vae_native(None, 8 * 2**20)
+    network = small.first_stage_model
+    assert memory.decode_bytes(network, latent.shape, torch.float32) > network.budget
+    assert memory.encode_bytes(network, (1, 3, 9, 64, 96), torch.float32) > network.budget
+    assert (small.encode(pixels) - mean).abs().max() <= NETWORK_TOLERANCE
+    assert (small.decode(latent) - frames).abs().max() <= NETWORK_TOLERANCE
 
 
 # What an artist can wire wrongly
@@ -209,8 +243,9 @@ def test_a_file_that_is_gone_is_named(in_comfy: Callable) -> None:
     [
         ("VAEEncode", {"pixels": clip_of(37, 16, 16)}, 3),
         ("VAEDecode", {"samples": latent_of(8, 2, 2)}, 4),
-        ("VAEDecodeTiled", {"samples": latent_of(4, 12, 4), **TILES}, 2 * 2),
-        ("VAEEncodeTiled", {"pixels": clip_of(21, 96, 32), **TILES}, 2 * 2),
+        # Two tiles of two chunks; one pass for each norm of each residual block, and one for its result.
+        ("VAEDecodeTiled", {"samples": latent_of(4, 12, 4), **TILES}, 2 * 2 * ((2 + 4 * 2) * 3 + 2)),
+        ("VAEEncodeTiled", {"pixels": clip_of(21, 96, 32), **TILES}, 2 * 2 * ((2 + 4) * 3 + 2)),
     ],
 )
 def test_progress_moves_with_every_chunk(
@@ -284,9 +319,9 @@ def test_memory_asked_for_is_what_the_official_vae_takes(in_comfy: Callable, way
     with torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
         network = in_comfy("flashvideo.vae").VideoVAE(config, dtype=torch.float16)
         start = torch.empty(shape, dtype=torch.float16)
+        asked = getattr(in_comfy("flashvideo.vae_memory"), f"{way}_bytes")(network, shape, torch.float16)
         with PeakMemory() as memory:
             getattr(network, way)(start)
-    asked = getattr(in_comfy("nodes.native.vae_memory"), f"{way}_bytes")(config, shape, torch.float16)
     assert 0.9 < asked / memory.peak < 1.1
 
 
@@ -298,6 +333,25 @@ def test_the_built_in_vae_is_the_default_and_files_follow(comfy_nodes: dict, vae
     choices, more = comfy_nodes["FlashVideoVAELoader"].INPUT_TYPES()["required"]["vae_name"]
     assert (more.get("options") or choices) == [BUILT_IN, "3d-vae.pt"]
     assert more["default"] == BUILT_IN
+
+
+def test_a_budget_is_an_option_and_makes_a_vae_of_its_own(
+    comfy_nodes: dict, run_prompt: Callable, captured: dict
+) -> None:
+    choices, more = comfy_nodes["FlashVideoVAELoader"].INPUT_TYPES()["optional"]["memory_budget"]
+    assert (more.get("options") or choices)[0] == more["default"] == "auto"
+    small = {**LOADER, "inputs": {**LOADER["inputs"], "memory_budget": "4 GB"}}
+    graph = {"a": LOADER, "b": small}
+    graph |= {
+        f"end {name}": {"class_type": "TestCapture", "inputs": {"value": [name, 0], "name": name}} for name in "ab"
+    }
+    run_prompt(graph)
+    assert captured["a"].first_stage_model.budget is None
+    assert captured["b"].first_stage_model.budget == 4 * 2**30
+    shape = (1, 16, 13, 136, 240)
+    assert captured["a"].memory_used_decode(shape, torch.float16) > captured["b"].memory_used_decode(
+        shape, torch.float16
+    )
 
 
 def test_every_input_and_output_is_explained(comfy_nodes: dict) -> None:

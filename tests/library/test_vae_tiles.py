@@ -1,0 +1,156 @@
+"""The VAE over spatial tiles: the same numbers as the whole picture, within a memory budget, at any tile size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashvideo.config import VAE, VAEConfig
+from flashvideo.vae import VideoVAE
+from flashvideo.vae_memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
+from flashvideo.vae_tiles import Tile, decode_in_tiles, encode_in_tiles
+
+TINY = VAEConfig(4, (1, 1, 2, 2), encoder_blocks=1, decoder_blocks=2, latent_channels=4, norm_groups=2)
+SIZE = (6, 8, 14)  # latents, rows, columns: three chunks to decode and two to encode
+ROUNDING = 3e-5  # of values up to 5: sums of statistics in another order, through 25 norms
+ONE_GROUP, EVERY_UNIT = 0.0, 1e12  # bytes that may be stored between groups of units
+
+
+@pytest.fixture(scope="module")
+def tiny() -> VideoVAE:
+    torch.manual_seed(0)
+    return VideoVAE(TINY).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def latent() -> Tensor:
+    return torch.randn(2, 4, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def video() -> Tensor:
+    """Brighter to the right, so that no tile's own statistics are the picture's."""
+    noise = torch.rand(1, 3, 21, 64, 112, generator=torch.Generator().manual_seed(2))
+    return noise * torch.linspace(0.1, 2, 112) - 1
+
+
+def plan(network: torch.nn.Module, side: int, store: float = EVERY_UNIT) -> TilePlan:
+    return plan_tiles(network, SIZE, torch.float32, 1e12, store, side)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max())
+
+
+@pytest.mark.parametrize(("side", "store"), [(4, EVERY_UNIT), (8, EVERY_UNIT), (8, ONE_GROUP)])
+def test_tiles_decode_what_the_whole_picture_gives(tiny: VideoVAE, latent: Tensor, side: int, store: float) -> None:
+    whole = tiny.decode(latent)
+    tiled = decode_in_tiles(tiny, latent, plan(tiny.decoder, side, store), torch.empty_like(whole), "cpu")
+    assert error(tiled, whole) <= ROUNDING
+
+
+@pytest.mark.parametrize(("side", "store"), [(4, EVERY_UNIT), (8, EVERY_UNIT), (8, ONE_GROUP)])
+def test_tiles_encode_what_the_whole_picture_gives(tiny: VideoVAE, video: Tensor, side: int, store: float) -> None:
+    whole = tiny.encode(video)
+    tiled = encode_in_tiles(tiny, video, plan(tiny.encoder, side, store), "cpu")
+    assert error(tiled.mean, whole.mean) <= ROUNDING
+    assert error(tiled.logvar, whole.logvar) <= ROUNDING
+
+
+def test_one_frame_works_and_inputs_stay_as_they_were(tiny: VideoVAE, video: Tensor) -> None:
+    frame = video[:, :, :1].clone()
+    mean = encode_in_tiles(tiny, frame, plan(tiny.encoder, 5), "cpu").mean
+    assert error(mean, tiny.encode(frame).mean) <= ROUNDING
+    kept = mean.clone()
+    picture = decode_in_tiles(tiny, mean, plan(tiny.decoder, 5), torch.empty_like(frame), "cpu")
+    assert error(picture, tiny.decode(mean)) <= ROUNDING
+    assert torch.equal(frame, video[:, :, :1])
+    assert torch.equal(mean, kept)
+
+
+def test_out_of_memory_halves_the_tiles_and_keeps_what_others_have_done(tiny: VideoVAE, latent: Tensor) -> None:
+    class MemoryGoneError(Exception):
+        pass
+
+    areas = []
+
+    def fail(_module: object, args: tuple) -> None:
+        areas.append(args[0][0, 0, 0].numel())
+        if len(areas) == 20:  # once, in the middle
+            raise MemoryGoneError
+
+    whole = tiny.decode(latent)
+    handle = tiny.decoder.up_blocks[3].resnets[0].register_forward_pre_hook(fail)
+    steps = []
+    try:
+        tiled = decode_in_tiles(
+            tiny,
+            latent,
+            plan(tiny.decoder, 8),
+            torch.empty_like(whole),
+            "cpu",
+            on_step=lambda *step: steps.append(step),
+            is_out_of_memory=lambda found: isinstance(found, MemoryGoneError),
+        )
+    finally:
+        handle.remove()
+    assert error(tiled, whole) <= ROUNDING
+    assert len(areas) > 20
+    assert max(areas[20:]) < areas[0]
+    assert steps[-1][0] == steps[-1][1]
+
+
+def test_other_errors_and_a_cancel_pass_through(tiny: VideoVAE, latent: Tensor) -> None:
+    class CancelledError(Exception):
+        pass
+
+    steps = []
+
+    def cancel(done: int, _total: int) -> None:
+        steps.append(done)
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        decode_in_tiles(tiny, latent, plan(tiny.decoder, 8), torch.empty(2, 3, 21, 64, 112), "cpu", on_step=cancel)
+    assert steps == [1]
+
+
+def test_progress_counts_every_chunk_of_every_tile_of_every_pass(tiny: VideoVAE, video: Tensor) -> None:
+    steps = []
+    encode_in_tiles(tiny, video, plan(tiny.encoder, 7), "cpu", on_step=lambda *step: steps.append(step))
+    units, norms = 4 + 2 + 1, (4 + 2) * 2 + 1
+    total = (norms + units) * 2 * 2 * 2  # 2 x 2 tiles, 2 chunks
+    assert steps == [(done, total) for done in range(1, total + 1)]
+
+
+def test_tiles_cover_the_picture_once() -> None:
+    covered = torch.zeros(23, 40)
+    whole = Tile(0, 23, 0, 40)
+    tiles = whole.split(9)
+    for tile in tiles:
+        tile.cut(covered, whole).add_(1)
+        assert tile.bottom - tile.top <= 9 and tile.right - tile.left <= 9
+    assert torch.equal(covered, torch.ones_like(covered))
+    assert Tile(0, 5, 35, 40).grown(3, whole) == Tile(0, 8, 32, 40)
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_a_smaller_budget_gives_smaller_tiles_that_keep_to_it(way: str) -> None:
+    """The official network at 1080p and 2K."""
+    vae = VideoVAE(VAE, device="meta", dtype=torch.float16)
+    network = vae.encoder if way == "encode" else vae.decoder
+    for size, budgets in (((13, 136, 240), (24, 12, 6)), ((13, 180, 320), (24, 12))):
+        latents, rows, columns = size
+        shape = (1, 16, *size) if way == "decode" else (1, 3, 4 * latents - 3, 8 * rows, 8 * columns)
+        whole = (decode_bytes if way == "decode" else encode_bytes)(vae, shape, torch.float16)
+        assert whole > 24 * 2**30
+        sides = []
+        for budget in budgets:
+            found = plan_tiles(network, size, torch.float16, budget * 2**30, 8 * 2**30)
+            assert found.device_bytes <= budget * 2**30
+            assert found.stored_bytes <= 8 * 2**30
+            sides.append(found.side)
+        assert sides == sorted(sides, reverse=True)
+        assert sides[-1] >= 4 * SMALLEST_TILE
