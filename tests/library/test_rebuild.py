@@ -21,7 +21,7 @@ from flashvideo.training.latents import ClipSettings
 from flashvideo.training.optimise import Together, make_optimiser, orthogonal
 from flashvideo.training.prompts import HELD_OUT_PROMPTS, judge_prompts
 from flashvideo.training.scenes import HELD_OUT, SceneStream
-from flashvideo.training.vae import VAESettings, VAETask
+from flashvideo.training.vae import VAESettings, VAETask, fit_preview
 from flashvideo.training.vocabulary import contrasts
 
 # Muon
@@ -201,6 +201,18 @@ def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Pa
     assert encoder
     assert all(torch.equal(files[0][name], files[1][name]) for name in encoder)
     assert not all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_the_preview_finds_the_map_from_latents_to_colours() -> None:
+    generator = torch.Generator().manual_seed(4)
+    factors = torch.randn(17, 3, generator=generator) * 0.1
+    latents = [torch.randn(16, 3, 4, 5, generator=generator) for _ in range(2)]
+    videos = []
+    for latent in latents:
+        colours = torch.einsum("cthw,ck->kthw", latent, factors[:-1]) + factors[-1, :, None, None, None]
+        frames = torch.cat((colours[:, :1], colours[:, 1:].repeat_interleave(4, dim=1)), dim=1)
+        videos.append(frames.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3))
+    torch.testing.assert_close(fit_preview(latents, videos), factors, atol=1e-5, rtol=0)
 
 
 def test_a_single_network_needs_a_config(capsys: pytest.CaptureFixture) -> None:

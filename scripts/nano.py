@@ -1,0 +1,44 @@
+"""Build FlashVideo-Nano from nothing, or repeat the paper's tables on it, with the private Python in `.bed/`.
+
+    python scripts/nano.py train|ablate [options of `python -m flashvideo train nano` or `ablate`]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import set_up
+from bed import ROOT, Bed, say
+
+_COMMANDS = {"train": ["train", "nano"], "ablate": ["ablate"]}
+
+
+def main() -> int:
+    """Command line; returns the command's exit code."""
+    if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
+        say(__doc__ or "")
+        return 2
+    set_up.enter(__file__)
+    bed = Bed.load()
+    if bed is None:
+        say("The private ComfyUI in .bed/ is not complete: run scripts/set_up.py.")
+        return 1
+    options = [*_COMMANDS[sys.argv[1]], *sys.argv[2:]]
+    if sys.argv[1] == "ablate" and "--clip" not in options:
+        from demo import footage
+
+        options += ["--clip", str(footage(bed))]
+    command = [sys.executable, "-m", "flashvideo", *options]
+    # ComfyUI carries the text encoder's tokenizer.
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": bed.comfyui})
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the command hears it too, and saves what it has
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())
