@@ -4,36 +4,63 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..flashvideo.config import TEMPORAL_FACTOR
 from ..flashvideo.degradation import DEGRADATION_STEP
 from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
+from ..flashvideo.windows import OVERLAP, WINDOW
 from .checks import check_latent, check_stage, check_text
-from .common import CATEGORY, MAX_SEED, named
+from .common import CATEGORY, MAX_SEED, found_as, named
 from .native.degraded import degradation_of, degrade, mark_degraded
-from .native.run import refiner_settings, run_stage2, seeded_noise
+from .native.run import refiner_settings, run_stage2, seeded_noise, with_windows
 
+MAX_WINDOW = 1001  # frames; no card holds as many at once
 SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
 
 STRENGTH_TOOLTIP = (
     "How much of the draft's detail is hidden before it is made anew. 650 to 750 works well: lower stays closer to "
-    "the input, flaws included; higher invents more and can drift. Default 675."
+    "the input, flaws included; higher invents more and can drift. Default: 675."
 )
 SHIFT_TOOLTIP = (
     "How the steps are spaced. Higher takes smaller steps at the start, where the layout is settled; 2 to 3.5 works "
-    "well. Default 2.5."
+    "well. Default: 2.5."
 )
 
 
 def strength_input() -> io.Int.Input:
     """The degradation strength, which two nodes ask for."""
-    return io.Int.Input(
-        "strength", default=DEGRADATION_STEP, min=0, max=TRAIN_STEPS - 1, tooltip=STRENGTH_TOOLTIP
-    )
+    return io.Int.Input("strength", default=DEGRADATION_STEP, min=0, max=TRAIN_STEPS - 1, tooltip=STRENGTH_TOOLTIP)
 
 
 def shift_input() -> io.Float.Input:
     """The flow shift, which two nodes ask for."""
     return io.Float.Input("shift", default=STAGE2_SHIFT, min=0.1, max=20.0, step=0.1, tooltip=SHIFT_TOOLTIP)
+
+
+def window_inputs() -> list[io.Int.Input]:
+    """How long videos are cut, which two nodes ask for; both inputs came later and are optional."""
+    return [
+        io.Int.Input(
+            "window",
+            default=WINDOW,
+            min=0,
+            max=MAX_WINDOW,
+            optional=True,
+            tooltip="Frames that are refined together; 1, 5, 9 ... A longer video is refined in windows that are "
+            "blended at every step, so that memory doesn't grow with its length. Fewer need less memory and agree "
+            "less; 25 to 49 is useful. 0: always the whole video. Default: 49.",
+        ),
+        io.Int.Input(
+            "overlap",
+            default=OVERLAP,
+            min=0,
+            max=MAX_WINDOW - 1,
+            step=TEMPORAL_FACTOR,
+            optional=True,
+            tooltip="Frames that neighbouring windows share, less than window. More blends more smoothly and takes "
+            "longer; 8 to 24 is useful. Default: 16.",
+        ),
+    ]
 
 
 class FlashVideoLatentDegradation(io.ComfyNode):
@@ -46,6 +73,7 @@ class FlashVideoLatentDegradation(io.ComfyNode):
             node_id="FlashVideoLatentDegradation",
             display_name="FlashVideo Latent Degradation",
             category=CATEGORY,
+            **found_as("add noise", "degrade latent", "refine strength"),
             description="Hides the flaws of an enlarged video under noise, so that the refiner makes its detail "
             "anew. Goes between VAE Encode and the Stage II Refiner.",
             inputs=[
@@ -57,7 +85,7 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="Which noise is used: another seed gives another version of the fine detail. Default 0.",
+                    tooltip="Which noise is used: another seed gives another version of the fine detail. Default: 0.",
                 ),
             ],
             outputs=[
@@ -92,6 +120,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
             node_id="FlashVideoStage2Refiner",
             display_name="FlashVideo Stage II Refiner",
             category=CATEGORY,
+            **found_as("video upscale", "upscaler", "refine", "enhance", "super resolution", "video to video"),
             description="Gives a degraded, enlarged video real detail in a handful of steps.",
             inputs=[
                 io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
@@ -107,7 +136,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                     default=4,
                     min=1,
                     max=20,
-                    tooltip="Number of steps. 4 to 6 is enough; more is slower and hardly better. Default 4.",
+                    tooltip="Number of steps. 4 to 6 is enough; more is slower and hardly better. Default: 4.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -116,7 +145,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                     max=30.0,
                     step=0.1,
                     tooltip="How strongly detail follows the prompt. 10 to 13 works well; lower is softer, higher "
-                    "crisper and harsher. 1 halves the time and loses most of the effect. Default 13.",
+                    "crisper and harsher. 1 halves the time and loses most of the effect. Default: 13.",
                 ),
                 shift_input(),
                 io.Combo.Input(
@@ -124,8 +153,9 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                     options=SOLVERS,
                     default=SOLVERS[0],
                     tooltip="How a step is taken. euler is the official way; heun takes twice as long a step for "
-                    "more precision; the others look back at earlier steps. Default euler.",
+                    "more precision; the others look back at earlier steps. Default: euler.",
                 ),
+                *window_inputs(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The refined video, for VAE Decode.")],
         )
@@ -141,6 +171,8 @@ class FlashVideoStage2Refiner(io.ComfyNode):
         cfg: float,
         shift: float,
         solver: str,
+        window: int = WINDOW,
+        overlap: int = OVERLAP,
     ) -> io.NodeOutput:
         """Refine the latent."""
         with named("FlashVideo Stage II Refiner"):
@@ -150,9 +182,9 @@ class FlashVideoStage2Refiner(io.ComfyNode):
             strength = degradation_of(latent)
             if strength is None:
                 raise ValueError(
-                    "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and "
-                    "this node"
+                    "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and this node"
                 )
+            model = with_windows(model, window, overlap)
         # The samples may have been replaced on the way (a crop, a batch node); the LATENT still knows its strength.
         marked = mark_degraded(latent, samples, strength)["samples"]
         refined = run_stage2(
@@ -179,22 +211,31 @@ class FlashVideoRefinerSettings(io.ComfyNode):
             node_id="FlashVideoRefinerSettings",
             display_name="FlashVideo Refiner Settings",
             category=CATEGORY,
+            **found_as("video upscale", "refine with ksampler", "model sampling", "refine strength"),
             description="Sets the refiner up for KSampler, which then degrades the latent itself: connect VAE "
             "Encode straight to it, with sampler euler and scheduler simple. denoise below 1 refines more gently.",
             inputs=[
                 io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
                 strength_input(),
                 shift_input(),
+                *window_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The refiner, set up for KSampler.")],
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, strength: int, shift: float) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: io.Model.Type,
+        strength: int,
+        shift: float,
+        window: int = WINDOW,
+        overlap: int = OVERLAP,
+    ) -> io.NodeOutput:
         """Patch a clone of the model."""
         with named("FlashVideo Refiner Settings"):
             check_stage(model, 2)
-        return io.NodeOutput(refiner_settings(model, strength, shift))
+            return io.NodeOutput(with_windows(refiner_settings(model, strength, shift), window, overlap))
 
 
 NODES = [FlashVideoLatentDegradation, FlashVideoStage2Refiner, FlashVideoRefinerSettings]

@@ -48,7 +48,7 @@ class Example:
 
 EXAMPLES = (
     Example(
-        "FlashVideo Text to Video.json",
+        "FlashVideo Text to Video 1080p.json",
         "text-to-video",
         (("Draft", "flashvideo/draft"), ("Refined", "flashvideo/refined")),
     ),
@@ -99,7 +99,7 @@ def _show(workflows: Path, out: Path) -> None:
             _run(example, server, workflows, out, clip)
         if not _notice():
             say("\nTen prompts whose colour, shape and direction the model never saw together, drafts only")
-            draft_prompts(server, workflows / EXAMPLES[0].workflow, out / "ten-prompts", say)
+            draft_prompts(server, workflows / "FlashVideo Text to Video.json", out / "ten-prompts", say)
             say(f"  {_shown(out / 'ten-prompts' / 'contact-sheet.png')}")
     say("\nComfyUI is stopped.")
 
@@ -107,9 +107,11 @@ def _show(workflows: Path, out: Path) -> None:
 def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip: Path) -> None:
     """Run one example; writes its videos and its contact sheet, and says how long each node took."""
     from video_files import Row, contact_sheet, describe
+    from workflow_files import committed
     from workflow_runs import run_workflow
 
-    run = run_workflow(server, workflows / example.workflow, say, adjust=_use_clip if example.refines_clip else None)
+    file = committed(workflows / example.workflow)
+    run = run_workflow(server, file, say, adjust=_use_clip if example.refines_clip else None)
     folder = out / example.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import set_up
 from bed import BED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
-FOLDERS = ("tests/library", "tests/comfy", "tests/server")
+FOLDERS = ("tests/library", "tests/comfy", "tests/server", "tests/browser")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
 

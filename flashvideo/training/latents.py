@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..checkpoints import load_vae
+from ..checkpoints import load_vae, read_vae
 from ..config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
-from ..convert import sha256
 from ..vae import VideoVAE
 from .checkpointing import whole_file
 from .errors import TrainingError
@@ -153,12 +152,22 @@ class LatentCache(Dataset):
 
 
 def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
-    """Return the folder of latents that this VAE and these settings give; other ones get another folder."""
+    """Return the folder of latents that this VAE's encoder and these settings give; others get another folder."""
     if not vae.is_file():
         raise TrainingError(f"{vae}: there is no such VAE. Train it first: python -m flashvideo train vae.")
     plain = [dataclasses.astuple(each) if dataclasses.is_dataclass(each) else each for each in settings]
-    key = repr((sha256(vae, lambda *_: None), plain))
+    key = repr((encoder_digest(vae), plain))
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def encoder_digest(vae: Path) -> str:
+    """A hash of a VAE's encoder: what latents depend on, whatever its decoder learns later."""
+    _, state = read_vae(vae)
+    digest = hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith("encoder.")):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_frozen_vae(path: Path, device: torch.device) -> VideoVAE:

@@ -114,7 +114,8 @@ class PreferenceTask(Stage2Task):
         source = settings.phases[0].clips.open("train", settings.seed)
         kinds = (clips.folder.name, settings.choice, settings.degradation, settings.seed, network)
         digest = sha256(Path(network.weights), lambda *_: None)
-        folder = cache_folder(settings.cache, settings.vae, "chosen", digest, *kinds)
+        judged_through = sha256(settings.vae, lambda *_: None)  # the choice depends on the decoder, too
+        folder = cache_folder(settings.cache, settings.vae, "chosen", digest, judged_through, *kinds)
         chosen = LatentCache(folder, min(settings.choice.clips, len(clips)))
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:

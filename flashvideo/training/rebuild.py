@@ -30,8 +30,7 @@ class Part:
 
 
 PARTS = (  # each needs those before it
-    Part("vae", "vae", "", "the video VAE"),
-    Part("vae", "vae_decoder", "vae.safetensors", "its decoder once more"),
+    Part("vae", "vae", "vae.safetensors", "the video VAE"),
     Part("text", "text", "text_encoder.safetensors", "the text encoder"),
     Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts"),
     Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them"),

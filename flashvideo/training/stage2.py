@@ -33,7 +33,6 @@ from .networks import (
 from .randomness import generator_for, normal_like
 
 VALIDATION_SEED = 1
-VALIDATION_STEPS = DEGRADATION_STEP  # the strength that is judged
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class SheetSettings:
     clips: int = 2
     steps: int = 4
     cfg: float = 4.0
+    strength: int = DEGRADATION_STEP
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ class Stage2Task:
 
     @property
     def _step(self) -> int:
-        """The degradation strength that is judged: the usual one, or the nearest that was trained."""
+        """The degradation strength that is judged: the wanted one, or the nearest that was trained."""
         low, high = self.settings.degradation.latent_steps
-        return min(max(VALIDATION_STEPS, low), high)
+        return min(max(self.settings.sheet.strength, low), high)
 
     def _start(self, reference: Tensor, row: int) -> Tensor:
         noise = normal_like(reference, generator_for(VALIDATION_SEED, "start", row))

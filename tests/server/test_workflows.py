@@ -15,19 +15,22 @@ import pytest
 from comfy_client import ComfyClient, Executing, Failure, Interrupted, Preview, Progress, Success, saved_files
 from comfy_server import ComfyServer
 from workflow_api import read_workflow, set_inputs, to_api
+from workflow_files import COMMIT, WORKFLOWS, shipped, switch_on, titles
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo Text to Video.json"
+TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo Text to Video 1080p.json"
 REFINE = WORKFLOWS / "FlashVideo Refine Any Video.json"
 SMALL = ("Empty FlashVideo Latent.width=64", "Empty FlashVideo Latent.height=32", "Empty FlashVideo Latent.length=9")
 
 
 @pytest.fixture()
 def prompt_of(client: ComfyClient) -> Callable[..., dict[str, Any]]:
-    """A workflow file in API format, with changes like "Node title.input=value"."""
+    """A workflow file in API format, committed unless told, with changes like "Node title.input=value"."""
 
-    def convert(path: Path, *settings: str) -> dict[str, Any]:
-        prompt = to_api(read_workflow(path), client.object_info())
+    def convert(path: Path, *settings: str, commit: bool = True) -> dict[str, Any]:
+        workflow = read_workflow(path)
+        if commit and COMMIT in titles(workflow):
+            workflow = switch_on(workflow, COMMIT)
+        prompt = to_api(workflow, client.object_info())
         set_inputs(prompt, settings)
         return prompt
 
@@ -82,7 +85,71 @@ def probe(path: Path) -> tuple[int, int, int, Fraction, int]:
         return frames, stream.width, stream.height, stream.average_rate, len(file.streams.audio)
 
 
-def test_text_to_video_saves_draft_refined_and_comparison(
+def executed(events: list[Any], prompt: dict[str, Any]) -> list[str]:
+    """The classes of the nodes that ran, in order; what the cache held is not among them."""
+    return [prompt[event.node]["class_type"] for event in events if isinstance(event, Executing)]
+
+
+def reduced(prompt: dict[str, Any], clip: Path) -> dict[str, Any]:
+    """The prompt with fewer pixels, frames and steps, and a clip that exists."""
+    small = {
+        "EmptyFlashVideoLatent": {"width": 64, "height": 32},
+        "FlashVideoStage1Sampler": {"steps": 4},
+        "FlashVideoStage1Scheduler": {"steps": 4},
+        "FlashVideoPrepareFrames": {"scale": 2.0},
+        "LoadVideo": {"file": clip.name},
+    }
+    for node in prompt.values():
+        node["inputs"].update(small.get(node["class_type"], {}))
+        if node["class_type"] == "EmptyFlashVideoLatent":
+            node["inputs"]["length"] = min(9, node["inputs"]["length"])
+    return prompt
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+def test_every_workflow_runs_to_its_end(
+    client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]], clip: Path, path: Path
+) -> None:
+    prompt = reduced(prompt_of(path), clip)
+    prompt_id = client.queue(prompt)
+    events = list(client.events(prompt_id))
+    assert isinstance(events[-1], Success), events[-1]
+    files = saved(client, prompt_id, prompt, server)
+    assert len(files) == sum(node["class_type"] in {"SaveVideo", "SaveImage"} for node in prompt.values())
+    assert all(file.stat().st_size > 0 for file in files.values())
+
+
+def test_draft_comes_first_and_committing_does_not_compute_it_again(
+    client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]]
+) -> None:
+    settings = (*SMALL, "FlashVideo Stage I Sampler.steps=4", "FlashVideo Stage I Sampler.seed=77")
+    draft = prompt_of(TEXT_TO_VIDEO, *settings, commit=False)
+    first = client.queue(draft)
+    drafting = executed(list(client.events(first)), draft)
+    assert drafting.count("FlashVideoStage1Sampler") == drafting.count("SaveVideo") == 1
+    assert not {"FlashVideoStage2Refiner", "FlashVideoPrepareFrames", "VAEEncode"} & set(drafting)
+    assert saved(client, first, draft, server).keys() == {"flashvideo/draft"}
+
+    committed = prompt_of(TEXT_TO_VIDEO, *settings)
+    second = client.queue(committed)
+    committing = executed(list(client.events(second)), committed)
+    assert not {"FlashVideoStage1Sampler", "EmptyFlashVideoLatent"} & set(committing)
+    for kind in ("FlashVideoPrepareFrames", "FlashVideoStage2Refiner", "VAEDecode", "SaveVideo"):
+        assert committing.count(kind) == 1, kind  # a second decoding would be the draft's
+    assert "flashvideo/refined" in saved(client, second, committed, server)
+
+
+def test_draft_is_shown_before_stage_two_even_when_both_run_at_once(
+    client: ComfyClient, prompt_of: Callable[..., dict[str, Any]]
+) -> None:
+    seed = "FlashVideo Stage I Sampler.seed=78"
+    prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4", seed)
+    order = [event.node for event in client.run(prompt) if isinstance(event, Executing)]
+    shown, prepared = node_id(prompt, "SaveVideo", "The draft"), node_id(prompt, "FlashVideoPrepareFrames")
+    assert order.index(shown) < order.index(prepared)
+
+
+def test_text_to_video_saves_draft_and_refined_video(
     client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]]
 ) -> None:
     prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4")
@@ -93,7 +160,6 @@ def test_text_to_video_saves_draft_refined_and_comparison(
     files = saved(client, prompt_id, prompt, server)
     assert probe(files["flashvideo/draft"])[:3] == (9, 64, 32)
     assert probe(files["flashvideo/refined"])[:3] == (9, 256, 128)
-    assert probe(files["flashvideo/side-by-side"])[:3] == (9, 512, 128)
 
     moved = {prompt[event.node]["class_type"] for event in events if isinstance(event, Progress)}
     assert moved >= {
@@ -117,6 +183,7 @@ def test_refining_a_clip_keeps_frames_size_ratio_rate_and_sound(
 
     files = saved(client, prompt_id, prompt, server)
     assert probe(files["flashvideo/refined"]) == (20, 140, 88, Fraction(12), 1)
+    assert probe(files["flashvideo/side-by-side"]) == (20, 280, 88, Fraction(12), 1)
     outputs = client.history(prompt_id)["outputs"]
     told = "\n".join(outputs[node_id(prompt, "FlashVideoPrepareFrames")]["text"])
     assert "padded to 21 frames" in told
@@ -163,5 +230,4 @@ def test_running_again_computes_nothing_again(client: ComfyClient, prompt_of: Ca
     prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4")
     client.run(prompt)
     again = client.run(prompt)
-    executed = {prompt[event.node]["class_type"] for event in again if isinstance(event, Executing)}
-    assert not {kind for kind in executed if kind.startswith("FlashVideo")}
+    assert not [kind for kind in executed(again, prompt) if kind.startswith("FlashVideo")]

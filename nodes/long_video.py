@@ -1,0 +1,120 @@
+"""The node that refines a video of any length from file to file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import InputImpl, io
+
+from ..flashvideo.config import TEMPORAL_FACTOR
+from ..flashvideo.errors import CommandError
+from ..flashvideo.frames import TargetSize
+from ..flashvideo.refine import RefineSettings
+from ..flashvideo.windows import WINDOW
+from .checks import check_stage, check_text
+from .common import CATEGORY, found_as, named
+from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames
+from .native.long_video import refine_long_video
+from .native.vae import FlashVideoVAE
+from .stage2 import MAX_WINDOW, FlashVideoLatentDegradation, FlashVideoStage2Refiner
+
+UNFINISHED = "flashvideo-unfinished"  # in the output folder: ComfyUI empties its temp folder when it starts
+
+
+class FlashVideoRefineLongVideo(io.ComfyNode):
+    """Prepare, encode, degrade, refine, decode and finish in one, piece by piece."""
+
+    NAME = "FlashVideo Refine Long Video"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs; what they share with the nodes that it stands for comes from these."""
+        return io.Schema(
+            node_id="FlashVideoRefineLongVideo",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            **found_as("video upscale", "long video", "upscaler", "refine video", "resume", "film"),
+            description="Refines a video of any length in one node: it is read, refined and written piece by piece, so "
+            "that memory doesn't grow with its length. Frame rate and sound stay. A run that was cancelled or has died "
+            "goes on where it was when the same graph is queued again.",
+            inputs=[
+                io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
+                io.Vae.Input("vae", tooltip="FlashVideo's VAE, from Load FlashVideo VAE."),
+                *_inputs_of(FlashVideoStage2Refiner, "positive", "negative"),
+                io.Video.Input(
+                    "video",
+                    tooltip="The video to refine, from Load Video: any length, size and frame rate, with its sound.",
+                ),
+                *_inputs_of(FlashVideoPrepareFrames, "size", "short_side", "scale", "width", "height", "resample"),
+                *_inputs_of(FlashVideoLatentDegradation, "strength"),
+                *_inputs_of(FlashVideoStage2Refiner, "steps", "cfg", "shift"),
+                *_inputs_of(FlashVideoLatentDegradation, "seed"),
+                io.Int.Input(
+                    "window",
+                    default=WINDOW,
+                    min=1,
+                    max=MAX_WINDOW,
+                    step=TEMPORAL_FACTOR,
+                    tooltip="Frames that are refined together. The windows are blended at every step. Fewer need less "
+                    "memory and agree less; 25 to 49 is useful. Default: 49.",
+                ),
+                *_inputs_of(FlashVideoStage2Refiner, "overlap", optional=False),
+                *_inputs_of(FlashVideoFinishFrames, "color_match"),
+            ],
+            outputs=[
+                io.Video.Output(
+                    display_name="video", tooltip="The refined video, for Save Video; same frames, rate and sound."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        vae: io.Vae.Type,
+        positive: list,
+        negative: list,
+        video: Any,
+        size: str,
+        short_side: int,
+        scale: float,
+        width: int,
+        height: int,
+        **choices: Any,
+    ) -> io.NodeOutput:
+        """Refine the video; `choices` are the other fields of `RefineSettings`."""
+        with named(cls.NAME):
+            check_stage(model, 2)
+            check_text(model, positive=positive, negative=negative)
+            if not isinstance(vae, FlashVideoVAE):
+                raise ValueError("vae must come from Load FlashVideo VAE; this one can't work piece by piece")
+            target = TargetSize(size, short_side, scale, width, height)
+            settings = RefineSettings(target, **choices)
+            try:
+                path = refine_long_video(
+                    model,
+                    vae,
+                    positive,
+                    negative,
+                    video,
+                    settings,
+                    unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
+                    finished=Path(folder_paths.get_temp_directory()),
+                )
+            except CommandError as error:
+                raise ValueError(str(error)) from None
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+
+
+def _inputs_of(node: type[io.ComfyNode], *names: str, optional: bool | None = None) -> list[Any]:
+    """Inputs of another node, so that they are the same here; `optional` changes whether they may be left out."""
+    ports = [port for port in node.define_schema().inputs if port.id in names]
+    for port in ports:
+        port.optional = port.optional if optional is None else optional
+    return ports
+
+
+NODES = [FlashVideoRefineLongVideo]

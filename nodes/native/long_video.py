@@ -1,0 +1,201 @@
+"""Long videos from file to file: the library's streamed refiner with ComfyUI's own networks in it.
+
+ComfyUI loads the networks, patches them and makes room for them; each evaluation of stage II is a sampling of its own
+as far as ComfyUI can tell, so that guidance, LoRAs, hooks and every other patch work as in a KSampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...flashvideo.config import SPATIAL_FACTOR
+from ...flashvideo.frames import padded_shape
+from ...flashvideo.refine import DECODE, ENCODE, MEASURE, REFINE, Networks, OnProgress, RefineSettings
+from ...flashvideo.refine_files import READ, FileOptions, file_identity, refine_video
+from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
+from ...flashvideo.vae import Decoder, Encoder
+from .fingerprint import fingerprint, weights_fingerprint
+from .run import refiner_settings
+from .vae import FlashVideoVAE
+from .video_source import sound_suffix, source_file
+
+VAE_SHARE = 0.8  # of a card's memory: weights and other programs need some, too
+CHUNKS = 33, 9  # frames and latent frames: two chunks, more than the VAE has in hand
+_SHARES = {READ: 2, ENCODE: 18, REFINE: 55, MEASURE: 10, DECODE: 15}  # of the time, roughly
+_BAR_STEPS = 1000
+
+
+class _Evaluation(comfy.samplers.Sampler):
+    """In a sampler's place: one evaluation of the guided network, whose clean latent is kept as it comes."""
+
+    def __init__(self, sigma: Tensor) -> None:
+        self.sigma = sigma
+        self.clean: Tensor | None = None
+
+    def sample(
+        self, model: Callable[..., Tensor], _sigmas: Tensor, extra_args: dict[str, Any], _: Any, noise: Tensor, *__: Any
+    ) -> Tensor:
+        """ComfyUI's call; what it gets as noise is the latent to evaluate."""
+        self.clean = model(noise, self.sigma.to(noise).expand(len(noise)), **extra_args)
+        return self.clean
+
+
+class GuidedRefiner:
+    """Stage II and its guidance as the network that `flashvideo.refine` runs, with guidance left to ComfyUI."""
+
+    def __init__(
+        self,
+        model: comfy.model_patcher.ModelPatcher,
+        positive: list,
+        negative: list,
+        settings: RefineSettings,
+        device: torch.device,
+    ) -> None:
+        """`device` is where latents come from and go to."""
+        self.model = refiner_settings(model, settings.strength, settings.shift)
+        self.config = model.model.diffusion_model.config
+        sigmas = 1 - stage2_times(settings.steps, settings.shift)
+        self._sampling = {"cfg": settings.cfg, "sigmas": sigmas, "positive": positive, "negative": negative, "seed": 0}
+        self._latents = torch.empty(0, device=device)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Something that tells device and precision of latents."""
+        yield self._latents
+
+    def to(self, _device: torch.device) -> GuidedRefiner:
+        """Leave it to ComfyUI, which loads the model before every evaluation if need be."""
+        return self
+
+    def __call__(self, latent: Tensor, timestep: Tensor, _context: Tensor, *, degradation_step: int) -> Tensor:
+        """dx/dt of a window [1, C, T, H, W]; the strength is the sampling's, which is the settings'."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        sigma = timestep[0] / TRAIN_STEPS
+        evaluation, nothing = _Evaluation(sigma), torch.zeros_like(latent)
+        comfy.sample.sample_custom(
+            self.model, latent, sampler=evaluation, latent_image=nothing, disable_pbar=True, **self._sampling
+        )
+        return (evaluation.clean.to(latent) - latent) / sigma
+
+
+class LoadedVAE:
+    """The VAE's network as `flashvideo.refine` runs it, with loading left to ComfyUI."""
+
+    def __init__(self, vae: FlashVideoVAE, needed: float) -> None:
+        self._vae, self._needed = vae, needed
+
+    @property
+    def encoder(self) -> Encoder:
+        """The network's first half."""
+        return self._vae.first_stage_model.encoder
+
+    @property
+    def decoder(self) -> Decoder:
+        """The network's second half."""
+        return self._vae.first_stage_model.decoder
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The network's."""
+        return self._vae.first_stage_model.parameters()
+
+    def to(self, device: torch.device) -> LoadedVAE:
+        """Have ComfyUI load it where it runs; where it rests meanwhile is ComfyUI's decision, too."""
+        if device == self._vae.device:
+            # Whole: its layers can't fetch weights that were left behind.
+            comfy.model_management.load_models_gpu(
+                [self._vae.patcher], memory_required=self._needed, force_full_load=True
+            )
+        return self
+
+
+def refine_long_video(
+    model: comfy.model_patcher.ModelPatcher,
+    vae: FlashVideoVAE,
+    positive: list,
+    negative: list,
+    video: Any,
+    settings: RefineSettings,
+    *,
+    unfinished: Path,
+    finished: Path,
+) -> Path:
+    """Refine a VIDEO to a file in the folder `finished`; if it was made before, it is there at once.
+
+    Work is kept in the folder `unfinished` until all is done, and a call with the same arguments goes on with it, in
+    another process, too. Raises CommandError for what can't be done, and ValueError for a size that can't be.
+    """
+    for folder in (unfinished, finished):
+        folder.mkdir(parents=True, exist_ok=True)
+    source, copied = source_file(video, unfinished)
+    budget = vae_budget(vae)
+    about = {
+        "model": weights_fingerprint(model),
+        "vae": weights_fingerprint(vae.patcher),
+        "prompt": fingerprint(positive, negative),
+        "cfg": settings.cfg,
+        "devices": [str(model.load_device), str(vae.device)],
+        "precision": [str(model.model.get_dtype()), str(model.model.manual_cast_dtype), str(vae.vae_dtype)],
+        "vae_memory": budget,
+    }
+    suffix = sound_suffix(source)
+    key = fingerprint(repr(settings), [source.name] if copied else file_identity(source), about)
+    target = finished / f"flashvideo-{key}{suffix}"
+    if not target.is_file():
+        guided = GuidedRefiner(model, positive, negative, settings, vae.device)
+        loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
+        networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget)
+        options = FileOptions(work=unfinished / key, about=about)
+        # The network is guided already: the library's cfg 1 stands for a single evaluation.
+        refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
+    if copied:
+        source.unlink(missing_ok=True)
+    return target
+
+
+def vae_budget(vae: FlashVideoVAE) -> float | None:
+    """Bytes that the VAE may hold on its device; None for no limit.
+
+    Of all memory that there is, not of what is free now, so that a run can go on as it began.
+    """
+    chosen, device = vae.first_stage_model.budget, vae.device
+    if comfy.model_management.is_device_cpu(device):
+        return chosen
+    most = VAE_SHARE * comfy.model_management.get_total_memory(device)
+    return most if chosen is None else min(chosen, most)
+
+
+def _vae_bytes(vae: FlashVideoVAE, video: Any, settings: RefineSettings, budget: float | None) -> float:
+    """What the VAE will need beside its weights."""
+    width, height = video.get_dimensions()
+    _, *padded = padded_shape(1, *settings.size.resolve(height, width))
+    frames, latents = CHUNKS
+    grid = [side // SPATIAL_FACTOR for side in padded]
+    needed = max(
+        vae.memory_used_encode((1, vae.output_channels, frames, *padded), vae.vae_dtype),
+        vae.memory_used_decode((1, vae.latent_channels, latents, *grid), vae.vae_dtype),
+    )
+    return needed if budget is None else min(needed, budget)
+
+
+def report_progress() -> OnProgress:
+    """A callback over all phases: moves ComfyUI's progress bar, and cancels."""
+    bar = comfy.utils.ProgressBar(_BAR_STEPS)
+    phases = list(_SHARES)
+
+    def report(phase: str, done: float, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        before = sum(_SHARES[each] for each in phases[: phases.index(phase)])
+        share = (before + _SHARES[phase] * done / total) / sum(_SHARES.values())
+        bar.update_absolute(round(_BAR_STEPS * share))
+
+    return report

@@ -1,0 +1,73 @@
+"""Bring the shipped workflows up to date when nodes have got new optional inputs.
+
+    python scripts/refresh_workflows.py
+
+Such inputs go last, so that a saved workflow stays valid; this writes them into the files, with their defaults, as
+ComfyUI's page would when somebody opens and saves them. Everything else stays as it is. Nodes grow downwards: look at
+the page afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import set_up
+from bed import Bed, say, stop_on_terminate
+
+_ROW_HEIGHT = 24  # of a widget on the page
+_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+_OPTIONAL = 7  # the shape of an optional input's dot
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    set_up.enter(__file__)
+    stop_on_terminate()
+    # Only the bed's Python, in which this now runs, has the packages that the following modules need.
+    from comfy_server import ComfyServer, ServerError
+    from workflow_api import read_workflow
+    from workflow_files import shipped
+
+    bed = Bed.load()
+    if bed is None:
+        say("The private ComfyUI in .bed/ is not complete: run scripts/set_up.py.")
+        return 1
+    try:
+        with ComfyServer(bed, bed.base) as server, server.client() as client:
+            object_info = client.object_info()
+    except ServerError as error:
+        say(f"Stopped. {error}")
+        return 1
+    for path in shipped():
+        workflow = read_workflow(path)
+        added = refresh(workflow, object_info)
+        if added:
+            path.write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            say(f"{path.stem}: {', '.join(added)}")
+    return 0
+
+
+def refresh(workflow: dict[str, Any], object_info: dict[str, Any]) -> list[str]:
+    """Add the optional inputs that a UI-format workflow's nodes lack, in place; returns their names."""
+    added = []
+    for node in workflow["nodes"]:
+        optional = object_info.get(node["type"], {}).get("input", {}).get("optional", {})
+        known = {port["name"] for port in node["inputs"]}
+        for name, spec in optional.items():
+            if name in known:
+                continue
+            kind, options = ("COMBO", spec[1]) if isinstance(spec[0], list) else (spec[0], spec[1])
+            port = {"name": name, "shape": _OPTIONAL, "type": kind, "link": None}
+            if kind in _WIDGETS:
+                port["widget"] = {"name": name}
+                node["widgets_values"].append(options["default"])
+                node["size"][1] += _ROW_HEIGHT
+            node["inputs"].append(port)
+            added.append(f"{node['type']}.{name}")
+    return added
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The shipped workflows on ComfyUI's page: found, opened, run and looked at as an artist does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from comfy_server import ComfyServer
+from workflow_api import read_workflow
+from workflow_files import ALWAYS, COMMIT, MUTED, shipped
+
+CLIP = "bikes.mp4"  # what the workflows that refine a clip name
+FRAMES, WIDTH, HEIGHT = 9, 112, 48
+FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clip(server: ComfyServer) -> None:
+    """A small clip where Load Video looks for it: a square that moves to the right."""
+    with av.open(str(server.input / CLIP), "w") as file:
+        video = file.add_stream("libx264", rate=12)
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for i in range(FRAMES):
+            picture = np.full((HEIGHT, WIDTH, 3), (70, 110, 60), np.uint8)
+            picture[12:36, 4 + 6 * i : 28 + 6 * i] = (220, 60, 40)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(video.encode())
+
+
+def active(workflow: dict[str, Any], types: set[str]) -> list[dict[str, Any]]:
+    """The nodes of these types that are switched on."""
+    return [node for node in workflow["nodes"] if node["type"] in types and node["mode"] == ALWAYS]
+
+
+def has_muted_loaders(workflow: dict[str, Any]) -> bool:
+    """Whether the workflow holds a generator that is off, whose files the page may offer."""
+    return any(node["mode"] == MUTED and "models" in node["properties"] for node in workflow["nodes"])
+
+
+def test_the_template_browser_shows_every_workflow_with_its_picture(comfy_page: Any) -> None:
+    cards = comfy_page.open_templates()
+    comfy_page.page.wait_for_timeout(1000)
+    names = {card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()}
+    assert names == {path.stem for path in shipped()}
+    for card in cards.all():
+        card.scroll_into_view_if_needed()
+        picture = card.locator("img").first
+        picture.wait_for()
+        name = card.get_attribute("data-testid").removeprefix("template-workflow-")
+        comfy_page.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
+        assert name in card.inner_text()
+        assert picture.get_attribute("src").endswith(".jpg")
+    comfy_page.photograph("templates", whole_graph=False)
+    comfy_page.dialog()
+
+
+@FILES
+def test_a_workflow_opens_complete_and_runs_to_its_end(comfy_page: Any, path: Path) -> None:
+    workflow = read_workflow(path)
+    comfy_page.problems.clear()
+    comfy_page.open_template(path.stem, len(workflow["nodes"]))
+
+    told = comfy_page.dialog()
+    assert not told or (has_muted_loaders(workflow) and "missing models" in told.lower()), told
+    assert comfy_page.unknown_nodes() == []
+    values = {node["id"]: node.get("widgets_values") for node in comfy_page.saved()["nodes"]}
+    for node in workflow["nodes"]:
+        assert values[node["id"]] == node.get("widgets_values"), node["type"]
+    comfy_page.photograph(path.stem)
+
+    end, details = comfy_page.run()
+    assert end == "execution_success", details
+    for node in active(workflow, {"SaveVideo"}):
+        comfy_page.wait_for_video(Path(node["widgets_values"][0]).name)
+    for node in active(workflow, {"SaveImage"}):
+        comfy_page.wait_for_picture(Path(node["widgets_values"][0]).name)
+    comfy_page.photograph(f"{path.stem}, after a run")
+    assert comfy_page.problems == []
+
+
+def test_one_key_commits_a_draft(comfy_page: Any) -> None:
+    path = next(path for path in shipped() if path.stem.endswith("Text to Video 1080p"))
+    comfy_page.open_template(path.stem, len(read_workflow(path)["nodes"]))
+    comfy_page.dialog()
+    assert comfy_page.run()[0] == "execution_success"
+    comfy_page.wait_for_video("draft")
+    assert not comfy_page.shows_video("refined")
+
+    comfy_page.press_on(COMMIT, "Control+m")
+    end, details = comfy_page.run()
+    assert end == "execution_success", details
+    comfy_page.wait_for_video("refined")
+    comfy_page.photograph(f"{path.stem}, committed")

@@ -1,0 +1,234 @@
+"""A long video in one node: what the graph of many nodes gives, piece by piece, and a run that can be cut off."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import av
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from comfy_api.latest import InputImpl, Types
+from torch import Tensor
+
+COUNT, HEIGHT, WIDTH, RATE, SOUND_RATE = 40, 48, 64, Fraction(24), 44100
+WINDOWS = {"window": 17, "overlap": 8}
+REFINING = {"strength": 675, "steps": 2, "cfg": 4.0, "shift": 2.5}
+SIZE = {"size": "keep", "short_side": 1080, "scale": 4.0, "width": 64, "height": 48, "resample": "bilinear"}
+
+
+def pictures() -> Tensor:
+    """A clip [COUNT, HEIGHT, WIDTH, 3] in [0, 1]: waves of colour on the move."""
+    t, y, x = torch.meshgrid(torch.arange(COUNT), torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    return torch.stack([((x + y * k + 3 * t) / 9 + k).sin() * 0.3 + 0.5 for k in range(3)], dim=-1)
+
+
+def tone() -> dict[str, Any]:
+    """As long as the clip, as an AUDIO."""
+    samples = torch.arange(int(COUNT / RATE * SOUND_RATE))
+    return {"waveform": (samples / 20).sin()[None, None], "sample_rate": SOUND_RATE}
+
+
+@pytest.fixture(scope="module")
+def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """Import a module of the pack under the name that ComfyUI gave it."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> Any:
+    """The clip as a VIDEO that has no file."""
+    parts = Types.VideoComponents(images=pictures(), audio=tone(), frame_rate=RATE)
+    return InputImpl.VideoFromComponents(parts)
+
+
+@pytest.fixture(scope="module")
+def video(in_memory: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The clip as a VIDEO from a file."""
+    path = tmp_path_factory.mktemp("source") / "clip.mp4"
+    in_memory.save_to(str(path))
+    return InputImpl.VideoFromFile(str(path))
+
+
+@pytest.fixture(scope="module")
+def networks(submodule: Callable[[str], ModuleType]) -> dict[str, Any]:
+    """Nano as MODEL and VAE, and both CONDITIONINGs."""
+    model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
+    width = model.model.diffusion_model.config.text_dim
+    context = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0))
+    return {
+        "model": model,
+        "vae": submodule("nodes.native.vae").load_vae_native(None),
+        "positive": [[context, {}]],
+        "negative": [[torch.zeros_like(context), {}]],
+    }
+
+
+@pytest.fixture(scope="module")
+def refine(comfy_nodes: dict[str, Any], networks: dict[str, Any]) -> Callable[..., Path]:
+    """Run the node; returns the file behind its VIDEO."""
+
+    def run(video: Any, **changes: Any) -> Path:
+        choices = {**SIZE, **REFINING, **WINDOWS, "seed": 5, "color_match": "wavelet", **changes}
+        with torch.inference_mode():
+            output = comfy_nodes["FlashVideoRefineLongVideo"].execute(**{**networks, "video": video, **choices})
+        return Path(output.result[0].get_stream_source())
+
+    return run
+
+
+@pytest.fixture()
+def progress() -> Iterator[dict[str, Any]]:
+    """What ComfyUI's progress bar has shown; it presses Cancel when it gets to `stop`."""
+    seen: dict[str, Any] = {"values": [], "stop": float("inf")}
+
+    def hook(value: float, total: float, _preview: object, **_node: object) -> None:
+        seen["values"].append(value / total)
+        if value / total >= seen["stop"]:
+            comfy.model_management.interrupt_current_processing(True)
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    yield seen
+    comfy.utils.set_progress_bar_global_hook(None)
+
+
+def sound(path: Path) -> list[tuple[bytes, Fraction]]:
+    """The packets of sound and their times."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(audio=0) if packet.size]
+        return [(bytes(packet), packet.pts * packet.time_base) for packet in packets]
+
+
+def through_the_graph(
+    comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType], networks: dict[str, Any], images: Tensor
+) -> Tensor:
+    """The clip through the nodes one by one, on the noise that the long way uses."""
+
+    def call(name: str, **inputs: Any) -> tuple[Any, ...]:
+        return comfy_nodes[f"FlashVideo{name}"].execute(**inputs).result
+
+    with torch.inference_mode():
+        prepared, reference = call("PrepareFrames", images=images, **SIZE)
+        latent = networks["vae"].encode(prepared)
+        frame_noise = submodule("flashvideo.windows").frame_noise
+        shape = (latent.shape[1], *latent.shape[3:])
+        noise = torch.stack([frame_noise(shape, 5, index) for index in range(latent.shape[2])], dim=1)[None]
+        degraded = submodule("nodes.native.degraded").degrade({"samples": latent}, noise, REFINING["strength"])
+        texts = {name: networks[name] for name in ("model", "positive", "negative")}
+        settings = {name: REFINING[name] for name in ("steps", "cfg", "shift")}
+        refined = call("Stage2Refiner", **texts, latent=degraded, **settings, solver="euler", **WINDOWS)[0]
+        images = networks["vae"].decode(refined["samples"])[0]
+        return call("FinishFrames", images=images, reference=reference, color_match="wavelet")[0]
+
+
+def test_a_video_comes_out_as_from_the_graph_with_its_times_and_sound(
+    refine: Callable[..., Path],
+    video: Any,
+    comfy_nodes: dict[str, Any],
+    submodule: Callable[[str], ModuleType],
+    networks: dict[str, Any],
+    progress: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    path = refine(video)
+    assert path.parent == Path(folder_paths.get_temp_directory())
+    assert progress["values"] == sorted(progress["values"])
+    assert progress["values"][-1] == 1
+    found = InputImpl.VideoFromFile(str(path)).get_components()
+    source = video.get_components()
+    assert found.images.shape == (COUNT, HEIGHT, WIDTH, 3)
+    assert found.frame_rate == RATE
+    assert sound(path) == sound(Path(video.get_stream_source()))
+
+    files = submodule("flashvideo.video_files")
+    expected = through_the_graph(comfy_nodes, submodule, networks, source.images)
+    form = files.VideoFormat(files.open_clip(Path(video.get_stream_source())), HEIGHT, WIDTH)
+    segment = files.encode_segment([(expected * 255).round().byte()], form)
+    files.write_video(tmp_path / "expected.mp4", form, [segment])
+    compressed = InputImpl.VideoFromFile(str(tmp_path / "expected.mp4")).get_components().images
+    # Between the two lie latents kept in half precision, and compression that takes one grain for another.
+    far = float((compressed - source.images).abs().mean())
+    near = float((found.images - compressed).abs().mean())
+    assert near < far / 8, (near, far)
+
+
+def test_a_run_that_was_cancelled_goes_on_where_it_was(
+    refine: Callable[..., Path], video: Any, progress: dict[str, Any]
+) -> None:
+    path = refine(video)
+    whole = path.read_bytes()
+    unfinished = Path(folder_paths.get_output_directory()) / "flashvideo-unfinished"
+    assert list(unfinished.iterdir()) == []
+    assert refine(video) == path  # made before: nothing to do
+    path.unlink()
+
+    progress["stop"] = 0.5
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        refine(video)
+    assert not path.exists()
+    assert len(list(unfinished.iterdir())) == 1
+
+    progress["stop"], progress["values"] = float("inf"), []
+    assert refine(video) == path
+    assert not any(0.02 < value < 0.2 for value in progress["values"])  # nothing was encoded again
+    assert path.read_bytes() == whole
+    assert list(unfinished.iterdir()) == []
+
+
+def test_a_video_in_memory_is_copied_without_loss(
+    in_memory: Any, submodule: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    module = submodule("nodes.native.video_source")
+    path, copied = module.source_file(in_memory, tmp_path)
+    before = path.stat().st_mtime_ns
+    assert copied
+    assert module.source_file(in_memory, tmp_path) == (path, True) and path.stat().st_mtime_ns == before
+    clip = submodule("flashvideo.video_files").open_clip(path)
+    assert clip.rate == RATE
+    expected = (pictures() * 255).round().byte()
+    assert np.array_equal(torch.stack(list(clip.frames())).numpy(), expected.numpy())
+    with av.open(str(path)) as container:
+        assert abs(container.duration / av.time_base - COUNT / RATE) < 0.05
+    assert module.sound_suffix(path) == ".mp4"
+
+
+def test_a_fingerprint_tells_networks_apart_and_nothing_else(
+    submodule: Callable[[str], ModuleType], networks: dict[str, Any]
+) -> None:
+    fingerprint = submodule("nodes.native.fingerprint").weights_fingerprint
+    again = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
+    name = "diffusion_model.blocks.0.q.weight"
+    assert fingerprint(again) == fingerprint(networks["model"])
+    shape = again.model.state_dict()[name].shape
+    patched = again.clone()
+    patched.add_patches({name: ("diff", (torch.ones(shape),))}, 0.5)
+    stronger = again.clone()
+    stronger.add_patches({name: ("diff", (torch.ones(shape),))}, 0.6)
+    before = fingerprint(patched)
+    assert len({before, fingerprint(stronger), fingerprint(again)}) == 3
+    comfy.model_management.load_models_gpu([patched])  # the weights hold the patch now
+    assert fingerprint(patched) == before
+    assert fingerprint(again) == fingerprint(networks["model"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vae": object()}, "vae must come from Load FlashVideo VAE"),
+        ({"window": 16}, "a window must have 4n\\+1 frames .* got 16"),
+        ({"positive": []}, "positive is empty; connect FlashVideo Prompt"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_work_starts(
+    refine: Callable[..., Path], video: Any, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^FlashVideo Refine Long Video: {words}"):
+        refine(video, **changes)

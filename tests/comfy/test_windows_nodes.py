@@ -1,0 +1,171 @@
+"""The refiner over a long latent: windows that agree at every step, in its own node and in KSampler."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from torch import Tensor
+
+STRENGTH, STEPS, SHIFT = 675, 4, 2.5
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wandering(frames: int, seed: int) -> Tensor:
+    """A latent [1, 16, frames, 4, 6] that changes slowly and keeps its spread: nine tenths of a frame stay."""
+    keep, noise = 0.9, normal(1, 16, frames, 4, 6, seed=seed)
+    latent = [noise[:, :, 0]]
+    for index in range(1, frames):
+        latent.append(keep * latent[-1] + (1 - keep**2) ** 0.5 * noise[:, :, index])
+    return torch.stack(latent, dim=2)
+
+
+@pytest.fixture(scope="module")
+def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """Import a module of the pack under the name that ComfyUI gave it."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="module")
+def model(submodule: Callable[[str], ModuleType]) -> Any:
+    """Nano's refiner as a MODEL."""
+    return submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
+
+
+@pytest.fixture(scope="module")
+def text(model: Any) -> dict[str, list]:
+    """Both CONDITIONINGs."""
+    context = normal(1, 8, model.model.diffusion_model.config.text_dim)
+    return {"positive": [[context, {}]], "negative": [[torch.zeros_like(context), {}]]}
+
+
+@pytest.fixture(scope="module")
+def refine(comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]) -> Callable[..., Tensor]:
+    """Degrade a latent and refine it, with the two nodes."""
+    degradation, refiner = (comfy_nodes[f"FlashVideo{name}"] for name in ("LatentDegradation", "Stage2Refiner"))
+
+    def run(latent: Tensor, cfg: float = 13.0, use: Any = model, **windows: int) -> Tensor:
+        with torch.inference_mode():
+            degraded = degradation.execute({"samples": latent}, strength=STRENGTH, seed=1).result[0]
+            settings = {"steps": STEPS, "cfg": cfg, "shift": SHIFT, "solver": "euler"}
+            return refiner.execute(model=use, **text, latent=degraded, **settings, **windows).result[0]["samples"]
+
+    return run
+
+
+def test_windows_give_what_the_library_gives(
+    refine: Callable[..., Tensor], submodule: Callable[[str], ModuleType], text: dict[str, list]
+) -> None:
+    library = {name: submodule(f"flashvideo.{name}") for name in ("windows", "refine", "samplers", "schedule")}
+    dit = submodule("flashvideo.checkpoints").load_dit(
+        submodule("flashvideo.nano").nano_state("stage2"), dtype=torch.float32
+    )
+    scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
+    latent = wandering(12, 0)
+    start = submodule("flashvideo.degradation").degrade_latent(
+        latent * scale, submodule("nodes.native.run").seeded_noise(latent.shape, 1)(), STRENGTH
+    )
+    velocity = library["refine"].guided_velocity(dit, text["positive"][0][0], 13.0, STRENGTH)
+    plan = library["windows"].plan_windows(12, 17, 8)
+    assert len(plan.starts) > 2
+    with torch.no_grad():
+        blended = library["windows"].windowed_velocity(velocity, plan)
+        expected = (
+            library["samplers"].solve_flow(blended, start, library["schedule"].stage2_times(STEPS, SHIFT)) / scale
+        )
+    # ComfyUI blends clean latents where the library blends velocities; guidance multiplies rounding by 13, four times.
+    torch.testing.assert_close(refine(latent, window=17, overlap=8), expected, rtol=0, atol=2e-3)
+
+
+def test_ksampler_refines_in_the_same_windows(
+    comfy_nodes: dict[str, Any], refine: Callable[..., Tensor], model: Any, text: dict[str, list]
+) -> None:
+    latent = wandering(12, 0)
+    settings = {"strength": STRENGTH, "shift": SHIFT, "window": 17, "overlap": 8}
+    with torch.inference_mode():
+        windowed = comfy_nodes["FlashVideoRefinerSettings"].execute(model=model, **settings).result[0]
+        sampled = comfy_nodes["KSampler"]().sample(
+            windowed, 1, STEPS, 13.0, "euler", "simple", **text, latent_image={"samples": latent}
+        )[0]["samples"]
+    expected = refine(latent, window=17, overlap=8)
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=2e-3)
+    assert (sampled - refine(latent, window=0)).abs().max() > 0.02  # the windows do have opinions of their own
+
+
+def test_a_latent_of_one_window_is_refined_as_before_to_the_last_bit(refine: Callable[..., Tensor]) -> None:
+    latent = wandering(13, 0)
+    assert torch.equal(refine(latent), refine(latent, window=0))
+
+
+def test_windows_differ_from_the_whole_no_more_at_their_borders_than_inside(
+    refine: Callable[..., Tensor], submodule: Callable[[str], ModuleType]
+) -> None:
+    frames = 94
+    plan = submodule("flashvideo.windows").plan_windows(frames)
+    squares = torch.zeros(frames)
+    for seed in range(3):
+        latent = wandering(frames, seed)
+        difference = refine(latent, cfg=1.0) - refine(latent, cfg=1.0, window=0)
+        squares += difference.square().mean((0, 1, 3, 4))
+    cuts = [*plan.starts[1:], *(start + plan.length for start in plan.starts[:-1])]
+    border = torch.zeros(frames, dtype=torch.bool)
+    border[[frame for cut in cuts for frame in (cut - 1, cut)]] = True
+    assert float(squares.min()) > 0
+    assert float(squares[border].mean().sqrt() / squares[~border].mean().sqrt()) <= 1.05
+
+
+def test_comfyui_makes_room_for_a_window_and_not_for_the_video(
+    refine: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    load = comfy.model_management.load_models_gpu
+
+    def listen(models: list[Any], memory_required: float = 0, **others: Any) -> None:
+        asked.append(memory_required)
+        load(models, memory_required=memory_required, **others)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", listen)
+    for frames, windows in ((13, {}), (40, {}), (40, {"window": 0})):
+        refine(wandering(frames, 0), cfg=1.0, **windows)
+    window, video, whole = asked
+    assert video == window < whole
+
+
+def test_cancel_answers_after_a_window_and_other_wrappers_see_the_windows(
+    refine: Callable[..., Tensor], model: Any
+) -> None:
+    seen: list[int] = []
+
+    def watch(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        seen.append(args["input"].shape[2])
+        if len(seen) == 2:
+            comfy.model_management.interrupt_current_processing(True)
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    watched = model.clone()
+    watched.set_model_unet_function_wrapper(watch)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        refine(wandering(40, 0), cfg=1.0, use=watched)
+    assert seen == [13, 13]
+
+
+@pytest.mark.parametrize("node", ["FlashVideoStage2Refiner", "FlashVideoRefinerSettings"])
+def test_windows_that_cannot_be_are_refused(
+    node: str, refine: Callable[..., Tensor], comfy_nodes: dict[str, Any], model: Any
+) -> None:
+    name = comfy_nodes[node].define_schema().display_name
+    settings = {"window": 48, "overlap": 16}
+    with pytest.raises(ValueError, match=f"^{name}: a window must have 4n\\+1 frames .* got 48"):
+        if node == "FlashVideoStage2Refiner":
+            refine(wandering(2, 0), **settings)
+        else:
+            comfy_nodes[node].execute(model=model, strength=STRENGTH, shift=SHIFT, **settings)
