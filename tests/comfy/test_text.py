@@ -288,7 +288,7 @@ def test_two_loaders_give_one_clip(run_prompt: Callable, captured: dict, folder:
     assert captured["a"] is captured["b"]
     assert captured["c"] is captured["d"]
     assert captured["a"] is not captured["c"]
-    assert outputs["a"]["text"][0].startswith("FlashVideo-Nano is untrained")
+    assert "a" not in outputs  # nothing to say: the built-in encoder is trained
     assert "c" not in outputs
 
 

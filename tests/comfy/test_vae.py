@@ -360,13 +360,17 @@ def test_every_input_and_output_is_explained(comfy_nodes: dict) -> None:
     assert all(str(port.tooltip).endswith(".") for port in [*schema.inputs, *schema.outputs])
 
 
-def test_loading_says_that_the_built_in_vae_is_untrained_and_nothing_misleading(
-    run_prompt: Callable, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("trained", [True, False])
+def test_loading_says_if_the_built_in_vae_is_untrained_and_nothing_misleading(
+    run_prompt: Callable, submodule: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    trained: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(submodule("nodes.native.files"), "nano_is_trained", lambda: trained)
     end = {"class_type": "TestCapture", "inputs": {"value": ["1", 0], "name": "vae"}}
     outputs, _ = run_prompt({"1": LOADER, "2": end})
-    assert outputs["1"]["text"][0].startswith("FlashVideo-Nano is untrained")
-    assert "FlashVideo-Nano is untrained" in caplog.text
+    said = [text for output in outputs.values() for text in output.get("text", ())]
+    assert [text.split(":")[0] for text in said] == ([] if trained else ["FlashVideo-Nano is untrained"])
+    assert ("FlashVideo-Nano is untrained" in caplog.text) is not trained
     assert "VAE not initalized" not in caplog.text
 
 
