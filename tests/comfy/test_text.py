@@ -21,7 +21,7 @@ END, PADDING = 1, 0
 PROMPT = "A red fox trots along a stone wall at dusk, (camera follows:1.0)"
 LONG_PROMPT = "fox " * 300
 NETWORK_TOLERANCE = 1e-4
-FP8_TOLERANCE = 0.1  # on average, of outputs of size 1: e4m3 keeps 3 bits behind the point; 0.045 measured
+FP8_TOLERANCE = 0.15  # on average, of the outputs' mean size: e4m3 keeps 3 bits behind the point; 0.1 measured
 
 
 @pytest.fixture()
@@ -204,7 +204,7 @@ def test_bfloat16_and_fp8_files_keep_their_type(load: Callable, state: dict, fol
         clip = load(path)
         assert {tensor.dtype for name, tensor in clip.get_sd().items() if "encoder.block" in name} == {dtype}
         (cond,) = comfy_nodes["CLIPTextEncode"]().encode(clip, PROMPT)
-        assert (cond[0][0] - exact[0][0]).abs().mean() < FP8_TOLERANCE
+        assert (cond[0][0] - exact[0][0]).abs().mean() < FP8_TOLERANCE * exact[0][0].abs().mean()
 
 
 def test_a_scaled_fp8_file_is_read_with_its_scales(
@@ -221,7 +221,7 @@ def test_a_scaled_fp8_file_is_read_with_its_scales(
         scaled[name.removesuffix("weight") + "scale_weight"] = scale
     save_file(scaled, folder / "scaled.safetensors")
     (cond,) = comfy_nodes["CLIPTextEncode"]().encode(load(folder / "scaled.safetensors"), PROMPT)
-    assert (cond[0][0] - exact[0][0]).abs().mean() < FP8_TOLERANCE
+    assert (cond[0][0] - exact[0][0]).abs().mean() < FP8_TOLERANCE * exact[0][0].abs().mean()
 
 
 def test_an_unknown_quantisation_is_refused_and_not_misread(load: Callable, state: dict, folder: Path) -> None:

@@ -362,10 +362,10 @@ def test_every_input_and_output_is_explained(comfy_nodes: dict) -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_loading_says_if_the_built_in_vae_is_untrained_and_nothing_misleading(
-    run_prompt: Callable, submodule: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    run_prompt: Callable, in_comfy: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     trained: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(submodule("nodes.native.files"), "nano_is_trained", lambda: trained)
+    monkeypatch.setattr(in_comfy("nodes.native.files"), "nano_is_trained", lambda: trained)
     end = {"class_type": "TestCapture", "inputs": {"value": ["1", 0], "name": "vae"}}
     outputs, _ = run_prompt({"1": LOADER, "2": end})
     said = [text for output in outputs.values() for text in output.get("text", ())]
