@@ -143,12 +143,12 @@ def run_library(rounds: int, device: str) -> list[float]:
     for _ in range(rounds):
         draft = sample_stage1(dits[0], normal(shape), text, no_text, steps=STEPS1, step_noise=lambda _: normal(shape))
         images = to_frames(vae.decode(draft / STAGE1_LATENT_SCALE))
-        prepared, reference = prepare(images, TargetSize("scale", scale=SCALE), "bilinear")[:2]
-        latent = vae.encode(to_video(prepared)).mode() * STAGE2_LATENT_SCALE
+        prepared = prepare(images, TargetSize("scale", scale=SCALE), "bilinear")
+        latent = vae.encode(to_video(prepared.frames)).mode() * STAGE2_LATENT_SCALE
         refined = sample_stage2(
             dits[1], degrade_latent(latent, normal(tuple(latent.shape))), text, no_text, steps=STEPS2
         )
-        finish(to_frames(vae.decode(refined / STAGE2_LATENT_SCALE)), reference)
+        finish(to_frames(vae.decode(refined / STAGE2_LATENT_SCALE)), prepared.reference)
         synchronize(device)
         seconds.append(clock() - start)
         start = clock()
