@@ -17,6 +17,7 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 # Bundles of pictures and pages for the browser; ComfyUI starts without them.
 _LEFT_OUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 _TORCH_FAMILY = ("torch", "torchvision", "torchaudio")
+_CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 
 
 class SetUpError(RuntimeError):
@@ -65,15 +66,25 @@ def requirements_of(python: Path, tree: Path) -> None:
     pip(python, "what this version of ComfyUI adds", ["-c", constraint, "-r", str(listing)])
 
 
+def chromium() -> str | None:
+    """The Chromium that FLASHVIDEO_CHROMIUM names or that is on the path; None without one."""
+    return os.environ.get("FLASHVIDEO_CHROMIUM") or next(filter(None, map(shutil.which, _CHROMIUMS)), None)
+
+
 def test_tools(python: Path) -> None:
-    """pytest and ruff."""
-    pip(python, "the test tools", ["--no-deps", "-r", str(REQUIREMENTS / "requirements-test.txt")])
+    """pytest and ruff; Playwright, too, where there is a browser for it."""
+    pip(python, "the test tools", ["--no-deps", *_test_tools()])
 
 
 def test_tools_beside(python: Path, folder: Path) -> None:
-    """pytest and ruff in a folder of their own, for a Python into which nothing may be installed."""
-    listed = ["--no-deps", "--upgrade", "--target", str(folder), "-r", str(REQUIREMENTS / "requirements-test.txt")]
+    """The test tools in a folder of their own, for a Python into which nothing may be installed."""
+    listed = ["--no-deps", "--upgrade", "--target", str(folder), *_test_tools()]
     _pip_for(python, "the test tools (beside your ComfyUI, not into it)", listed)
+
+
+def _test_tools() -> list[str]:
+    names = ["test", "browser"] if chromium() else ["test"]
+    return [part for name in names for part in ("-r", str(REQUIREMENTS / f"requirements-{name}.txt"))]
 
 
 def workflow_converter(python: Path) -> None:

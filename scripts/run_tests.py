@@ -1,4 +1,4 @@
-"""Run every test: the style check, the library, the nodes inside ComfyUI, the running server. In that order.
+"""Run every test: the style check, the library, the nodes inside ComfyUI, its page in a browser, the running server.
 
     python scripts/run_tests.py [--lint-only] [options for pytest ...]
 
@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import set_up
 from bed import BED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
-FOLDERS = ("tests/library", "tests/comfy", "tests/server", "tests/browser")
+FOLDERS = ("tests/library", "tests/comfy", "tests/browser", "tests/server")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
 
@@ -108,9 +108,10 @@ def _sum_up(outcomes: list[Outcome], style_is_good: bool) -> int:
             say(f"Note: the library's tests should take less than {_LIBRARY_SECONDS} s.")
     passed, failed, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("passed", "failed", "skipped"))
     good = style_is_good and bool(outcomes) and not any(outcome.broken for outcome in outcomes)
-    style = "" if style_is_good else ", style check failed"
-    totals = f"{passed} passed, {failed} failed, {skipped} skipped{style}"
-    say(f"{'Good' if good else 'Not good'}: {totals} in {seconds(sum(outcome.seconds for outcome in outcomes))}")
+    style = "" if style_is_good else ", the style check failed"
+    spent = sum(outcome.seconds for outcome in outcomes)
+    say(f"{'Good' if good else 'Not good'}: {len(outcomes)} folders in {seconds(spent)}{style}")
+    say(f"{passed} passed, {failed} failed, {skipped} skipped in {spent:.2f}s")  # as pytest's own last line
     return 0 if good else 1
 
 

@@ -63,7 +63,7 @@ def _key(environ: Mapping[str, str]) -> str:
     for path in sorted([*SCRIPTS.glob("requirements-*.txt"), *(SCRIPTS / "cpu_ops").glob("*.*")]):
         digest.update(path.read_bytes())
     facts = (str(ROOT), environ.get("COMFYUI_PATH", ""), environ.get("COMFYUI_PYTHON", ""), install.has_nvidia())
-    digest.update(repr(facts).encode())
+    digest.update(repr((*facts, install.chromium() is not None)).encode())
     return digest.hexdigest()
 
 

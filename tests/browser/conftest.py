@@ -7,12 +7,11 @@ Python package `playwright`, these tests are skipped and say so. Screenshots go 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -22,11 +21,11 @@ from bed import BED, PACK_NAME, Bed, inside, stop_on_terminate
 if not inside():
     pytest.exit("These tests start ComfyUI from .bed/: use `make test`.", 2)
 from comfy_server import ComfyServer
+from install import chromium
 
 stop_on_terminate()
 
 SCREENSHOTS = BED / "screenshots"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -35,7 +34,7 @@ OPTIONS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing outside this machine
 ]
 VIEW = {"width": 2400, "height": 1300}
-PATIENCE = 300_000  # milliseconds: a machine may be busy with other things
+PATIENCE = 120_000  # milliseconds: a machine may be busy with other things
 # Texts stay readable when a whole graph is on the screen, and no banner or tour covers it.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -44,7 +43,17 @@ SETTINGS = {
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.01,
 }
 # ComfyUI's own page, without any pack: files that a fresh folder lacks, and addresses that it may not call.
-NOT_OURS = ("user.css", "/templates/", "api.comfy.org", "/docs/", "reading 'id'", "Content Security Policy")
+NOT_OURS = (
+    "user.css",
+    "/templates/",
+    "api.comfy.org",
+    "/docs/",
+    "reading 'id'",
+    "Content Security Policy",
+    "huggingface.co",  # sizes of the models that a workflow names
+    "Error fetching file size",
+    "core workflow templates",  # the bed has none but ours
+)
 
 _READY = """() => window.app?.extensionManager && window.app.graph
     && Object.keys(window.LiteGraph.registered_node_types).some(name => name.startsWith('FlashVideo'))"""
@@ -58,20 +67,29 @@ _UNKNOWN = """() => window.app.graph.nodes
 _MARK = "() => window.app.graph.nodes.forEach(node => { node.seenBefore = true })"
 _NEW = "count => window.app.graph.nodes.length === count && window.app.graph.nodes.every(node => !node.seenBefore)"
 _VIDEO = """prefix => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0
-    && new URL(video.currentSrc).searchParams.get('filename').startsWith(prefix))"""
+    && new URL(video.currentSrc).searchParams.get('filename')?.startsWith(prefix))"""
+_CARD_PICTURE = """name => {
+    const card = document.querySelector(`[data-testid="template-workflow-${name}"]`);
+    return [...card?.querySelectorAll('img') ?? []].some(picture => picture.naturalWidth > 0);
+}"""
 _PICTURE = """prefix => window.app.graph.nodes.flatMap(node => node.imgs ?? []).some(picture => picture.naturalWidth > 0
-    && new URL(picture.src).searchParams.get('filename').startsWith(prefix))"""
+    && new URL(picture.src).searchParams.get('filename')?.startsWith(prefix))"""
 
 
 class ComfyPage:
-    """ComfyUI's page in the browser, as an artist uses it. `problems` collects what its console complains about."""
+    """ComfyUI's page in the browser, as an artist uses it.
+
+    `problems` collects what its console complains about, `loaded` the names of files that the server gave it.
+    """
 
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
         self.problems: list[str] = []
+        self.loaded: set[str] = set()
         page.set_default_timeout(PATIENCE)
         page.on("console", self._note)
         page.on("pageerror", lambda error: self._remember(str(error)))
+        page.on("response", self._loaded)
         page.goto(address, wait_until="domcontentloaded")
         page.wait_for_function(_READY)
         page.evaluate(_LISTEN)
@@ -83,6 +101,10 @@ class ComfyPage:
         cards = self.page.locator("[data-testid^='template-workflow-FlashVideo']")
         cards.first.wait_for()
         return cards
+
+    def wait_for_card_picture(self, name: str) -> None:
+        """Wait until a template's card shows its picture."""
+        self.page.wait_for_function(_CARD_PICTURE, arg=name)
 
     def open_template(self, name: str, nodes: int) -> None:
         """Open a workflow by a click on its card, and wait until its nodes are on the page."""
@@ -98,7 +120,7 @@ class ComfyPage:
         if dialogs.count() == 0:
             return ""
         text = dialogs.first.inner_text()
-        self.page.keyboard.press("Escape")
+        dialogs.first.press("Escape")
         dialogs.first.wait_for(state="hidden")
         return text
 
@@ -147,6 +169,10 @@ class ComfyPage:
         self.page.screenshot(path=str(path))
         return path
 
+    def _loaded(self, response: Any) -> None:
+        if response.ok:
+            self.loaded.add(unquote(urlparse(response.url).path).rpartition("/")[2])
+
     def _note(self, message: Any) -> None:
         if message.type == "error":
             self._remember(f"{message.text} ({message.location.get('url', '')})")
@@ -161,10 +187,9 @@ def browser() -> Iterator[Any]:
     """A Chromium without a window."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
     with playwright.sync_playwright() as running:
-        own = running.chromium.executable_path
-        named = os.environ.get("FLASHVIDEO_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), own)
+        named = chromium() or running.chromium.executable_path
         if not Path(named).exists():
-            pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is on the path; FLASHVIDEO_CHROMIUM may name one")
+            pytest.skip("no Chromium is on the path; FLASHVIDEO_CHROMIUM may name one")
         started = running.chromium.launch(executable_path=named, args=OPTIONS, timeout=PATIENCE)
         yield started
         started.close()

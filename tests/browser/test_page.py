@@ -47,14 +47,11 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(comfy_page: 
     assert names == {path.stem for path in shipped()}
     for card in cards.all():
         card.scroll_into_view_if_needed()
-        picture = card.locator("img").first
-        picture.wait_for()
         name = card.get_attribute("data-testid").removeprefix("template-workflow-")
-        comfy_page.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
+        comfy_page.wait_for_card_picture(name)
         assert name in card.inner_text()
-        assert picture.get_attribute("src").endswith(".jpg")
+        assert f"{name}.jpg" in comfy_page.loaded
     comfy_page.photograph("templates", whole_graph=False)
-    comfy_page.dialog()
 
 
 @FILES
@@ -66,9 +63,9 @@ def test_a_workflow_opens_complete_and_runs_to_its_end(comfy_page: Any, path: Pa
     told = comfy_page.dialog()
     assert not told or (has_muted_loaders(workflow) and "missing models" in told.lower()), told
     assert comfy_page.unknown_nodes() == []
-    values = {node["id"]: node.get("widgets_values") for node in comfy_page.saved()["nodes"]}
+    values = {node["id"]: node.get("widgets_values", []) for node in comfy_page.saved()["nodes"]}
     for node in workflow["nodes"]:
-        assert values[node["id"]] == node.get("widgets_values"), node["type"]
+        assert values[node["id"]] == node.get("widgets_values", []), node["type"]
     comfy_page.photograph(path.stem)
 
     end, details = comfy_page.run()
