@@ -36,7 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (CheckpointError, CommandError) as error:
+    except CommandError as error:
+        sys.stderr.write(f"{error.with_hint}\n")
+        return 1
+    except CheckpointError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except OSError as error:

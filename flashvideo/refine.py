@@ -22,12 +22,13 @@ from .config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from .degradation import DEGRADATION_STEP, degradation_weights, degrade_latent
 from .dit import FlashVideoDiT
 from .frames import COLOR_MATCHES, RESAMPLERS, TargetSize, clean, enlarge, padded_shape, to_frames, to_video
-from .guidance import STAGE2_SCALE, guide
+from .guidance import STAGE2_SCALE
+from .samplers import guided_velocity
 from .schedule import STAGE2_SHIFT, stage2_times
 from .streaming import VAEStream, latent_of
 from .streaming_tiles import stream_within
 from .vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
-from .windows import OVERLAP, WINDOW, Evaluation, Velocity, Wavefront, flow_evaluations, frame_noise, plan_windows
+from .windows import OVERLAP, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, Progress, WorkFolder
 
 PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"
@@ -129,26 +130,6 @@ def refine_frames(
     return torch.cat(parts)
 
 
-def guided_velocity(dit: FlashVideoDiT, context: Tensor, cfg: float, strength: int) -> Velocity:
-    """Stage II's velocity for a prompt [1, L, text_dim], guided away from no prompt, which is zeros.
-
-    One pass of the network after the other, so that the memory needed is that of one; with cfg 1 there is only one.
-    """
-    nothing = torch.zeros_like(context)
-
-    def velocity(latent: Tensor, time: Tensor) -> Tensor:
-        timestep = (1000 - 1000 * time).float().to(latent.device).expand(len(latent))
-
-        def evaluate(text: Tensor) -> Tensor:
-            text = text.expand(len(latent), -1, -1)
-            return dit(latent.to(text.dtype), timestep, text, degradation_step=strength).float()
-
-        prompted = evaluate(context)
-        return prompted if cfg == 1 else guide(evaluate(nothing), prompted, cfg)
-
-    return velocity
-
-
 class RefineRun:
     """One clip's way through the phases. `work` says where it starts and is told how far it is."""
 
@@ -229,7 +210,8 @@ class RefineRun:
         settings, device = self.settings, self.networks.device
         with _resident(self.networks.dit, device) as dit:
             context = self.networks.context.to(device, _dtype(dit))
-            velocity = guided_velocity(dit, context, settings.cfg, settings.strength)
+            nothing = torch.zeros_like(context)
+            velocity = guided_velocity(dit, context, nothing, settings.cfg, settings.strength)
             evaluations = self._evaluations()
             front = Wavefront(velocity, evaluations, self.plan)
             if progress.tensors:

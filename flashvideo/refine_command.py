@@ -139,7 +139,8 @@ def _refine(options: argparse.Namespace) -> int:
         except (CommandError, ValueError) as error:
             bars.close()
             failed += 1
-            sys.stderr.write(f"{job.source.name}: {error}\n")
+            reason = error.with_hint if isinstance(error, CommandError) else error
+            sys.stderr.write(f"{job.source.name}: {reason}\n")
         except KeyboardInterrupt:
             bars.close()
             sys.stderr.write("\nCancelled. The same command goes on with it.\n")

@@ -82,7 +82,7 @@ def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
     if target.exists() and target.samefile(source):
         raise CommandError(f"{target} is the file to be refined: give the new file another name.")
     if target.exists() and not force:
-        raise CommandError(f"{target} exists already: --force replaces it.")
+        raise CommandError(f"{target} exists already.", hint="--force replaces it.")
 
 
 def refine_video(
@@ -157,7 +157,8 @@ def _check_space(folder: WorkFolder, needed: int) -> None:
         folder.remove()
         raise CommandError(
             f"{folder.path.parent} has {free / 1e9:.1f} GB free, and this run needs up to {needed / 1e9:.1f} GB there "
-            "until it is done. --work DIR puts it elsewhere."
+            "until it is done.",
+            hint="--work DIR puts it elsewhere.",
         )
 
 

@@ -18,6 +18,7 @@ from .schedule import STAGE2_SHIFT, Stage1Schedule, stage1_schedule, stage2_time
 
 # on_step(done, total, clean_estimate): progress and preview; may raise to cancel
 OnStep = Callable[[int, int, Tensor], None]
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (latent [B, C, T, H, W], time) -> dx/dt of the same shape
 SOLVERS = ("euler", "heun")
 
 
@@ -63,7 +64,7 @@ def solve_vp(
 
 
 def solve_flow(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Velocity,
     start: Tensor,
     times: Tensor,
     solver: str = "euler",
@@ -141,12 +142,26 @@ def sample_stage2(
 
     `start` is the degraded latent (`degrade_latent`), `degradation_step` the step it was degraded with.
     """
-    contexts = torch.cat((context, uncond))
-
-    def velocity(latent: Tensor, t: Tensor) -> Tensor:
-        timestep = (1000 - 1000 * t).float().expand(2 * len(latent))
-        both = torch.cat((latent, latent)).to(context.dtype)
-        cond, without = dit(both, timestep, contexts, degradation_step=degradation_step).float().chunk(2)
-        return guide(without, cond, cfg)
-
+    velocity = guided_velocity(dit, context, uncond, cfg, degradation_step)
     return solve_flow(velocity, start.float(), stage2_times(steps, shift), solver, on_step)
+
+
+def guided_velocity(
+    dit: FlashVideoDiT, context: Tensor, uncond: Tensor, cfg: float, degradation_step: int = DEGRADATION_STEP
+) -> Velocity:
+    """Stage II's velocity for prompts [B, L, text_dim] or one for all [1, L, text_dim], guided away from `uncond`.
+
+    One pass of the network after the other, so that the memory needed is that of one; with cfg 1 there is only one.
+    """
+
+    def velocity(latent: Tensor, time: Tensor) -> Tensor:
+        timestep = (1000 - 1000 * time).float().to(latent.device).expand(len(latent))
+
+        def evaluate(text: Tensor) -> Tensor:
+            text = text.expand(len(latent), -1, -1)
+            return dit(latent.to(text.dtype), timestep, text, degradation_step=degradation_step).float()
+
+        prompted = evaluate(context)
+        return prompted if cfg == 1 else guide(evaluate(uncond), prompted, cfg)
+
+    return velocity

@@ -16,7 +16,7 @@ from .streaming import VAEStream
 from .vae import DECODE_CHUNK, ENCODE_CHUNK, Decoder, Encoder, Unit
 from .vae_layers import ChunkContext, Statistics
 from .vae_memory import TilePlan, plan_tiles
-from .vae_tiles import Tile, TiledRun, _Measured, _Moments, _Norms
+from .vae_tiles import Moments, Tile, TiledRun
 
 STORE_SHARE = 4  # a quarter of the budget is for the whole picture between two groups of layers
 
@@ -91,17 +91,14 @@ class _OneChunk(TiledRun):
         chunks: Sequence[Tensor],
         targets: Sequence[Tensor],
         latents: Sequence[Tensor] | None,
-    ) -> list[_Moments]:
+    ) -> list[Moments]:
         """Run the chunk to its first unknown norm, and return the tile's moments; or write the result."""
         before = self.past.get((self.group, tile), {})
         context = ChunkContext(self.first, self.last, past={key: past.to(self.device) for key, past in before.items()})
-        norms = _Norms(known[0], tile)
-        context.statistics = None if tile == self.whole else norms
-        try:
-            latent = None if latents is None else latents[0]
-            tile.cut(targets[0], self.whole).copy_(self._run_chunk(group, norms, chunks[0], latent, context))
-        except _Measured as found:
-            return [found.moments]
+        latent = None if latents is None else latents[0]
+        moments = self._run_piece(group, tile, known[0], chunks[0], targets[0], latent, context)
+        if moments is not None:
+            return [moments]
         self.past[self.group, tile] = {key: past.cpu() for key, past in context.past.items()}
         return []
 

@@ -60,26 +60,26 @@ class Tile(NamedTuple):
         return [Tile(*row, *column) for row in rows for column in columns]
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Statistics of `count` positions."""
 
     count: int
     mean: Tensor
     variance: Tensor
 
-    def joined(self, other: _Moments) -> _Moments:
+    def joined(self, other: Moments) -> Moments:
         """Those of both together."""
         count = self.count + other.count
         share = other.count / count
         apart = other.mean - self.mean
         variance = self.variance + (other.variance - self.variance) * share + apart**2 * (share * (1 - share))
-        return _Moments(count, self.mean + apart * share, variance)
+        return Moments(count, self.mean + apart * share, variance)
 
 
 class _Measured(Exception):
     """A tile has come to the first norm whose statistics aren't known."""
 
-    def __init__(self, moments: _Moments) -> None:
+    def __init__(self, moments: Moments) -> None:
         super().__init__()
         self.moments = moments
 
@@ -95,7 +95,7 @@ class _Norms:
         if statistics is not None:
             return statistics
         own = self.tile.cut(x, self.area)
-        raise _Measured(_Moments(own[0, 0].numel(), *group_statistics(own, layer.num_groups)))
+        raise _Measured(Moments(own[0, 0].numel(), *group_statistics(own, layer.num_groups)))
 
 
 class TiledRun:
@@ -152,7 +152,7 @@ class TiledRun:
         known: list[list[Statistics]] = [[] for _ in chunks]
         for sweep in range(self._sweeps(group)):
             self.total = self.done + self._steps_left(index, sweep, len(chunks))
-            sums: list[_Moments] | None = None
+            sums: list[Moments] | None = None
             waiting = deque(self.whole.split(self.side))
             while waiting:
                 tile = waiting.popleft()
@@ -176,7 +176,7 @@ class TiledRun:
             self.videos -= 1
         return left * chunks * len(self.whole.split(self.side))
 
-    def _try_tile(self, group: Sequence[Unit], tile: Tile, *work: object) -> list[_Moments] | None:
+    def _try_tile(self, group: Sequence[Unit], tile: Tile, *work: object) -> list[Moments] | None:
         """What `_run_tile` returns; None if memory ran out, and then `side` is smaller than the tile."""
         done = self.done
         try:
@@ -197,25 +197,40 @@ class TiledRun:
         chunks: Sequence[Tensor],
         targets: Sequence[Tensor],
         latents: Sequence[Tensor] | None,
-    ) -> list[_Moments]:
+    ) -> list[Moments]:
         """Run a tile's chunks to their first unknown norm, and return its moments; or write the result."""
         context = ChunkContext()
         measured = []
         for number, chunk in enumerate(chunks):
             context.last = number == len(chunks) - 1
-            norms = _Norms(known[number], tile)
-            # The only tile measures for itself.
-            context.statistics = None if tile == self.whole else norms
-            try:
-                latent = None if latents is None else latents[number]
-                tile.cut(targets[number], self.whole).copy_(self._run_chunk(group, norms, chunk, latent, context))
-            except _Measured as found:
-                measured.append(found.moments)
+            latent = None if latents is None else latents[number]
+            moments = self._run_piece(group, tile, known[number], chunk, targets[number], latent, context)
+            if moments is not None:
+                measured.append(moments)
             context.first = False
             self.done += 1
             if self.on_step is not None:
                 self.on_step(self.done, max(self.done, self.total))
         return measured
+
+    def _run_piece(
+        self,
+        group: Sequence[Unit],
+        tile: Tile,
+        known: Sequence[Statistics],
+        chunk: Tensor,
+        target: Tensor,
+        latent: Tensor | None,
+        context: ChunkContext,
+    ) -> Moments | None:
+        """Run a chunk of a tile to its first unknown norm, and return its moments; or write the result."""
+        norms = _Norms(known, tile)
+        context.statistics = None if tile == self.whole else norms  # the only tile measures for itself
+        try:
+            tile.cut(target, self.whole).copy_(self._run_chunk(group, norms, chunk, latent, context))
+        except _Measured as found:
+            return found.moments
+        return None
 
     def _run_chunk(
         self, group: Sequence[Unit], norms: _Norms, chunk: Tensor, latent: Tensor | None, context: ChunkContext

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from .config import TEMPORAL_FACTOR
-from .samplers import SOLVERS
+from .samplers import SOLVERS, Velocity
 
 WINDOW = 49  # frames: what the refiner was trained on
 OVERLAP = 16  # frames
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (latent [B, C, T, H, W], time) -> dx/dt of the same shape
 State = tuple[Tensor, ...]  # what a solver knows of some frames: the latent first, [B, C, T, H, W] each
 
 

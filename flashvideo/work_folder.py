@@ -183,8 +183,8 @@ def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
     if names:
         changes = ", ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in names)
         raise CommandError(
-            f"{path} holds an unfinished run with other settings ({changes}). Give the same settings to go on with it, "
-            "or --anew to start over."
+            f"{path} holds an unfinished run with other settings ({changes}). Give the same settings to go on with it.",
+            hint="--anew starts over.",
         )
 
 
@@ -197,7 +197,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CommandError(f"{path} is missing or damaged: start over with --anew.") from error
+        raise CommandError(f"{path} is missing or damaged: delete the folder {path.parent} to start over.") from error
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

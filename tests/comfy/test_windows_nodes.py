@@ -74,7 +74,7 @@ def test_windows_give_what_the_library_gives(
     start = submodule("flashvideo.degradation").degrade_latent(
         latent * scale, submodule("nodes.native.run").seeded_noise(latent.shape, 1)(), STRENGTH
     )
-    velocity = library["refine"].guided_velocity(dit, text["positive"][0][0], 13.0, STRENGTH)
+    velocity = library["samplers"].guided_velocity(dit, text["positive"][0][0], text["negative"][0][0], 13.0, STRENGTH)
     plan = library["windows"].plan_windows(12, 17, 8)
     assert len(plan.starts) > 2
     with torch.no_grad():

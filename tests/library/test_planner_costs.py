@@ -21,8 +21,7 @@ from flashvideo.nano import NANO_STAGE1, NANO_STAGE2, NANO_VAE, build_nano
 from flashvideo.planner import NANO, Setting, latent_shape, make_plan
 from flashvideo.planner_flops import decode_flops, dit_flops, encode_flops, tiling_factor
 from flashvideo.planner_memory import dit_bytes, sampler_bytes, vae_outline
-from flashvideo.refine import guided_velocity
-from flashvideo.samplers import solve_flow
+from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.vae import VideoVAE
 from flashvideo.vae_memory import decode_bytes, encode_bytes, plan_tiles
@@ -156,7 +155,7 @@ def test_memory_of_the_refiner_is_what_a_run_took(dtype: torch.dtype) -> None:
     context, shape = torch.zeros(1, 226, NANO_STAGE2.text_dim, dtype=dtype), (5, 24, 48)
     with LiveBytes(context, *network.parameters()) as memory, torch.no_grad():
         start = torch.zeros(1, 16, *shape)
-        solve_flow(guided_velocity(network, context, 13.0, 675), start, stage2_times(2))
+        solve_flow(guided_velocity(network, context, torch.zeros_like(context), 13.0, 675), start, stage2_times(2))
     predicted = dit_bytes(NANO_STAGE2, shape, dtype, "cpu") + sampler_bytes(NANO_STAGE2, shape)
     assert predicted == pytest.approx(memory.added, rel=MEMORY_TOLERANCE)
 

@@ -23,10 +23,9 @@ from flashvideo.refine import (
     RefineRun,
     RefineSettings,
     TensorClip,
-    guided_velocity,
     refine_frames,
 )
-from flashvideo.samplers import solve_flow
+from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.streaming import latent_of
 from flashvideo.streaming_tiles import TiledVAEStream, stream_within
@@ -68,7 +67,9 @@ def whole(networks: Networks, frames: Tensor, settings: RefineSettings) -> Tenso
         noise = [frame_noise(tuple(latent[0, :, 0].shape), settings.seed, index) for index in range(latent.shape[2])]
         start = degrade_latent(latent, torch.stack(noise, dim=1)[None], settings.strength)
         plan = plan_windows(latent.shape[2], settings.window, settings.overlap)
-        velocity = guided_velocity(networks.dit, networks.context, settings.cfg, settings.strength)
+        velocity = guided_velocity(
+            networks.dit, networks.context, torch.zeros_like(networks.context), settings.cfg, settings.strength
+        )
         times = stage2_times(settings.steps, settings.shift)
         refined = solve_flow(windowed_velocity(velocity, plan), start, times, settings.solver)
         video = networks.vae.decode(refined.half().float() / STAGE2_LATENT_SCALE)
@@ -185,10 +186,10 @@ def test_a_memory_budget_for_the_vae_changes_nothing_but_rounding(tiny: Networks
 
 
 def test_a_state_that_does_not_fit_the_disk_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashvideo.work_folder.SAVE_SHARE", 0)  # however soon it comes
     work = WorkFolder(tmp_path / "work", {}, ENCODE)
     assert work.save(ENCODE, 1, lambda: {"state": torch.zeros(1000)})
     monkeypatch.setattr("flashvideo.work_folder.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr("flashvideo.work_folder.SAVE_SHARE", 0)
     assert not work.save(ENCODE, 2, lambda: {"state": torch.ones(1000)})
     monkeypatch.undo()
     progress = WorkFolder(tmp_path / "work", {}, ENCODE).progress()

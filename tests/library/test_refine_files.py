@@ -273,7 +273,7 @@ def test_what_cannot_be_done_is_said_before_the_work(tiny: Networks, tmp_path: P
         (tmp_path / "nothing.mp4", "out.mp4", "no file"),
         (tmp_path / "text.mp4", "out.mp4", "can't be read as a video"),
         (tone, "out.mp4", "holds no pictures"),
-        (source, "there.mp4", "--force"),
+        (source, "there.mp4", "exists already"),
         (source, "in.mp4", "the file to be refined"),
         (source, "out.avi", r"should end in \.mp4"),
         (source, "nowhere/out.mp4", "no folder"),

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from flashvideo.checkpoints import load_dit
 from flashvideo.nano import NANO_SEED, build_nano, nano_state
-from flashvideo.refine import guided_velocity
-from flashvideo.samplers import SOLVERS, sample_stage2, solve_flow
+from flashvideo.samplers import SOLVERS, guided_velocity, sample_stage2, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.windows import (
     Velocity,
@@ -188,7 +187,8 @@ def nano() -> Velocity:
 def nano_velocity(state: dict[str, Tensor]) -> Velocity:
     """The velocity of a stage II of Nano's size, for an arbitrary text."""
     dit = load_dit(state, dtype=torch.float32)
-    velocity = guided_velocity(dit, normal(1, 8, dit.config.text_dim), 1.0, 675)
+    context = normal(1, 8, dit.config.text_dim)
+    velocity = guided_velocity(dit, context, torch.zeros_like(context), 1.0, 675)
     return torch.no_grad()(velocity)
 
 
@@ -246,6 +246,6 @@ def test_guidance_in_two_passes_is_the_samplers_in_one() -> None:
     start, context = normal(1, 16, 3, 4, 6), normal(1, 8, dit.config.text_dim)
     together = sample_stage2(dit, start, context, torch.zeros_like(context))
     with torch.no_grad():
-        apart = solve_flow(guided_velocity(dit, context, 13.0, 675), start, TIMES)
+        apart = solve_flow(guided_velocity(dit, context, torch.zeros_like(context), 13.0, 675), start, TIMES)
     # Batches of two and of one take sums in another order; guidance multiplies the difference by 13, four times over.
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-3)

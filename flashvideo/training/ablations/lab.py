@@ -23,7 +23,7 @@ from ..stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
 from .clips import ClipStore, RealClip, Suite
 from .evaluation import Evaluator, Method
 from .results import Row
-from .settings import AblationSettings
+from .settings import AblationSettings, Preference, Variants
 from .variants import Deadline, VariantTask, train_once
 
 LARGER = 1.5  # times the training resolution, in table 5
@@ -82,55 +82,25 @@ class Lab:
 
     def variant(self, name: str, degradation: DegradationSettings, kind: str = "rotary") -> Path:
         """Weights of a stage II trained from nothing."""
-        variants, shipped = self.settings.variants, self.settings.shipped
-        settings = Stage2Settings(
-            seed=self.settings.seed,
-            out=Path(),
-            cache=self.settings.cache,
-            vae=shipped.vae,
-            text=shipped.text,
-            tokenizer=shipped.tokenizer,
-            loop=variants.loop,
-            phases=(Phase(variants.loop.steps, variants.batch, variants.clips),),
-            degradation=degradation,
-            shift=self.settings.refiner.shift,
-            sheet=self._sheet,
-        )
+        settings = Stage2Settings(**self._shared(self.settings.variants), degradation=degradation)
         return self._train(name, settings, lambda: VariantTask(settings, self.device, kind), kind)
 
     def preferred(self, name: str, candidates: int) -> Path:
         """Weights of the shipped stage II after tuning on the best of so many samples of a clip."""
-        tuning, refiner, shipped = self.settings.preference, self.settings.refiner, self.settings.shipped
+        tuning, refiner = self.settings.preference, self.settings.refiner
         choice = dataclasses.replace(
             tuning.choice, candidates=candidates, steps=refiner.steps, cfg=refiner.cfg, strength=refiner.strength
         )
-        settings = PreferenceSettings(
-            seed=self.settings.seed,
-            out=Path(),
-            cache=self.settings.cache,
-            vae=shipped.vae,
-            text=shipped.text,
-            tokenizer=shipped.tokenizer,
-            loop=tuning.loop,
-            phases=(Phase(tuning.loop.steps, tuning.batch, tuning.clips),),
-            network=NetworkSettings(weights=str(shipped.stage2)),
-            shift=refiner.shift,
-            sheet=self._sheet,
-            choice=choice,
-        )
+        network = NetworkSettings(weights=str(self.settings.shipped.stage2))
+        settings = PreferenceSettings(**self._shared(tuning), network=network, choice=choice)
         return self._train(name, settings, lambda: PreferenceTask(settings, self.device))
 
     def draft_settings(self, weights: Path, lora_rank: int = 0) -> Stage1Settings:
         """Stage I at the size that it is tuned for."""
-        tuning, shipped = self.settings.draft_tuning, self.settings.shipped
+        tuning = self.settings.draft_tuning
         rate = tuning.lora_learning_rate if lora_rank else tuning.loop.learning_rate
         return Stage1Settings(
-            seed=self.settings.seed,
-            out=Path(),
-            cache=self.settings.cache,
-            vae=shipped.vae,
-            text=shipped.text,
-            tokenizer=shipped.tokenizer,
+            **self._places(),
             clips=tuning.clips,
             batch=tuning.batch,
             loop=dataclasses.replace(tuning.loop, learning_rate=rate),
@@ -144,9 +114,22 @@ class Lab:
         settings = self.draft_settings(self.settings.shipped.stage1, lora_rank)
         return self._train(name, settings, lambda: Stage1Task(settings, self.device))
 
-    @property
-    def _sheet(self) -> SheetSettings:
-        return SheetSettings(clips=1, steps=self.settings.refiner.steps, cfg=self.settings.refiner.cfg)
+    def _places(self) -> dict[str, Any]:
+        """What every training's settings begin with."""
+        shipped = self.settings.shipped
+        places = {"vae": shipped.vae, "text": shipped.text, "tokenizer": shipped.tokenizer}
+        return {"seed": self.settings.seed, "out": Path(), "cache": self.settings.cache, **places}
+
+    def _shared(self, budget: Variants | Preference) -> dict[str, Any]:
+        """What every training of stage II has alike."""
+        refiner = self.settings.refiner
+        return {
+            **self._places(),
+            "loop": budget.loop,
+            "phases": (Phase(budget.loop.steps, budget.batch, budget.clips),),
+            "shift": refiner.shift,
+            "sheet": SheetSettings(clips=1, steps=refiner.steps, cfg=refiner.cfg),
+        }
 
     def _train(self, name: str, settings: Any, make_task: Callable[[], Task], kind: str = "") -> Path:
         return train_once(name, settings, make_task, self.settings.out / "variants", self.deadline, kind)
