@@ -17,7 +17,7 @@ _CHUNK_PIXELS_ACCELERATOR = 2**24
 
 # Heights a second. There is more room to the sides than up and down.
 _SIDEWAYS = {"slowly": 0.20, "quickly": 0.50}
-_UPWARDS = {"slowly": 0.14, "quickly": 0.27}
+_UPWARDS = {"slowly": 0.13, "quickly": 0.24}
 _TURN = {"slowly": math.radians(40), "quickly": math.radians(120)}  # radians a second
 _GROWTH = {"slowly": 0.20, "quickly": 0.42}  # of the radius's logarithm, a second
 _PAN = 0.22

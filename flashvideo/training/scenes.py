@@ -31,7 +31,7 @@ from .vocabulary import (
 __all__ = ["HELD_OUT", "SPLITS", "Scene", "SceneStream", "Subject", "caption", "parse_prompt", "random_scene", "render"]
 
 SPLITS = ("train", "validation", "test")
-_PAIRS = 0.25  # of the scenes have two subjects
+_PAIRS = 0.1  # of the scenes have two subjects
 _MOTION_PREFIXES = 0.5  # of the captions
 _SIDEWAYS = ("left", "right")
 _UPRIGHT = ("up", "down")
@@ -64,13 +64,15 @@ def _propose(draw: random.Random) -> Scene:
 
 def _single(draw: random.Random, colours: list[str]) -> Subject:
     direction = draw.choice(_DIRECTIONS)
+    radius = draw.uniform(0.26, 0.32)
     if direction in _SIDEWAYS:
-        place = draw.uniform(-0.1, 0.1), draw.uniform(-0.2, 0.2)
+        place = draw.uniform(-0.06, 0.06), draw.uniform(-0.14, 0.14)
     elif direction in _UPRIGHT:
         place = draw.uniform(-0.45, 0.45), draw.uniform(-0.02, 0.02)
+        radius = draw.uniform(0.24, 0.28)
     else:
-        place = draw.uniform(-0.4, 0.4), draw.uniform(-0.12, 0.12)
-    return _subject(draw, draw.choice(colours), direction, place, draw.uniform(0.2, 0.26))
+        place = draw.uniform(-0.35, 0.35), draw.uniform(-0.08, 0.08)
+    return _subject(draw, draw.choice(colours), direction, place, radius)
 
 
 def _pair(draw: random.Random, colours: list[str]) -> tuple[Subject, Subject]:

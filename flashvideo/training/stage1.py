@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import STAGE1_LATENT_SCALE
+from ..config import STAGE1_LATENT_SCALE, TEXT_TOKENS
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from .checkpointing import export_weights
 from .config import LoopSettings
+from .errors import TrainingError
 from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .metrics import sheet
@@ -45,6 +46,19 @@ class SheetSettings:
 
 
 @dataclass(frozen=True)
+class ShortText:
+    """A first stretch of training that sees only the beginning of contexts: after a short caption follows padding."""
+
+    tokens: int = TEXT_TOKENS
+    until: int = 0  # the step from which on whole contexts are seen, as they are in use
+
+    def __post_init__(self) -> None:
+        """Refuse a length that no context has."""
+        if not 1 <= self.tokens <= TEXT_TOKENS:
+            raise TrainingError(f"[short_text] tokens must be 1 to {TEXT_TOKENS}; got {self.tokens}.")
+
+
+@dataclass(frozen=True)
 class Stage1Settings:
     """A whole config file of stage I."""
 
@@ -59,6 +73,7 @@ class Stage1Settings:
     train_text: bool = False
     tokenizer: str = ""
     caption_dropout: float = CAPTION_DROPOUT
+    short_text: ShortText = field(default_factory=ShortText)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
 
@@ -132,9 +147,10 @@ class Stage1Task:
         """Mean squared error of v at random timesteps, spread evenly over the batch."""
         settings = self.settings
         latent = batch["latent"] * STAGE1_LATENT_SCALE
-        context = drop_captions(
-            self._context(batch), generator_for(settings.seed, "dropout", index), settings.caption_dropout
-        )
+        context = self._context(batch)
+        if index < settings.short_text.until * settings.loop.accumulate:
+            context = context[:, : settings.short_text.tokens]
+        context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         noise = normal_like(latent, generator_for(settings.seed, "noise", index))
         timestep = _spread_timesteps(len(latent), generator_for(settings.seed, "time", index)).to(latent.device)
         network = as_called(self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks)

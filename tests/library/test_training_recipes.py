@@ -19,6 +19,7 @@ from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
 from flashvideo.training.checkpointing import BEST, LAST, load_state
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import SHARD, LatentCache
+from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.metrics import MetricsFile
 from flashvideo.training.networks import NetworkSettings, make_network
@@ -229,12 +230,24 @@ def test_stage_two_with_lora_learns_and_writes_adapters_alone(models: Path, toke
     assert all("lora_" in name for name in load_state(tmp_path / "stage2" / LAST)["model"])
 
 
-def test_stage_one_learns_with_a_frozen_text_encoder(models: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_stage_one_learns_with_a_frozen_text_encoder_and_short_contexts_first(
+    models: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+
+    def noted(dit: Network, latent: Tensor, context: Tensor, *rest: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            lengths.append(context.shape[1])
+        return stage1_loss(dit, latent, context, *rest)
+
+    monkeypatch.setattr("flashvideo.training.stage1.stage1_loss", noted)
     recipe = (
         f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
         f'text = "{models}/text_encoder.safetensors"\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n'
+        "[short_text]\ntokens = 9\nuntil = 2\n"
     )
     train("stage1", recipe, tmp_path, "--tokenizer", str(tokenizer))
+    assert lengths == [9, 9, 226]
     learnt = load_state(tmp_path / "stage1" / LAST)["model"]
     assert all(name.startswith("dit.") for name in learnt)
 
