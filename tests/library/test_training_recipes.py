@@ -19,8 +19,8 @@ from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
 from flashvideo.training.checkpointing import BEST, LAST, load_state
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import SHARD, LatentCache
-from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.lora import add_lora, lora_state, merged_state
+from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile
 from flashvideo.training.networks import NetworkSettings, make_network
 from flashvideo.training.text import T5Tokens, fresh_encoder, load_encoder, text_metadata, words_and_pairs
