@@ -1,4 +1,4 @@
-"""All of FlashVideo-Nano from nothing: its four trainings one after the other, each exported when it is done.
+"""All of FlashVideo-Nano from nothing: its trainings one after the other, each network exported when it is done.
 
 May be stopped at any time and started again: what is done is skipped, what was begun goes on.
 """
@@ -30,7 +30,8 @@ class Part:
 
 
 PARTS = (  # each needs those before it
-    Part("vae", "vae", "vae.safetensors", "the video VAE"),
+    Part("vae", "vae", "", "the video VAE"),
+    Part("vae", "vae_decoder", "vae.safetensors", "the VAE's decoder once more, for texture"),
     Part("text", "text", "text_encoder.safetensors", "the text encoder"),
     Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts"),
     Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them"),

@@ -77,6 +77,7 @@ class VAELossSettings:
 
     kl: float = 1e-6
     gradient: float = 0.5
+    texture: float = 0.0
 
 
 @dataclass(frozen=True)

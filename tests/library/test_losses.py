@@ -18,6 +18,7 @@ from flashvideo.training.losses import (
     flow_loss,
     flow_point,
     stage1_loss,
+    texture_distance,
     vae_loss,
 )
 
@@ -142,6 +143,28 @@ def test_vae_loss_weighs_its_terms() -> None:
     )
     total = terms["reconstruction"] + 2 * terms["gradient"] + 0.25 * terms["kl"]
     torch.testing.assert_close(terms["loss"], total)
+
+
+def test_texture_asks_how_strong_detail_is_and_not_where() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grass, other = torch.randn(2, 1, 3, 3, 64, 64, generator=generator) * 0.2
+    plain = torch.zeros_like(grass)
+    assert texture_distance(grass, grass) == 0
+    assert texture_distance(grass, other) < 0.15 * texture_distance(grass, plain)
+    blurred = (grass + grass.roll(1, -1) + grass.roll(1, -2)) / 3
+    assert texture_distance(grass, other) < 0.5 * texture_distance(grass, blurred)
+    # Strong in one half, plain in the other: not the same as half as strong everywhere.
+    half = grass * (torch.arange(64) < 32) * 2**0.5
+    assert texture_distance(grass, half) > 0.3 * texture_distance(grass, plain)
+
+
+def test_texture_of_plain_pictures_has_a_gradient() -> None:
+    plain = torch.zeros(1, 3, 1, 9, 15, requires_grad=True)
+    texture_distance(plain, torch.randn(1, 3, 1, 9, 15, generator=torch.Generator().manual_seed(0))).backward()
+    assert plain.grad.isfinite().all()
+    terms = vae_loss(torch.ones(1, 3, 1, 8, 8), torch.zeros(1, 3, 1, 8, 8), *torch.zeros(2, 1, 16, 1, 1, 1), texture=2)
+    assert terms["texture"] == 0
+    assert float(terms["loss"]) == 1
 
 
 def test_vae_loss_of_a_single_frame_has_no_time_to_differ_in() -> None:
