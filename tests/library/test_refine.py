@@ -29,6 +29,7 @@ from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.streaming import latent_of
 from flashvideo.streaming_tiles import TiledVAEStream, stream_within
+from flashvideo.training.scenes import SceneStream
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
 from flashvideo.windows import frame_noise, plan_windows, windowed_velocity
 from flashvideo.work_folder import MemoryWork, WorkFolder
@@ -131,6 +132,14 @@ def test_with_a_refiner_that_does_nothing_the_chain_is_the_vaes_round_trip(nano:
     # Strength 0 still adds noise of 0.03 standard deviations.
     assert float((refined - round_trip).abs().mean()) < 0.02
     assert shift_between(refined, round_trip) == (0, 0, 0)
+
+
+@torch.no_grad()
+def test_the_vae_moves_nothing_in_space_or_time(nano: Networks) -> None:
+    for index in range(3):
+        clip = SceneStream("test", 64, 112, 17, 13).sample(index)[0][None]
+        back = nano.vae.decode(nano.vae.encode(clip).mode()).clamp(-1, 1)
+        assert shift_between(to_frames(back), to_frames(clip)) == (0, 0, 0)
 
 
 def shift_between(frames: Tensor, others: Tensor) -> tuple[int, ...]:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashvideo.checkpoints import load_vae
 from flashvideo.config import VAE, VAEConfig
+from flashvideo.nano import nano_state
+from flashvideo.training.scenes import SceneStream
 from flashvideo.vae import VideoVAE
 from flashvideo.vae_memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
 from flashvideo.vae_tiles import Tile, decode_in_tiles, encode_in_tiles
@@ -57,6 +60,30 @@ def test_tiles_encode_what_the_whole_picture_gives(tiny: VideoVAE, video: Tensor
     tiled = encode_in_tiles(tiny, video, plan(tiny.encoder, side, store), "cpu")
     assert error(tiled.mean, whole.mean) <= ROUNDING
     assert error(tiled.logvar, whole.logvar) <= ROUNDING
+
+
+@torch.no_grad()
+def test_tiles_of_the_trained_vae_leave_no_seams_on_a_scene() -> None:
+    """In and out of tiles of 64 pixels: inside them and along their borders the same, and hardly off the whole's."""
+    nano = load_vae(nano_state("vae"), dtype=torch.float32)
+    clip = SceneStream("test", 96, 160, 9, 4).sample(0)[0][None]
+    size = (3, 12, 20)
+    whole = nano.encode(clip).mean
+    tiled = encode_in_tiles(nano, clip, plan_tiles(nano.encoder, size, torch.float32, 1e12, EVERY_UNIT, 8), "cpu").mean
+    pictures = nano.decode(whole)
+    decoding = plan_tiles(nano.decoder, size, torch.float32, 1e12, EVERY_UNIT, 8)
+    difference = (decode_in_tiles(nano, tiled, decoding, torch.empty_like(pictures), "cpu") - pictures).abs() * 127.5
+    assert float(difference.mean()) <= 1.5
+    border = torch.zeros(96, 160, dtype=torch.bool)
+    for tile in Tile(0, 12, 0, 20).split(8):
+        top, bottom, left, right = (8 * side for side in tile)
+        for line in {top, bottom} - {0, 96}:
+            border[line - 16 : line + 16, left:right] = True
+        for line in {left, right} - {0, 160}:
+            border[top:bottom, line - 16 : line + 16] = True
+    assert border.any() and not border.all()
+    exact = 1e-3  # of 255: the numbers' own rounding, where a ratio would compare noise with noise
+    assert float(difference[..., border].mean()) <= max(1.05 * float(difference[..., ~border].mean()), exact)
 
 
 def test_one_frame_works_and_inputs_stay_as_they_were(tiny: VideoVAE, video: Tensor) -> None:
