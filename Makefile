@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint nano ablations
+.PHONY: help demo test lint nano ablations bench
 
 help:
 	@echo "make demo   run the example workflows in a private ComfyUI; results in demo/"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   check the code's style"
 	@echo "make nano   train FlashVideo-Nano from nothing, or go on with it (hours on a CPU; ARGS='--minutes 30' for a piece)"
 	@echo "make ablations   the paper's tables on FlashVideo-Nano; writes docs/ablations.md (about an hour on a CPU)"
+	@echo "make bench  measure beside peers (ARGS='dit', vae, scaling, pipeline, full_size; diffusers is not installed for you)"
 
 demo:
 	@$(PYTHON) scripts/demo.py $(ARGS)
@@ -27,3 +28,6 @@ nano:
 
 ablations:
 	@$(PYTHON) scripts/nano.py ablate $(ARGS)
+
+bench:
+	@$(PYTHON) scripts/nano.py bench $(or $(ARGS),scaling)

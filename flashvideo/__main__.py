@@ -1,4 +1,4 @@
-"""The command line: `python -m flashvideo convert|info|models|plan|refine|train|ablate`."""
+"""The command line: `python -m flashvideo convert|info|models|plan|generate|refine|train|ablate|bench`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from .bench_command import add_bench
 from .checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from .config import DiTConfig
 from .convert import DTYPES, convert_file
 from .errors import CommandError
+from .generate_command import add_generate
 from .models_command import add_models
 from .plan_command import add_plan
 from .refine_command import add_refine
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 1 refused with a message, 130 cancelled (143 by SIGTERM)."""
     parser = argparse.ArgumentParser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in (_add_convert, _add_info, add_models, add_plan, add_refine, _add_training):
+    models = (_add_convert, _add_info, add_models)
+    for add_command in (*models, add_plan, add_generate, add_refine, _add_training, add_bench):
         add_command(commands)
     options = parser.parse_args(arguments)
     try:

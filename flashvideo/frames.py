@@ -233,6 +233,11 @@ def to_frames(video: Tensor) -> Tensor:
     return ((video + 1) / 2).clamp_(0, 1).permute(0, 2, 3, 4, 1).flatten(0, 1)
 
 
+def to_bytes(frames: Tensor) -> Tensor:
+    """Frames [T, H, W, 3] in [0, 1] as uint8, rounded."""
+    return (frames * 255).round().byte()
+
+
 def _check_shape(frames: Tensor, name: str) -> None:
     shape = list(frames.shape)
     if frames.ndim != 4 or shape[3] not in (3, 4):

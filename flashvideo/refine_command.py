@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,9 @@ from .nano import NANO_NOTICE, nano_is_trained, nano_state
 from .refine import REFINE, Networks, RefineSettings
 from .samplers import SOLVERS
 from .schedule import STAGE2_SHIFT
+from .t5 import MOTIONS, T5Tokens, contexts, load_encoder, with_motion
 from .weightfiles import open_weights
 from .windows import OVERLAP, WINDOW
-
-if TYPE_CHECKING:
-    from .dit import FlashVideoDiT
 
 BUILT_IN = "nano"
 MOTION = "medium"  # the official script's for stage II
@@ -47,18 +45,29 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", metavar="IN", type=Path, help="a video, a picture, or a folder of videos")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv), or a folder")
-    _add_size(parser.add_argument_group("size of the result (default: --short-side 1080)"))
-    _add_refiner(parser.add_argument_group("refiner"))
-    _add_models(parser.add_argument_group("models"))
-    group = parser.add_argument_group("files")
+    add_size_options(parser.add_argument_group("size of the result (default: --short-side 1080)"))
+    group = parser.add_argument_group("refiner")
+    group.add_argument(
+        "--prompt",
+        help="what the video shows. Without one there is nothing to guide by: the refiner gets an empty text, and "
+        "--cfg is 1",
+    )
+    add_refiner_options(group)
+    add_model_options(parser.add_argument_group("models"))
+    add_file_options(parser.add_argument_group("files"))
+    parser.set_defaults(run=refine)
+
+
+def add_file_options(group: argparse._ArgumentGroup) -> None:
+    """How OUT is written."""
     group.add_argument("--crf", type=int, default=14, help="quality of the written video: 0 is lossless, default 14")
     group.add_argument("--work", type=Path, metavar="DIR", help="folder for what is unfinished (default: beside OUT)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists")
     group.add_argument("--anew", action="store_true", help="don't go on with an unfinished run: start over")
-    parser.set_defaults(run=_refine)
 
 
-def _add_size(group: argparse._ArgumentGroup) -> None:
+def add_size_options(group: argparse._ArgumentGroup) -> None:
+    """How large the result is."""
     group.add_argument("--short-side", type=int, metavar="N", help="pixels of the shorter side")
     group.add_argument("--scale", type=float, metavar="F", help="both sides times this")
     group.add_argument("--exact", metavar="WxH", help="this size, stretched if need be")
@@ -66,13 +75,11 @@ def _add_size(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--resample", choices=RESAMPLERS, default=RESAMPLERS[0], help="how pixels are interpolated")
 
 
-def _add_refiner(group: argparse._ArgumentGroup) -> None:
+def add_refiner_options(group: argparse._ArgumentGroup) -> None:
+    """How stage II works."""
     group.add_argument(
-        "--prompt",
-        help="what the video shows. Without one there is nothing to guide by: the refiner gets an empty text, and "
-        "--cfg is 1",
+        "--motion", choices=MOTIONS, default=MOTION, help=f"how much moves, put before the prompt (default: {MOTION})"
     )
-    group.add_argument("--motion", default=MOTION, help=f"how much moves, put before the prompt (default: {MOTION})")
     for name, kind, default, text in (
         ("strength", int, DEGRADATION_STEP, "how much detail is made anew, 0 to 999; 650 to 750 works well"),
         ("steps", int, 4, "4 to 6 is enough"),
@@ -89,7 +96,8 @@ def _add_refiner(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_models(group: argparse._ArgumentGroup) -> None:
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """Which files are read, and where the work is done."""
     group.add_argument("--model", metavar="FILE", type=Path, help="stage II (default: the built-in FlashVideo-Nano)")
     group.add_argument("--vae", metavar="FILE", type=Path, help="the VAE that goes with it")
     group.add_argument("--text-encoder", metavar="FILE", type=Path, help="T5-XXL, needed for --prompt")
@@ -110,7 +118,8 @@ class _Job:
     target: Path
 
 
-def _refine(options: argparse.Namespace) -> int:
+def refine(options: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit code."""
     # Imported here, so that the other commands don't need PyAV.
     try:
         from .refine_files import FileOptions, check_paths, is_picture, refine_picture, refine_video
@@ -221,17 +230,25 @@ def _networks(options: argparse.Namespace) -> Networks:
     if (options.model is None) != (options.vae is None):
         raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
     device = open_device(options.device)
-    if options.dtype:
-        dit_dtype = vae_dtype = DTYPES[options.dtype]
-    else:
-        dit_dtype, vae_dtype = (torch.float32,) * 2 if device.type == "cpu" else (torch.bfloat16, torch.float16)
+    dit_dtype, vae_dtype = dtypes(options.dtype, device)
     if options.model is None and not nano_is_trained():
         sys.stdout.write(f"{NANO_NOTICE}\n")
-    dit = load_dit(_weights(options.model, "stage2"), dtype=dit_dtype)
+    dit = load_dit(model_file(options.model, "stage2"), dtype=dit_dtype)
     if dit.config.stage != 2:
         raise CommandError(f"{options.model} is stage I, which makes drafts; the refiner is stage II.")
-    vae = load_vae(_weights(options.vae, "vae"), dtype=vae_dtype)
-    return Networks(dit, vae, _context(options, dit, device), device, _vae_memory(options.vae_memory, device))
+    vae = load_vae(model_file(options.vae, "vae"), dtype=vae_dtype)
+    if options.prompt is None:
+        context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as for the unconditional side
+    else:
+        context = encode_prompt(with_motion(options.prompt, options.motion), options, dit.config.text_dim, device)
+    return Networks(dit, vae, context, device, _vae_memory(options.vae_memory, device))
+
+
+def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Data types of the transformers and of the VAE: the one that was asked for, or what the device does well."""
+    if name:
+        return DTYPES[name], DTYPES[name]
+    return (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
 
 
 def _vae_memory(gigabytes: float | None, device: torch.device) -> float | None:
@@ -241,7 +258,8 @@ def _vae_memory(gigabytes: float | None, device: torch.device) -> float | None:
     return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def _weights(path: Path | None, part: str) -> Any:
+def model_file(path: Path | None, part: str) -> Any:
+    """The file that was asked for, or the built-in one. Raises CommandError if there is no such file."""
     if path is None:
         return nano_state(part)
     if not path.is_file():
@@ -249,26 +267,19 @@ def _weights(path: Path | None, part: str) -> Any:
     return path
 
 
-def _context(options: argparse.Namespace, dit: FlashVideoDiT, device: torch.device) -> Tensor:
-    """The prompt's encoding [1, 226, text_dim]; zeros, as for the unconditional side, without one."""
-    if options.prompt is None:
-        return torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)
-    # Imported here: they need packages that refining without a prompt doesn't.
-    from .training.text import T5Tokens, contexts, load_encoder
-
+def encode_prompt(text: str, options: argparse.Namespace, text_dim: int, device: torch.device) -> Tensor:
+    """A text's encoding [1, 226, text_dim] by the encoder that was asked for. Raises CommandError."""
     if options.text_encoder is None and options.model is not None:
-        raise CommandError("--prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
-    source = _weights(options.text_encoder, "text_encoder")
-    names = open_weights(source).shapes
-    if any(name.endswith(_QUANTISED) for name in names):
+        raise CommandError("A prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
+    source = model_file(options.text_encoder, "text_encoder")
+    if any(name.endswith(_QUANTISED) for name in open_weights(source).shapes):
         raise CommandError(f"{source} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
     tokens = T5Tokens(options.tokenizer)
     dtype = torch.float32 if options.text_encoder is None else torch.bfloat16  # as the official script has it
-    text = f"{options.motion} motion,{options.prompt}" if options.motion != "none" else options.prompt
     context = contexts(load_encoder(source, device, dtype), tokens, [text])
-    if context.shape[2] != dit.config.text_dim:
+    if context.shape[2] != text_dim:
         raise CommandError(
-            f"The text encoder gives {context.shape[2]} numbers a token and the model takes {dit.config.text_dim}: "
+            f"The text encoder gives {context.shape[2]} numbers a token and the model takes {text_dim}: "
             "they don't belong together."
         )
     return context

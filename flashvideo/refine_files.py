@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from .errors import CommandError
+from .frames import to_bytes
 from .refine import ENCODE, SEGMENT_CHUNKS, Networks, OnProgress, RefineRun, RefineSettings, refine_frames
 from .video_files import (
     CONTAINERS,
@@ -73,14 +73,19 @@ def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
     if target.suffix.lower() not in endings:
         kind = "picture" if is_picture(source) else "video"
         raise CommandError(f"{target.name} should end in {', '.join(endings)}: {source.name} is a {kind}.")
+    if target.exists() and target.samefile(source):
+        raise CommandError(f"{target} is the file to be refined: give the new file another name.")
+    check_target(target, force=force)
+
+
+def check_target(target: Path, *, force: bool = False) -> None:
+    """Raise CommandError unless a file can be written there; `force` allows to replace one."""
     if not target.parent.is_dir():
         raise CommandError(f"There is no folder {target.parent} to write to.")
     if not os.access(target.parent, os.W_OK):
         raise CommandError(f"The folder {target.parent} can't be written to.")
     if target.is_dir():
         raise CommandError(f"{target} is a folder: give a file name.")
-    if target.exists() and target.samefile(source):
-        raise CommandError(f"{target} is the file to be refined: give the new file another name.")
     if target.exists() and not force:
         raise CommandError(f"{target} exists already.", hint="--force replaces it.")
 
@@ -107,9 +112,9 @@ def refine_video(
     run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
     if folder.fresh:
         _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
-    run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(_to_bytes, chunks), form)))
+    run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
     segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
-    _write_whole(target, lambda part: write_video(part, form, segments))
+    write_whole(target, lambda part: write_video(part, form, segments))
     folder.remove()
 
 
@@ -136,19 +141,14 @@ def refine_picture(
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise CommandError(f"{source} can't be read as a picture: {error}.") from error
     refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
-    result = Image.fromarray(_to_bytes(refined)[0].numpy())
-    _write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY))
+    result = Image.fromarray(to_bytes(refined)[0].numpy())
+    write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY))
 
 
 def file_identity(path: Path) -> list[str | int]:
     """Name, size and time of change of a file: what tells it from another one."""
     facts = path.stat()
     return [path.name, facts.st_size, facts.st_mtime_ns]
-
-
-def _to_bytes(frames: Tensor) -> Tensor:
-    """[T, H, W, 3] in [0, 1] as uint8, rounded."""
-    return (frames * 255).round().byte()
 
 
 def _check_space(folder: WorkFolder, needed: int) -> None:
@@ -162,7 +162,8 @@ def _check_space(folder: WorkFolder, needed: int) -> None:
         )
 
 
-def _write_whole(target: Path, write: Callable[[Path], object]) -> None:
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file beside `target`, which takes its place at the end and not before."""
     part = target.with_name(f"{target.stem}.part{target.suffix}")
     try:
         write(part)

@@ -214,6 +214,23 @@ def write_video(target: Path, form: VideoFormat, segments: Iterable[dict[str, Te
             raise CommandError(f"{target} can't be written: {error}.") from error
 
 
+def write_lossless(target: Path, frames: Tensor, rate: Fraction, comment: str) -> None:
+    """Write frames [T, H, W, 3] uint8 to a Matroska file, bit by bit; `comment` is kept in it, see `read_comment`."""
+    with av.open(str(target), "w", format="matroska") as container:
+        container.metadata["COMMENT"] = comment
+        stream = container.add_stream("ffv1", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for pixels in frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_comment(path: Path) -> str:
+    """The comment that a video file carries; empty without one. Raises CommandError if it is no video."""
+    with _opened(path) as container:
+        return container.metadata.get("COMMENT", "")
+
+
 @contextmanager
 def _output(
     file: str | BinaryIO, kind: str, form: VideoFormat, source: av.container.InputContainer

@@ -10,13 +10,12 @@ import torch
 from comfy_api.latest import io
 
 from ..flashvideo.config import TEXT_TOKENS
+from ..flashvideo.t5 import MOTIONS, NO_MOTION, with_motion
 from .common import CATEGORY, found_as, named
 from .native.clip import TOKENIZER_NAME, load_clip_native, shorten
 from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
 
 FOLDER = "text_encoders"
-NO_MOTION = "none"
-MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
 
 
 class FlashVideoTextEncoderLoader(io.ComfyNode):
@@ -123,11 +122,6 @@ class FlashVideoTextEncode(io.ComfyNode):
         positive = [[cond, _without_pooled(extras)] for cond, extras in encoded]
         negative = [[torch.zeros_like(cond), _without_pooled(extras)] for cond, extras in encoded]
         return io.NodeOutput(positive, negative)
-
-
-def with_motion(text: str, motion: str) -> str:
-    """The prompt as the official scripts put it: "medium motion," and the text, without a space."""
-    return text if motion == NO_MOTION else f"{motion} motion,{text}"
 
 
 def _without_pooled(extras: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Build FlashVideo-Nano from nothing, or repeat the paper's tables on it, with the private Python in `.bed/`.
+"""Build FlashVideo-Nano from nothing, repeat the paper's tables on it, or measure, with the Python in `.bed/`.
 
-    python scripts/nano.py train|ablate [options of `python -m flashvideo train nano` or `ablate`]
+    python scripts/nano.py train|ablate|bench [options of `python -m flashvideo train nano`, `ablate` or `bench`]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import set_up
 from bed import ROOT, Bed, say
 
-_COMMANDS = {"train": ["train", "nano"], "ablate": ["ablate"]}
+_COMMANDS = {"train": ["train", "nano"], "ablate": ["ablate"], "bench": ["bench"]}
 
 
 def main() -> int:

@@ -16,11 +16,11 @@ from ..checkpoints import STAGE_METADATA, load_dit
 from ..convert import sha256
 from ..dit import FlashVideoDiT
 from ..nano import NANO_STAGE1, NANO_STAGE2, build_nano
+from ..t5 import T5Encoder, T5Tokens, contexts, load_encoder
 from .checkpointing import export_weights
 from .errors import TrainingError
 from .latents import LatentCache
 from .lora import LORA_PREFIX, add_lora, lora_state, merged_state
-from .text import T5Encoder, T5Tokens, contexts, load_encoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from ..config import STAGE1_LATENT_SCALE, TEXT_TOKENS
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
+from ..t5 import T5Encoder, T5Tokens, load_encoder
 from .checkpointing import export_weights
 from .config import LoopSettings
 from .errors import TrainingError
@@ -30,7 +31,7 @@ from .networks import (
     make_network,
 )
 from .randomness import generator_for, normal_like
-from .text import T5Encoder, T5Tokens, fresh_encoder, load_encoder, text_metadata
+from .text import fresh_encoder, text_metadata
 
 VALIDATION_SEED = 1
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from flashvideo.__main__ import main
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import VAEConfig
+from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
+from flashvideo.t5 import T5Tokens, load_encoder
 from flashvideo.training.checkpointing import BEST, LAST, load_state
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import SHARD, LatentCache
@@ -23,7 +25,7 @@ from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile
 from flashvideo.training.networks import NetworkSettings, make_network
-from flashvideo.training.text import T5Tokens, fresh_encoder, load_encoder, text_metadata, words_and_pairs
+from flashvideo.training.text import fresh_encoder, text_metadata, words_and_pairs
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
 
@@ -170,7 +172,7 @@ def test_tokens_are_padded_and_cut_to_226(tokenizer: Path) -> None:
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    with pytest.raises(TrainingError, match="Give the tokenizer.json of ComfyUI"):
+    with pytest.raises(CommandError, match="Give the tokenizer.json of ComfyUI"):
         T5Tokens(str(tmp_path / "nowhere.json"))
 
 

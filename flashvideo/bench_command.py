@@ -1,0 +1,26 @@
+"""`python -m flashvideo bench NAME`: run one of the scripts in `benchmarks/`, each of which answers one question."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+_SHARED = "common"  # what the scripts have in common
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line, in a checkout; what ComfyUI's registry hands out has no benchmarks."""
+    names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != _SHARED)
+    if not names:
+        return
+    parser = commands.add_parser("bench", help="measure speed and memory beside peers", add_help=False)
+    parser.add_argument("name", choices=names)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script; --help tells them")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    return subprocess.call([sys.executable, str(BENCHMARKS / f"{options.name}.py"), *options.options])

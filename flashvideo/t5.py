@@ -1,0 +1,138 @@
+"""T5 as a text encoder outside ComfyUI: tokens, contexts, and the network itself, of any size."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TEXT_TOKENS
+from .errors import CommandError
+from .nano import T5_POSITION_BUCKETS, T5Config
+from .weightfiles import open_weights
+
+TOKENIZER_IN_COMFYUI = Path("comfy") / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
+TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+NO_MOTION = "none"
+MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
+_BLOCK_COUNT = re.compile(r"encoder\.block\.(\d+)\.")
+
+
+def with_motion(text: str, motion: str) -> str:
+    """The prompt as the official scripts put it: "medium motion," and the text, without a space."""
+    return text if motion == NO_MOTION else f"{motion} motion,{text}"
+
+
+class T5Tokens:
+    """T5's tokenizer, always 226 tokens: padded with 0, and cut where a text is longer."""
+
+    def __init__(self, path: str) -> None:
+        """Read a tokenizer.json; an empty path stands for the one that comes with ComfyUI."""
+        tokenizers = _library("tokenizers")
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(_find_tokenizer(path)))
+        self._tokenizer.enable_truncation(TEXT_TOKENS)
+        self._tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """[B, 226] token numbers."""
+        return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
+
+
+def _find_tokenizer(path: str) -> Path:
+    if path:
+        candidates = [Path(path)]
+    else:
+        roots = [Path(os.environ["COMFYUI_PATH"])] if "COMFYUI_PATH" in os.environ else []
+        pack = Path(__file__).resolve().parents[1]
+        roots += [pack.parents[1], pack / ".bed" / "ComfyUI"]  # installed in custom_nodes, or with its own ComfyUI
+        candidates = [root / TOKENIZER_IN_COMFYUI for root in roots]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise CommandError(
+            f"T5's tokenizer isn't at {candidates[0]}. Give the tokenizer.json of ComfyUI's "
+            f"{TOKENIZER_IN_COMFYUI.parent} folder with --tokenizer, or ComfyUI's folder in COMFYUI_PATH."
+        )
+    return found
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        message = f"Reading text needs the package {name}, which ComfyUI brings: pip install {name}."
+        raise CommandError(message) from error
+
+
+class T5Encoder(nn.Module):
+    """T5's encoder without an attention mask: padding is attended to, as FlashVideo was trained."""
+
+    def __init__(self, config: T5Config) -> None:
+        """Build with arbitrary weights; see `load_encoder`."""
+        super().__init__()
+        transformers = _library("transformers")
+        self.network = transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=config.vocab_size,
+                d_model=config.d_model,
+                d_ff=config.d_ff,
+                d_kv=config.d_kv,
+                num_heads=config.num_heads,
+                num_layers=config.num_layers,
+                relative_attention_num_buckets=T5_POSITION_BUCKETS,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+            )
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, 226] -> [B, 226, width]."""
+        return self.network(input_ids=tokens).last_hidden_state
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights by the names that ComfyUI reads."""
+        return {name: tensor for name, tensor in self.network.state_dict().items() if name != TIED}
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights by those names; others are passed over. Raises CommandError if one is missing."""
+        missing, _ = self.network.load_state_dict(state, strict=False)
+        if missing := [name for name in missing if name != TIED]:
+            raise CommandError(f"The text encoder lacks {missing[0]}.")
+
+
+def load_encoder(
+    path: Path | Mapping[str, Tensor], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> T5Encoder:
+    """Load a T5 encoder of any size from one file or a state; its sizes follow from the weights.
+
+    Raises CommandError for another model's file.
+    """
+    weights = open_weights(path)
+    shapes = weights.shapes
+    blocks = [int(match[1]) for name in shapes if (match := _BLOCK_COUNT.match(name))]
+    try:
+        first = "encoder.block.0.layer."
+        heads = shapes[f"{first}0.SelfAttention.relative_attention_bias.weight"][1]
+        vocabulary, width = shapes["shared.weight"]
+        inner = shapes[f"{first}0.SelfAttention.q.weight"][0]
+        feed_forward = shapes[f"{first}1.DenseReluDense.wi_0.weight"][0]
+    except KeyError as error:
+        raise CommandError(f"{weights.label} is no T5 v1.1 encoder: it has no {error.args[0]}.") from error
+    config = T5Config(1 + max(blocks), width, feed_forward, inner // heads, heads, vocabulary)
+    with torch.device(device):
+        encoder = T5Encoder(config).to(dtype)
+    encoder.load_weights({name: weights.read(name) for name in shapes if name.startswith(("shared.", "encoder."))})
+    return encoder
+
+
+@torch.inference_mode()
+def contexts(encoder: T5Encoder, tokens: T5Tokens, texts: Sequence[str], batch: int = 16) -> Tensor:
+    """Encode texts: [N, 226, width] in float32 on the CPU."""
+    device = next(encoder.parameters()).device
+    parts = [texts[start : start + batch] for start in range(0, len(texts), batch)]
+    return torch.cat([encoder(tokens(part).to(device)).float().cpu() for part in parts])

@@ -1,0 +1,123 @@
+"""`python -m flashvideo generate` and `bench`: a draft from words, kept without loss, and its refined video."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from flashvideo import refine_files
+from flashvideo.__main__ import main
+from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.config import STAGE1_LATENT_SCALE
+from flashvideo.frames import to_bytes, to_frames
+from flashvideo.nano import nano_state
+from flashvideo.samplers import sample_stage1
+from flashvideo.t5 import T5Tokens, contexts, load_encoder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from small_models import write_tokenizer
+
+WORDS = "a red circle moves left over a green hill"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small tokenizer in T5's format."""
+    pytest.importorskip("transformers")
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.fixture
+def generate(tokenizer: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs the command on small sizes; returns its exit code."""
+
+    def run(*more: str, words: str = WORDS, name: str = "out.mp4") -> int:
+        small = ("--draft-size", "48x32", "--frames", "5", "--draft-steps", "3", "--steps", "1", "--scale", "1.5")
+        fixed = ("--tokenizer", str(tokenizer), "--device", "cpu")
+        return main(["generate", words, str(tmp_path / name), *small, *fixed, *more])
+
+    return run
+
+
+def frames_of(path: Path) -> np.ndarray:
+    """All frames of a video, [T, H, W, 3] uint8."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_a_video_is_drafted_and_refined(generate: Callable[..., int], tokenizer: Path, tmp_path: Path) -> None:
+    assert generate("--seed", "7") == 0
+    assert frames_of(tmp_path / "out.mp4").shape == (5, 48, 72, 3)
+
+    dit = load_dit(nano_state("stage1"), dtype=torch.float32)
+    context = contexts(load_encoder(nano_state("text_encoder")), T5Tokens(str(tokenizer)), [WORDS])
+    generator = torch.Generator().manual_seed(7)
+
+    def noise(_step: int) -> torch.Tensor:
+        return torch.randn(1, 16, 2, 4, 6, generator=generator)
+
+    latent = sample_stage1(dit, noise(-1), context, torch.zeros_like(context), steps=3, step_noise=noise)
+    with torch.no_grad():
+        expected = to_frames(load_vae(nano_state("vae"), dtype=torch.float32).decode(latent / STAGE1_LATENT_SCALE))
+    assert np.array_equal(frames_of(tmp_path / "out.mp4.draft.mkv"), to_bytes(expected).numpy())
+
+
+def test_a_draft_is_kept_for_a_second_run_and_no_other(
+    generate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generate("--draft-only") == 0
+    assert not (tmp_path / "out.mp4").exists()
+    before = (tmp_path / "out.mp4.draft.mkv").read_bytes()
+
+    monkeypatch.setattr("flashvideo.generate_command.sample_stage1", lambda *_, **__: pytest.fail("drafted again"))
+    assert generate() == 0
+    assert frames_of(tmp_path / "out.mp4").shape[0] == 5
+    assert (tmp_path / "out.mp4.draft.mkv").read_bytes() == before
+    capsys.readouterr()
+    assert generate("--force", words="a blue circle") == 1
+    assert "the draft of other words" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert generate("--force", "--anew", words="a blue circle") == 0
+    assert (tmp_path / "out.mp4.draft.mkv").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--draft-size", "50x32"], "multiples of 16"),
+        (["--frames", "6"], "4n+1"),
+        (["--draft-steps", "0"], "at least 1"),
+        (["--draft-model", "stage1.safetensors"], "go together"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_work(
+    generate: Callable[..., int], options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert generate(*options) == 1
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_draft_that_ends_early_leaves_no_file(
+    generate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refine_files.os, "fsync", fail)
+    assert generate() == 130
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bench_runs_a_script_of_the_benchmarks(capfd: pytest.CaptureFixture) -> None:
+    assert main(["bench", "scaling", "--help"]) == 0
+    assert "--rounds" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", "nothing"])
