@@ -6,7 +6,6 @@ Python package `playwright`, these tests are skipped and say so. Screenshots go 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,28 +19,13 @@ from bed import BED, PACK_NAME, Bed, inside, stop_on_terminate
 
 if not inside():
     pytest.exit("These tests start ComfyUI from .bed/: use `make test`.", 2)
+from browser import PATIENCE, READY, launch, write_settings
 from comfy_server import ComfyServer
-from install import chromium
 
 stop_on_terminate()
 
 SCREENSHOTS = BED / "screenshots"
-OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing outside this machine
-]
 VIEW = {"width": 2400, "height": 1300}
-PATIENCE = 120_000  # milliseconds: a machine may be busy with other things
-# Texts stay readable when a whole graph is on the screen, and no banner or tour covers it.
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Minimap.Visible": False,
-    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
-    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.01,
-}
 # ComfyUI's own page, without any pack: files that a fresh folder lacks, and addresses that it may not call.
 NOT_OURS = (
     "user.css",
@@ -55,8 +39,6 @@ NOT_OURS = (
     "core workflow templates",  # the bed has none but ours
 )
 
-_READY = """() => window.app?.extensionManager && window.app.graph
-    && Object.keys(window.LiteGraph.registered_node_types).some(name => name.startsWith('FlashVideo'))"""
 _LISTEN = """() => {
     window.ended = [];
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
@@ -91,7 +73,7 @@ class ComfyPage:
         page.on("pageerror", lambda error: self._remember(str(error)))
         page.on("response", self._loaded)
         page.goto(address, wait_until="domcontentloaded")
-        page.wait_for_function(_READY)
+        page.wait_for_function(READY)
         page.evaluate(_LISTEN)
 
     def open_templates(self) -> Any:
@@ -187,10 +169,9 @@ def browser() -> Iterator[Any]:
     """A Chromium without a window."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
     with playwright.sync_playwright() as running:
-        named = chromium() or running.chromium.executable_path
-        if not Path(named).exists():
+        started = launch(running)
+        if started is None:
             pytest.skip("no Chromium is on the path; FLASHVIDEO_CHROMIUM may name one")
-        started = running.chromium.launch(executable_path=named, args=OPTIONS, timeout=PATIENCE)
         yield started
         started.close()
 
@@ -201,9 +182,7 @@ def server(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     bed = Bed.load()
     assert bed is not None, "The set-up is not complete."
     base = tmp_path_factory.mktemp("page")
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+    write_settings(base)
     with ComfyServer(bed, base, device_options=["--cpu"]) as running:
         yield running
 
