@@ -8,8 +8,8 @@ for storing whole pictures between them allows: of one residual block each, the 
 network; the longer the groups, the more is repeated.
 
 Statistics from a sample or a smaller copy of the picture would need one pass less, but a trained decoder is
-sensitive to them: estimated from an eighth of the picture they put a real clip off by 2/255 on average and 20 to 250
-in places, and measuring again with the estimates in place doesn't converge.
+sensitive to them: estimated from an eighth of the picture they put clips off by 0.8 to 2.7/255 on average, and
+measuring again with the estimates in place doesn't converge.
 """
 
 from __future__ import annotations
