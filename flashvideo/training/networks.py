@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints import STAGE_METADATA, load_dit
+from ..config import TEXT_TOKENS
 from ..convert import sha256
 from ..dit import FlashVideoDiT
 from ..nano import NANO_STAGE1, NANO_STAGE2, build_nano
@@ -40,6 +41,23 @@ class NetworkSettings:
         for name in (self.dtype, self.export_dtype):
             if name not in DTYPES:
                 raise TrainingError(f"[network] data types are {', '.join(DTYPES)}; got {name!r}.")
+
+
+@dataclass(frozen=True)
+class ShortText:
+    """A first stretch of training that sees only the beginning of contexts: after a short caption follows padding."""
+
+    tokens: int = TEXT_TOKENS
+    until: int = 0  # the step from which on whole contexts are seen, as they are in use
+
+    def __post_init__(self) -> None:
+        """Refuse a length that no context has."""
+        if not 1 <= self.tokens <= TEXT_TOKENS:
+            raise TrainingError(f"[short_text] tokens must be 1 to {TEXT_TOKENS}; got {self.tokens}.")
+
+    def cut(self, context: Tensor, step: int) -> Tensor:
+        """What is seen of contexts [B, 226, width] in this step."""
+        return context[:, : self.tokens] if step < self.until else context
 
 
 def make_network(settings: NetworkSettings, stage: int, seed: int, device: torch.device) -> FlashVideoDiT:

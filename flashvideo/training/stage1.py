@@ -11,19 +11,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import STAGE1_LATENT_SCALE, TEXT_TOKENS
+from ..config import STAGE1_LATENT_SCALE
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from ..t5 import T5Encoder, T5Tokens, load_encoder
 from .checkpointing import export_weights
 from .config import LoopSettings
-from .errors import TrainingError
 from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .metrics import sheet
 from .networks import (
     FrozenText,
     NetworkSettings,
+    ShortText,
     as_called,
     describe_network,
     export_network,
@@ -44,19 +44,6 @@ class SheetSettings:
     count: int = 6
     steps: int = 20
     scale: float = 6.0  # of the guidance
-
-
-@dataclass(frozen=True)
-class ShortText:
-    """A first stretch of training that sees only the beginning of contexts: after a short caption follows padding."""
-
-    tokens: int = TEXT_TOKENS
-    until: int = 0  # the step from which on whole contexts are seen, as they are in use
-
-    def __post_init__(self) -> None:
-        """Refuse a length that no context has."""
-        if not 1 <= self.tokens <= TEXT_TOKENS:
-            raise TrainingError(f"[short_text] tokens must be 1 to {TEXT_TOKENS}; got {self.tokens}.")
 
 
 @dataclass(frozen=True)
@@ -148,9 +135,7 @@ class Stage1Task:
         """Mean squared error of v at random timesteps, spread evenly over the batch."""
         settings = self.settings
         latent = batch["latent"] * STAGE1_LATENT_SCALE
-        context = self._context(batch)
-        if index < settings.short_text.until * settings.loop.accumulate:
-            context = context[:, : settings.short_text.tokens]
+        context = settings.short_text.cut(self._context(batch), index // settings.loop.accumulate)
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         noise = normal_like(latent, generator_for(settings.seed, "noise", index))
         timestep = _spread_timesteps(len(latent), generator_for(settings.seed, "time", index)).to(latent.device)

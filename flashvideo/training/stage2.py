@@ -24,6 +24,7 @@ from .metrics import psnr, sheet
 from .networks import (
     FrozenText,
     NetworkSettings,
+    ShortText,
     as_called,
     describe_network,
     export_network,
@@ -78,6 +79,7 @@ class Stage2Settings:
     tokenizer: str = ""
     shift: float = STAGE2_SHIFT
     caption_dropout: float = CAPTION_DROPOUT
+    short_text: ShortText = field(default_factory=ShortText)
     degradation: DegradationSettings = field(default_factory=DegradationSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
@@ -172,9 +174,8 @@ class Stage2Task:
         clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
         degrade = LatentDegradation(settings.degradation.latent_steps)
         degraded, steps = degrade(reference, generator_for(settings.seed, "degradation", index))
-        context = drop_captions(
-            batch["context"], generator_for(settings.seed, "dropout", index), settings.caption_dropout
-        )
+        context = settings.short_text.cut(batch["context"], index // settings.loop.accumulate)
+        context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         network = self.called(reference)
         uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
         return {"loss": flow_loss(network, degraded, clean, context, uniform, steps, shift=settings.shift)}
