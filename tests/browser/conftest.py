@@ -144,6 +144,7 @@ class ComfyPage:
     def photograph(self, name: str, *, whole_graph: bool = True) -> Path:
         """Take a screenshot for people to look at."""
         if whole_graph:
+            self.page.evaluate("() => window.app.canvas.deselectAll()")  # else only what is selected is fitted
             self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
             self.page.wait_for_timeout(700)
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
