@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SIDE = 512
 _QUALITY = 85
 _CLIP, _CLIP_SIZE, _SCALE = "scene.mp4", (112, 64), 4
-_SCENE_SEED, _FRAMES, _RATE = 7, 17, 8
+_SCENE_SEED, _FRAMES, _RATE = 138, 17, 8
 _LINE = 4  # pixels of the line between before and after
 
 
