@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy_sources
 import set_up
-from bed import BED, ROOT, Bed, say, seconds, stop_on_terminate
+from bed import BED, ROOT, Bed, say, seconds
 
 if TYPE_CHECKING:
     from comfy_server import ComfyServer
@@ -63,17 +63,7 @@ EXAMPLES = (
 def main() -> int:
     """Command line; returns the exit code."""
     arguments = _arguments()
-    set_up.enter(__file__)
-    stop_on_terminate()
-    try:
-        _show(arguments.workflows, arguments.out)
-    except (RuntimeError, OSError) as error:
-        say(f"\nThe demo stopped. {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("\nCancelled.")
-        return 130
-    return 0
+    return set_up.run_inside(__file__, lambda: _show(arguments.workflows, arguments.out), "The demo stopped.")
 
 
 def _show(workflows: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 
 import set_up
-from bed import ROOT, TEMPORARY, Bed, say, stop_on_terminate
+from bed import ROOT, TEMPORARY, Bed, say
 
 DOCS = ROOT / "web" / "docs"
 _VIEW = {"width": 1200, "height": 1000}
@@ -41,17 +41,7 @@ _DRAW = """async name => {
 
 def main() -> int:
     """Command line; returns the exit code."""
-    set_up.enter(__file__)
-    stop_on_terminate()
-    try:
-        _make_all([word.lower() for word in sys.argv[1:]])
-    except (RuntimeError, OSError) as error:
-        say(f"\nStopped. {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("\nCancelled.")
-        return 130
-    return 0
+    return set_up.run_inside(__file__, lambda: _make_all([word.lower() for word in sys.argv[1:]]))
 
 
 def _make_all(words: list[str]) -> None:

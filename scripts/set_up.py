@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy_sources
@@ -53,6 +53,21 @@ def enter(script: str) -> None:
     if os.name == "nt":  # execve on Windows returns to the shell at once
         sys.exit(subprocess.call(command, env=bed.environment()))
     os.execve(bed.python, command, bed.environment())
+
+
+def run_inside(script: str, work: Callable[[], None], what: str = "Stopped.") -> int:
+    """Do a script's work with the bed's Python; returns its exit code, with a plain message where it fails."""
+    enter(script)
+    stop_on_terminate()
+    try:
+        work()
+    except (RuntimeError, OSError) as error:
+        say(f"\n{what} {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nCancelled.")
+        return 130
+    return 0
 
 
 def _key(environ: Mapping[str, str]) -> str:

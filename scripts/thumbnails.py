@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import set_up
-from bed import ROOT, Bed, say, seconds, stop_on_terminate
+from bed import ROOT, Bed, say, seconds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,17 +30,7 @@ _LINE = 4  # pixels of the line between before and after
 def main() -> int:
     """Command line; returns the exit code."""
     arguments = _arguments()
-    set_up.enter(__file__)
-    stop_on_terminate()
-    try:
-        _make_all(arguments.words)
-    except (RuntimeError, OSError) as error:
-        say(f"\nStopped. {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("\nCancelled.")
-        return 130
-    return 0
+    return set_up.run_inside(__file__, lambda: _make_all(arguments.words))
 
 
 def _make_all(words: Sequence[str]) -> None:
