@@ -19,7 +19,7 @@ from .devices import open_device
 from .errors import CommandError
 from .frames import COLOR_MATCHES, RESAMPLERS, TargetSize
 from .guidance import STAGE2_SCALE
-from .nano import NANO_NOTICE, nano_is_trained, nano_state
+from .nano import NANO_NOTICE, NANO_STRENGTH, nano_is_trained, nano_state
 from .refine import REFINE, Networks, RefineSettings
 from .samplers import SOLVERS
 from .schedule import STAGE2_SHIFT
@@ -81,7 +81,6 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         "--motion", choices=MOTIONS, default=MOTION, help=f"how much moves, put before the prompt (default: {MOTION})"
     )
     for name, kind, default, text in (
-        ("strength", int, DEGRADATION_STEP, "how much detail is made anew, 0 to 999; 650 to 750 works well"),
         ("steps", int, 4, "4 to 6 is enough"),
         ("cfg", float, STAGE2_SCALE, "how strongly detail follows the prompt; 10 to 13 works well"),
         ("shift", float, STAGE2_SHIFT, "how the steps are spaced; 2 to 3.5 works well"),
@@ -90,6 +89,12 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         ("overlap", int, OVERLAP, "frames that neighbouring windows share, a multiple of 4"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    group.add_argument(
+        "--strength",
+        type=int,
+        help="how much detail is made anew, 0 to 999; 650 to 750 works well, with Nano 300 to 450 "
+        f"(default: {DEGRADATION_STEP}; Nano: {NANO_STRENGTH})",
+    )
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
     group.add_argument(
         "--color", choices=COLOR_MATCHES, default="wavelet", help="how colours are matched to IN's (default: wavelet)"
@@ -165,7 +170,7 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
         return RefineSettings(
             size=_size(options),
             resample=options.resample,
-            strength=options.strength,
+            strength=_strength(options),
             steps=options.steps,
             cfg=1.0 if options.prompt is None else options.cfg,
             shift=options.shift,
@@ -177,6 +182,12 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _strength(options: argparse.Namespace) -> int:
+    if options.strength is not None:
+        return options.strength
+    return NANO_STRENGTH if options.model is None else DEGRADATION_STEP
 
 
 def _size(options: argparse.Namespace) -> TargetSize:

@@ -170,3 +170,16 @@ def test_the_draft_model_is_no_refiner(clip: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, tmp_path / "stage1.safetensors")
     with pytest.raises(CheckpointError):
         refine(clip, tmp_path / "out.mp4", *FAST, *files)
+
+
+def test_the_strength_suits_the_model_unless_it_is_given(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengths = []
+    monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: strengths.append(arguments[3].strength))
+    for part in ("stage2", "vae"):
+        save_file(nano_state(part), tmp_path / f"{part}.safetensors")
+    files = ("--model", tmp_path / "stage2.safetensors", "--vae", tmp_path / "vae.safetensors")
+    for options in ((), files, ("--strength", "500")):
+        assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
+    assert strengths == [450, 675, 500]
