@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .devices import open_device
 from .errors import CommandError
 from .frames import COLOR_MATCHES, RESAMPLERS, TargetSize
 from .guidance import STAGE2_SCALE
-from .nano import NANO_NOTICE, NANO_STRENGTH, nano_is_trained, nano_state
+from .nano import NANO_NOTICE, NANO_STAGE2, NANO_STRENGTH, nano_is_trained, nano_state
 from .refine import REFINE, Networks, RefineSettings
 from .samplers import SOLVERS
 from .schedule import STAGE2_SHIFT
@@ -136,6 +136,8 @@ def refine(options: argparse.Namespace) -> int:
     for job in jobs:
         check_paths(job.source, job.target, force=options.force)
     networks = _networks(options)
+    if options.strength is None and networks.dit.config == NANO_STAGE2:
+        settings = replace(settings, strength=NANO_STRENGTH)
     bars, failed = _Bars(), 0
     for job in jobs:
         try:
@@ -170,7 +172,7 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
         return RefineSettings(
             size=_size(options),
             resample=options.resample,
-            strength=_strength(options),
+            strength=DEGRADATION_STEP if options.strength is None else options.strength,
             steps=options.steps,
             cfg=1.0 if options.prompt is None else options.cfg,
             shift=options.shift,
@@ -182,12 +184,6 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
-
-
-def _strength(options: argparse.Namespace) -> int:
-    if options.strength is not None:
-        return options.strength
-    return NANO_STRENGTH if options.model is None else DEGRADATION_STEP
 
 
 def _size(options: argparse.Namespace) -> TargetSize:

@@ -177,9 +177,15 @@ def test_the_strength_suits_the_model_unless_it_is_given(
 ) -> None:
     strengths = []
     monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: strengths.append(arguments[3].strength))
-    for part in ("stage2", "vae"):
-        save_file(nano_state(part), tmp_path / f"{part}.safetensors")
-    files = ("--model", tmp_path / "stage2.safetensors", "--vae", tmp_path / "vae.safetensors")
-    for options in ((), files, ("--strength", "500")):
+    nano = nano_state("stage2")
+    shallow = {name: tensor for name, tensor in nano.items() if "blocks.3." not in name}
+    save_file(nano, tmp_path / "nano.safetensors")
+    save_file(shallow, tmp_path / "other.safetensors")
+    save_file(nano_state("vae"), tmp_path / "vae.safetensors")
+    same, other = (
+        ("--model", tmp_path / f"{name}.safetensors", "--vae", tmp_path / "vae.safetensors")
+        for name in ("nano", "other")
+    )
+    for options in ((), same, other, ("--strength", "500")):
         assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
-    assert strengths == [450, 675, 500]
+    assert strengths == [450, 450, 675, 500]
