@@ -55,9 +55,9 @@ class ShortText:
         if not 1 <= self.tokens <= TEXT_TOKENS:
             raise TrainingError(f"[short_text] tokens must be 1 to {TEXT_TOKENS}; got {self.tokens}.")
 
-    def cut(self, context: Tensor, step: int) -> Tensor:
-        """What is seen of contexts [B, 226, width] in this step."""
-        return context[:, : self.tokens] if step < self.until else context
+    def cut(self, text: Tensor, step: int) -> Tensor:
+        """What is seen of contexts [B, 226, width], or of tokens [B, 226], in this step."""
+        return text[:, : self.tokens] if step < self.until else text
 
 
 def make_network(settings: NetworkSettings, stage: int, seed: int, device: torch.device) -> FlashVideoDiT:

@@ -19,13 +19,14 @@ from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
 from flashvideo.t5 import T5Tokens, load_encoder
 from flashvideo.training.checkpointing import BEST, LAST, load_state
+from flashvideo.training.config import LoopSettings
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import SHARD, LatentCache
 from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile
 from flashvideo.training.networks import NetworkSettings, make_network
-from flashvideo.training.text import fresh_encoder, text_metadata, words_and_pairs
+from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
 
@@ -145,10 +146,6 @@ def test_a_latent_cache_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(made) == SHARD + 8
 
 
-def test_words_and_pairs_of_a_caption() -> None:
-    assert words_and_pairs("A red circle, red!") == {"a", "red", "circle", "a red", "red circle", "circle red"}
-
-
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
     """A small tokenizer in T5's format: words of the procedural captions, </s> at the end, padding 0."""
@@ -186,6 +183,24 @@ def test_a_text_encoder_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert torch.equal(encoder(tokens), again(tokens))
     assert again(tokens).shape[2] == NANO_TEXT_ENCODER.d_model
     assert text_metadata(5)["flashvideo.step"] == "5"
+
+
+def test_the_text_encoder_must_tell_each_token_and_its_neighbours_within_the_text(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    loop = LoopSettings(steps=1, learning_rate=1e-3)
+    settings = TextSettings(1, tmp_path, loop, 2, vocabulary_captions=300, tokenizer=str(tokenizer))
+    task = TextTask(settings, torch.device("cpu"))
+    tokens = task.data.tokens(["red circle"])  # red 5, circle 7, </s> 1, padding 0
+    guesses, targets = task._read(tokens)
+    known = sorted({int(token) for token in torch.unique(task.data[0]["tokens"])} | {0, 1, 5, 7})
+    assert guesses.shape == (3 * 6, task.description["tokens"])
+    place = {token: int(task._places[token]) for token in known}
+    outside = -100
+    assert targets.tolist() == [
+        place.get(token, outside) for token in (-1, -1, -1, 5, 7, 1, -1, -1, 5, 7, 1, 0, -1, 5, 7, 1, 0, 0)
+    ]
+    assert task.loss({"tokens": tokens}, 0)["loss"].item() == pytest.approx(math.log(task.description["tokens"]))
 
 
 def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Path) -> None:
