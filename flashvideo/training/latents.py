@@ -24,6 +24,7 @@ from .checkpointing import whole_file
 from .errors import TrainingError
 from .folder import VideoFolder
 from .randomness import generator_for, normal_like, randint
+from .scenes import VERSION as SCENES
 from .scenes import SceneStream
 
 SHARD = 32  # clips in a file
@@ -156,7 +157,7 @@ def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
     if not vae.is_file():
         raise TrainingError(f"{vae}: there is no such VAE. Train it first: python -m flashvideo train vae.")
     plain = [dataclasses.astuple(each) if dataclasses.is_dataclass(each) else each for each in settings]
-    key = repr((encoder_digest(vae), plain))
+    key = repr((encoder_digest(vae), SCENES, plain))
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ from .vocabulary import (
 
 __all__ = ["HELD_OUT", "SPLITS", "Scene", "SceneStream", "Subject", "caption", "parse_prompt", "random_scene", "render"]
 
+VERSION = 2  # goes up whenever the same seed gives another picture or caption: latents made before count no more
 SPLITS = ("train", "validation", "test")
 _PAIRS = 0.1  # of the scenes have two subjects
 _MOTION_PREFIXES = 0.5  # of the captions
