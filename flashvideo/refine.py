@@ -27,6 +27,7 @@ from .samplers import guided_velocity
 from .schedule import STAGE2_SHIFT, stage2_times
 from .streaming import VAEStream, latent_of
 from .streaming_tiles import stream_within
+from .tiles import plan_tiles, tiled_velocity
 from .vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from .windows import OVERLAP, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, Progress, WorkFolder
@@ -78,7 +79,10 @@ class TensorClip:
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """What an artist can choose; `window` and `overlap` in frames. Raises ValueError for what can't be."""
+    """What an artist can choose. Raises ValueError for what can't be.
+
+    `window` and `overlap` are in frames, `tile` in pixels; with tile 0 stage II sees whole pictures.
+    """
 
     size: TargetSize = field(default_factory=TargetSize)
     resample: str = "bilinear"
@@ -90,12 +94,15 @@ class RefineSettings:
     seed: int = 0
     window: int = WINDOW
     overlap: int = OVERLAP
+    tile: int = 0
     color_match: str = "wavelet"
 
     def __post_init__(self) -> None:
         degradation_weights(self.strength)
         flow_evaluations(stage2_times(self.steps, self.shift), self.solver)
         plan_windows(1, self.window, self.overlap)
+        if self.tile:
+            plan_tiles(2, 2, self.tile)
         for name, options in (("resample", RESAMPLERS), ("color_match", COLOR_MATCHES)):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
@@ -212,6 +219,8 @@ class RefineRun:
             context = self.networks.context.to(device, _dtype(dit))
             nothing = torch.zeros_like(context)
             velocity = guided_velocity(dit, context, nothing, settings.cfg, settings.strength)
+            if settings.tile:
+                velocity = tiled_velocity(velocity, settings.tile)
             evaluations = self._evaluations()
             front = Wavefront(velocity, evaluations, self.plan)
             if progress.tensors:

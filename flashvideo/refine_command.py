@@ -24,6 +24,7 @@ from .refine import REFINE, Networks, RefineSettings
 from .samplers import SOLVERS
 from .schedule import STAGE2_SHIFT
 from .t5 import MOTIONS, T5Tokens, contexts, load_encoder, with_motion
+from .tiles import TILE
 from .weightfiles import open_weights
 from .windows import OVERLAP, WINDOW
 
@@ -87,6 +88,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         ("seed", int, 0, "another one gives another version of the fine detail"),
         ("window", int, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
         ("overlap", int, OVERLAP, "frames that neighbouring windows share, a multiple of 4"),
+        ("tile", int, 0, f"pixels of the picture that are refined together, such as {TILE}, an approximation; 0: all"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     group.add_argument(
@@ -180,6 +182,7 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
             seed=options.seed,
             window=options.window,
             overlap=options.overlap,
+            tile=options.tile,
             color_match=options.color,
         )
     except ValueError as error:

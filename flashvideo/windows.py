@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,26 @@ from .samplers import SOLVERS, Velocity
 
 WINDOW = 49  # frames: what the refiner was trained on
 OVERLAP = 16  # frames
+
+
+
+class Piece(NamedTuple):
+    """A part of a latent [B, C, T, H, W] that the network sees by itself."""
+
+    at: tuple[slice, slice, slice, slice, slice]
+    weight: Tensor  # what it counts, broadcast over the part; the weights of all pieces sum to one everywhere
+
+
+def blend(pieces: Iterable[Piece], evaluate: Callable[[Piece], Tensor], latent: Tensor) -> Tensor:
+    """The weighted sum of what `evaluate(piece)` gives for all pieces of `latent`, whose shape it has."""
+    total = None
+    for piece in pieces:
+        part = evaluate(piece) * piece.weight.to(latent)
+        if total is None:
+            total = part.new_zeros(latent.shape)
+        total[piece.at] += part
+    return total
+
 
 State = tuple[Tensor, ...]  # what a solver knows of some frames: the latent first, [B, C, T, H, W] each
 
@@ -42,6 +63,12 @@ class WindowPlan:
     length: int
     starts: tuple[int, ...]
     weights: Tensor
+
+    def pieces(self) -> list[Piece]:
+        """The windows."""
+        rows = zip(self.starts, self.weights.view(-1, self.length, 1, 1), strict=True)
+        every = slice(None)
+        return [Piece((every, every, slice(start, start + self.length), every, every), row) for start, row in rows]
 
     @property
     def settled(self) -> tuple[int, ...]:
@@ -78,27 +105,9 @@ def _weights(frames: int, length: int, starts: tuple[int, ...], overlap: int) ->
     return torch.stack([fade / sums[start : start + length] for start in starts])
 
 
-def windowed_velocity(
-    velocity: Velocity, plan: WindowPlan, on_window: Callable[[int], None] = lambda index: None
-) -> Velocity:
-    """A velocity of the whole latent from a velocity of windows; `on_window(index)` runs after each and may raise."""
-
-    def blended(latent: Tensor, time: Tensor) -> Tensor:
-        total = None
-        for index, start in enumerate(plan.starts):
-            at = slice(start, start + plan.length)
-            piece = _weighted(velocity(latent[:, :, at], time), plan, index)
-            if total is None:
-                total = piece.new_zeros((*piece.shape[:2], plan.frames, *piece.shape[3:]))
-            total[:, :, at] += piece
-            on_window(index)
-        return total
-
-    return blended
-
-
-def _weighted(velocity: Tensor, plan: WindowPlan, index: int) -> Tensor:
-    return velocity * plan.weights[index].to(velocity).view(-1, 1, 1)
+def windowed_velocity(velocity: Velocity, plan: WindowPlan) -> Velocity:
+    """A velocity of the whole latent from a velocity of windows."""
+    return lambda latent, time: blend(plan.pieces(), lambda piece: velocity(latent[piece.at], time), latent)
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,8 @@ class _Pass:
     def run(self) -> State:
         """Evaluate the next window; returns the frames that move on."""
         plan, length = self.plan, self.plan.length
-        slope = _weighted(self.velocity(self.held[0][:, :, :length], self.evaluation.time), plan, self.window)
+        slope = self.velocity(self.held[0][:, :, :length], self.evaluation.time)
+        slope = slope * plan.weights[self.window].to(slope).view(-1, 1, 1)
         if self.carried is not None:
             slope[:, :, : self.carried.shape[2]] += self.carried
         done = plan.settled[self.window] - plan.starts[self.window]

@@ -1,20 +1,23 @@
-"""Nodes of stage II: latent degradation and the refiner."""
+"""Nodes of stage II: latent degradation, the refiner, and how it is set up."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..flashvideo.config import TEMPORAL_FACTOR
+from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from ..flashvideo.degradation import DEGRADATION_STEP
 from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
+from ..flashvideo.tiles import SMALLEST_TILE, TILE
 from ..flashvideo.windows import OVERLAP, WINDOW
 from .checks import check_latent, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
 from .native.degraded import degradation_of, degrade, mark_degraded
-from .native.run import refiner_settings, run_stage2, seeded_noise, with_windows
+from .native.pieces import with_tiles, with_windows
+from .native.run import refiner_settings, run_stage2, seeded_noise
 
 MAX_WINDOW = 1001  # frames; no card holds as many at once
+MAX_TILE = 8192  # pixels
 SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
 
 STRENGTH_TOOLTIP = (
@@ -238,4 +241,42 @@ class FlashVideoRefinerSettings(io.ComfyNode):
             return io.NodeOutput(with_windows(refiner_settings(model, strength, shift), window, overlap))
 
 
-NODES = [FlashVideoLatentDegradation, FlashVideoStage2Refiner, FlashVideoRefinerSettings]
+class FlashVideoSpatialTiles(io.ComfyNode):
+    """The refiner in tiles of the picture: an approximation for small cards."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoSpatialTiles",
+            display_name="FlashVideo Spatial Tiles",
+            category=CATEGORY,
+            **found_as("tiled refine", "tiled diffusion", "low memory", "out of memory", "small card", "video upscale"),
+            description="Lets the refiner see large pictures in overlapping tiles that are blended at every step: less "
+            "memory and faster, but an approximation, since no tile knows the whole picture. Goes between Load "
+            "FlashVideo Model and the refiner; without this node the picture is always refined as a whole.",
+            inputs=[
+                io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
+                io.Int.Input(
+                    "tile",
+                    default=TILE,
+                    min=SMALLEST_TILE,
+                    max=MAX_TILE,
+                    step=PIXEL_MULTIPLE,
+                    tooltip="Width and height of a tile in pixels. Larger agrees better with the whole picture; "
+                    "smaller needs less memory and time. 512 to 1024 is useful. Neighbours share a quarter. Default: "
+                    f"{TILE}.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The refiner in tiles, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, tile: int) -> io.NodeOutput:
+        """Patch a clone of the model."""
+        with named("FlashVideo Spatial Tiles"):
+            check_stage(model, 2)
+            return io.NodeOutput(with_tiles(model, tile))
+
+
+NODES = [FlashVideoLatentDegradation, FlashVideoStage2Refiner, FlashVideoRefinerSettings, FlashVideoSpatialTiles]

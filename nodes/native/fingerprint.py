@@ -19,7 +19,7 @@ PROBES = 256  # of a larger one so many are: no two trainings share them
 def fingerprint(*values: object) -> str:
     """A short text that changes when anything in `values` does: numbers, texts, tensors and collections of these.
 
-    Of functions and other objects only the name counts, and the weights that they hold.
+    Of functions and other objects only the name counts, and the weights, settings and inner function that they hold.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for piece in chain.from_iterable(_pieces(value) for value in values):
@@ -58,4 +58,5 @@ def _pieces(value: Any) -> Iterator[bytes]:
     else:
         kind = value if hasattr(value, "__qualname__") else type(value)
         yield f"{kind.__module__}.{kind.__qualname__}".encode()
-        yield from _pieces(getattr(value, "weights", None))
+        for held in ("weights", "settings", "inner"):
+            yield from _pieces(getattr(value, held, None))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_management
 import comfy.model_patcher
-import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -18,13 +16,11 @@ from torch import Tensor
 from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
-from ...flashvideo.windows import plan_windows, windowed_velocity
 from .sampling import RefinerSampling, Stage1ExactSampling
 
 # A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
 ANY_SCALE = 2.0
 
-Wrapper = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]  # of ComfyUI's model function
 
 
 def with_dynamic_cfg(
@@ -138,64 +134,3 @@ def refiner_settings(
     clone = model.clone()
     clone.add_object_patch("model_sampling", RefinerSampling(strength, shift))
     return clone
-
-
-def with_windows(
-    model: comfy.model_patcher.ModelPatcher, window: int, overlap: int
-) -> comfy.model_patcher.ModelPatcher:
-    """A clone of a stage-II MODEL that refines longer latents in windows of time; see `flashvideo.windows`.
-
-    `window` and `overlap` are in frames; `window` 0 leaves the model as it is. Raises ValueError for numbers that
-    can't be. A latent that fits one window takes the ordinary way.
-    """
-    clone = model.clone()
-    if not window:
-        return clone
-    plan_windows(1, window, overlap)
-    clone.set_model_unet_function_wrapper(_windowed(model.model_options.get("model_function_wrapper"), window, overlap))
-
-    def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """Let ComfyUI make room for one window and not for the whole latent."""
-        batch, channels, frames, *picture = noise_shape
-        length = plan_windows(frames, window, overlap).length
-        return executor(model, [batch, channels, length, *picture], *args, **kwargs)
-
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "flashvideo_windows", reserve)
-    return clone
-
-
-def _windowed(inner: Wrapper | None, window: int, overlap: int) -> Wrapper:
-    """ComfyUI's model function over windows, each of them through `inner` where there was a wrapper before."""
-
-    def evaluate(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        if inner is not None:
-            return inner(apply_model, args)
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    def cancel(_index: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    def wrapper(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        frames = args["input"].shape[2]
-        plan = plan_windows(frames, window, overlap)
-        if len(plan.starts) == 1:
-            return evaluate(apply_model, args)
-        starts = iter(plan.starts)
-
-        # ComfyUI asks for clean latents and not for velocities. One follows linearly from the other, and the weights
-        # sum to one, so that blending either is the same.
-        def clean(piece: Tensor, timestep: Tensor) -> Tensor:
-            start = next(starts)
-            at = slice(start, start + plan.length)
-            conditions = {name: _cut(value, frames, at) for name, value in args["c"].items()}
-            return evaluate(apply_model, {**args, "input": piece, "timestep": timestep, "c": conditions})
-
-        return windowed_velocity(clean, plan, cancel)(args["input"], args["timestep"])
-
-    return wrapper
-
-
-def _cut(condition: Any, frames: int, at: slice) -> Any:
-    """What a window gets of a condition: its frames of one that has the latent's, else all of it."""
-    in_time = isinstance(condition, Tensor) and condition.ndim == 5 and condition.shape[2] == frames
-    return condition[:, :, at] if in_time else condition

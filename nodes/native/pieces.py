@@ -1,0 +1,93 @@
+"""MODELs that see a latent in pieces, windows of time or tiles of the picture, that are blended at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ...flashvideo.tiles import plan_tiles
+from ...flashvideo.windows import Piece, blend, plan_windows
+
+Wrapper = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]  # of ComfyUI's model function
+Plan = Callable[..., list[Piece]]  # of latent frames, rows and columns
+
+
+def with_windows(
+    model: comfy.model_patcher.ModelPatcher, window: int, overlap: int
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a stage-II MODEL that refines longer latents in windows of time; see `flashvideo.windows`.
+
+    `window` and `overlap` are in frames; `window` 0 leaves the model as it is. Raises ValueError for numbers that
+    can't be. A latent that fits one window takes the ordinary way.
+    """
+    if not window:
+        return model.clone()
+    plan_windows(1, window, overlap)
+    return _in_pieces(
+        model, "windows", (window, overlap), lambda frames, *_: plan_windows(frames, window, overlap).pieces()
+    )
+
+
+def with_tiles(model: comfy.model_patcher.ModelPatcher, tile: int) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a stage-II MODEL that sees large pictures in tiles; see `flashvideo.tiles`.
+
+    `tile` is in pixels. Raises ValueError for one that can't be. A picture that fits one tile takes the ordinary way.
+    """
+    plan_tiles(2, 2, tile)
+    return _in_pieces(model, "tiles", (tile,), lambda _, rows, columns: plan_tiles(rows, columns, tile))
+
+
+def _in_pieces(
+    model: comfy.model_patcher.ModelPatcher, kind: str, settings: tuple[int, ...], plan: Plan
+) -> comfy.model_patcher.ModelPatcher:
+    clone = model.clone()
+    inner = model.model_options.get("model_function_wrapper")
+    clone.set_model_unet_function_wrapper(InPieces(inner, settings, plan))
+
+    def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let ComfyUI make room for one piece and not for the whole latent."""
+        piece = torch.empty(tuple(noise_shape), device="meta")[plan(*noise_shape[2:])[0].at]
+        return executor(model, list(piece.shape), *args, **kwargs)
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, f"flashvideo_{kind}", reserve)
+    return clone
+
+
+class InPieces:
+    """ComfyUI's model function over pieces of a latent, each through the wrapper that was there before, if any."""
+
+    def __init__(self, inner: Wrapper | None, settings: tuple[int, ...], plan: Plan) -> None:
+        self.inner, self.settings, self._plan = inner, settings, plan
+
+    def __call__(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        """The clean latent that the network sees in args["input"], [B, C, T, H, W]."""
+        latent = args["input"]
+        pieces = self._plan(*latent.shape[2:])
+        if len(pieces) == 1:
+            return self._evaluate(apply_model, args)
+
+        # ComfyUI asks for clean latents and not for velocities. One follows linearly from the other, and the weights
+        # sum to one, so that blending either is the same.
+        def clean(piece: Piece) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            conditions = {name: _cut(value, latent, piece) for name, value in args["c"].items()}
+            return self._evaluate(apply_model, {**args, "input": latent[piece.at], "c": conditions})
+
+        return blend(pieces, clean, latent)
+
+    def _evaluate(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        if self.inner is not None:
+            return self.inner(apply_model, args)
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+
+def _cut(condition: Any, latent: Tensor, piece: Piece) -> Any:
+    """What a piece gets of a condition: its part of one that lies on the latent, else all of it."""
+    fits = isinstance(condition, Tensor) and condition.ndim == 5 and condition.shape[2:] == latent.shape[2:]
+    return condition[piece.at] if fits else condition

@@ -1,0 +1,147 @@
+"""The refiner in spatial tiles: the library's numbers, with windows too, in every sampler, and room for one tile only."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from torch import Tensor
+
+STRENGTH, STEPS, SHIFT, TILE = 450, 2, 2.5, 128
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """Import a module of the pack under the name that ComfyUI gave it."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="module")
+def model(submodule: Callable[[str], ModuleType]) -> Any:
+    """Nano's refiner as a MODEL."""
+    return submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
+
+
+@pytest.fixture(scope="module")
+def tiled(comfy_nodes: dict[str, Any], model: Any) -> Any:
+    """The MODEL behind the node."""
+    return comfy_nodes["FlashVideoSpatialTiles"].execute(model=model, tile=TILE).result[0]
+
+
+@pytest.fixture(scope="module")
+def text(model: Any) -> dict[str, list]:
+    """Both CONDITIONINGs."""
+    context = normal(1, 8, model.model.diffusion_model.config.text_dim)
+    return {"positive": [[context, {}]], "negative": [[torch.zeros_like(context), {}]]}
+
+
+@pytest.fixture(scope="module")
+def refine(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., Tensor]:
+    """Degrade a latent and refine it, with the two nodes."""
+    degradation, refiner = (comfy_nodes[f"FlashVideo{name}"] for name in ("LatentDegradation", "Stage2Refiner"))
+
+    def run(model: Any, latent: Tensor, **windows: int) -> Tensor:
+        with torch.inference_mode():
+            degraded = degradation.execute({"samples": latent}, strength=STRENGTH, seed=1).result[0]
+            settings = {"steps": STEPS, "cfg": 4.0, "shift": SHIFT, "solver": "euler"}
+            return refiner.execute(model=model, **text, latent=degraded, **settings, **windows).result[0]["samples"]
+
+    return run
+
+
+def expected(submodule: Callable[[str], ModuleType], text: dict[str, list], latent: Tensor, window: int = 0) -> Tensor:
+    """What the library makes of the latent in tiles, in windows of time too if wanted."""
+    samplers, schedule, windows = (submodule(f"flashvideo.{name}") for name in ("samplers", "schedule", "windows"))
+    nano = submodule("flashvideo.nano").nano_state("stage2")
+    dit = submodule("flashvideo.checkpoints").load_dit(nano, dtype=torch.float32)
+    scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
+    noise = submodule("nodes.native.run").seeded_noise(latent.shape, 1)()
+    start = submodule("flashvideo.degradation").degrade_latent(latent * scale, noise, STRENGTH)
+    velocity = samplers.guided_velocity(dit, text["positive"][0][0], text["negative"][0][0], 4.0, STRENGTH)
+    velocity = submodule("flashvideo.tiles").tiled_velocity(velocity, TILE)
+    if window:
+        velocity = windows.windowed_velocity(velocity, windows.plan_windows(latent.shape[2], window, 0))
+    with torch.no_grad():
+        return samplers.solve_flow(velocity, start, schedule.stage2_times(STEPS, SHIFT)) / scale
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_tiles_give_what_the_library_gives(
+    window: int,
+    refine: Callable[..., Tensor],
+    tiled: Any,
+    model: Any,
+    submodule: Callable[[str], ModuleType],
+    text: dict[str, list],
+) -> None:
+    latent = normal(1, 16, 3, 20, 28)
+    refined = refine(tiled, latent, window=window, overlap=0)
+    torch.testing.assert_close(refined, expected(submodule, text, latent, window), rtol=0, atol=1e-3)
+    assert (refined - refine(model, latent, window=window, overlap=0)).abs().max() > 0.02  # tiles have their own view
+
+
+def test_ksampler_takes_the_tiles_too(
+    comfy_nodes: dict[str, Any], refine: Callable[..., Tensor], tiled: Any, text: dict[str, list]
+) -> None:
+    latent = normal(1, 16, 2, 20, 28)
+    with torch.inference_mode():
+        ready = comfy_nodes["FlashVideoRefinerSettings"].execute(model=tiled, strength=STRENGTH, shift=SHIFT).result[0]
+        sampled = comfy_nodes["KSampler"]().sample(
+            ready, 1, STEPS, 4.0, "euler", "simple", **text, latent_image={"samples": latent}
+        )[0]["samples"]
+    torch.testing.assert_close(sampled, refine(tiled, latent), rtol=0, atol=1e-3)
+
+
+def test_a_picture_of_one_tile_is_refined_as_before_to_the_last_bit(
+    refine: Callable[..., Tensor], tiled: Any, model: Any
+) -> None:
+    latent = normal(1, 16, 2, 16, 16)
+    assert torch.equal(refine(tiled, latent), refine(model, latent))
+
+
+def test_comfyui_makes_room_for_a_tile_and_not_for_the_picture(
+    refine: Callable[..., Tensor], tiled: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    load = comfy.model_management.load_models_gpu
+
+    def listen(models: list[Any], memory_required: float = 0, **others: Any) -> None:
+        asked.append(memory_required)
+        load(models, memory_required=memory_required, **others)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", listen)
+    for use, sides in ((model, (16, 16)), (tiled, (32, 48)), (model, (32, 48))):
+        refine(use, normal(1, 16, 1, *sides))
+    tile, picture, whole = asked
+    assert picture == tile < whole
+
+
+def test_the_long_video_node_tells_tiles_from_none(
+    comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType], model: Any, tiled: Any
+) -> None:
+    fingerprint = submodule("nodes.native.fingerprint").weights_fingerprint
+    larger = comfy_nodes["FlashVideoSpatialTiles"].execute(model=model, tile=256).result[0]
+    again = comfy_nodes["FlashVideoSpatialTiles"].execute(model=model, tile=TILE).result[0]
+    assert len({fingerprint(each) for each in (model, tiled, larger)}) == 3
+    assert fingerprint(again) == fingerprint(tiled)
+
+
+def test_a_wrong_model_or_tile_is_refused(
+    comfy_nodes: dict[str, Any], model: Any, submodule: Callable[[str], ModuleType]
+) -> None:
+    node = comfy_nodes["FlashVideoSpatialTiles"]
+    with pytest.raises(ValueError, match="^FlashVideo Spatial Tiles: a tile's side is a multiple of 16 .* got 200"):
+        node.execute(model=model, tile=200)
+    draft = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
+    with pytest.raises(ValueError, match="^FlashVideo Spatial Tiles: model must be FlashVideo stage II"):
+        node.execute(model=draft, tile=TILE)
