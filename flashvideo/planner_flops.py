@@ -18,6 +18,7 @@ from .vae_memory import TilePlan, reaches
 from .vae_tiles import Tile
 
 VOLUME, AREA = KERNEL_SIZE**3, KERNEL_SIZE**2
+DOUBLED = 16  # of the convolution that doubles a picture, for a pixel of the small one: four kernels of 2 x 2
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def decode_flops(config: VAEConfig, frames: int, height: int, width: int) -> Flo
         total += _stack(before, after, config.decoder_blocks, positions)
         total += _norms(before, after, config.decoder_blocks, latent)
         if level < LEVELS - 1:
+            total += DOUBLED * after**2 * frames * (height + 1) * (width + 1)  # before time is doubled
             height, width = height * 2, width * 2
-            total += AREA * after**2 * frames * height * width  # before time is doubled
             frames = 2 * frames - 1 if level < TIME_LEVELS else frames
         before = after
     total += 2 * latent * before + VOLUME * before * config.image_channels * positions
@@ -126,7 +127,7 @@ def tiling_factor(plan: TilePlan, latents: int, rows: int, columns: int) -> floa
         runs = sum(unit.norms for unit in group) if len(tiles) > 1 else 0
         for unit, reach in zip(group, reaches(group), strict=True):
             area = sum(_area(tile.grown(reach, whole)) for tile in tiles) / _area(whole)
-            enlarged = AREA * unit.inputs**2 if 0 < scale < unit.scale else 0  # stands before the first norm
+            enlarged = DOUBLED / 4 * unit.inputs**2 if 0 < scale < unit.scale else 0  # stands before the first norm
             costs = [(enlarged * ((latents - 1) * time + 1), runs + 1)]
             # Behind each norm stands a convolution: the first of two changes the channels.
             for inputs in (unit.inputs, unit.channels)[: unit.norms]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from flashvideo.checkpoints import load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE, VAE, VAEConfig
 from flashvideo.vae import Posterior, VideoVAE, decode_chunks, decode_in_halves, encode_chunks
-from flashvideo.vae_layers import ChunkContext, group_norm, group_statistics
+from flashvideo.vae_layers import ChunkContext, LayerFactory, Upsample, group_norm, group_statistics
 
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "data" / "golden"
@@ -295,6 +295,28 @@ def test_big_convolutions_run_in_windows_of_time_with_equal_results(
             monkeypatch.setattr("flashvideo.vae_layers.WINDOW_ELEMENTS", elements)
             assert error(tiny.decode(latent), whole) <= 1e-5  # another shape may take another kernel
             assert error(tiny.encode(whole).mean, moments.mean) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)]
+)
+@pytest.mark.parametrize("in_time", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 4)])
+def test_doubling_by_quarters_equals_a_convolution_of_the_doubled_picture(
+    size: tuple[int, int], in_time: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    layer = Upsample(6, LayerFactory(torch.nn, None, dtype, 2), in_time=in_time)
+    x = torch.randn(2, 6, 3, *size, dtype=dtype)
+    doubled = torch.nn.functional.interpolate(x.float().transpose(1, 2).flatten(0, 1), scale_factor=2.0)
+    conv = layer.conv.float()
+    expected = conv(doubled).unflatten(0, (2, 3)).transpose(1, 2)
+    if in_time:
+        expected = expected.repeat_interleave(2, dim=2)[:, :, 1:]
+    layer.to(dtype)
+    result = layer(x, ChunkContext())
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), expected, rtol=0, atol=tolerance)
 
 
 def test_sampling_clamps_the_log_variance() -> None:
