@@ -17,6 +17,7 @@ from ..schedule import TRAIN_STEPS
 from ..t5 import T5Encoder, T5Tokens, load_encoder
 from .checkpointing import export_weights
 from .config import LoopSettings
+from .errors import TrainingError
 from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .metrics import sheet
@@ -61,9 +62,15 @@ class Stage1Settings:
     train_text: bool = False
     tokenizer: str = ""
     caption_dropout: float = CAPTION_DROPOUT
+    timestep_power: float = 1.0  # below 1, noisy timesteps are drawn more often: there the layout is decided
     short_text: ShortText = field(default_factory=ShortText)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a power that draws no timesteps."""
+        if self.timestep_power <= 0:
+            raise TrainingError(f"timestep_power must be above 0; got {self.timestep_power}.")
 
 
 class DraftData(Dataset):
@@ -132,13 +139,14 @@ class Stage1Task:
         return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]
 
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """Mean squared error of v at random timesteps, spread evenly over the batch."""
+        """Mean squared error of v at random timesteps, well spread over the batch."""
         settings = self.settings
         latent = batch["latent"] * STAGE1_LATENT_SCALE
         context = settings.short_text.cut(self._context(batch), index // settings.loop.accumulate)
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         noise = normal_like(latent, generator_for(settings.seed, "noise", index))
-        timestep = _spread_timesteps(len(latent), generator_for(settings.seed, "time", index)).to(latent.device)
+        places = generator_for(settings.seed, "time", index)
+        timestep = _spread_timesteps(len(latent), places, settings.timestep_power).to(latent.device)
         network = as_called(self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks)
         return {"loss": stage1_loss(network, latent, context, noise, timestep)}
 
@@ -206,7 +214,10 @@ def _nothing(latent: Tensor, *_: Any) -> Tensor:
     return torch.zeros_like(latent)
 
 
-def _spread_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """[count] timesteps, one from each of `count` equal parts of 0 to 999: each uniform, together even."""
+def _spread_timesteps(count: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
+    """[count] timesteps of 0 to 999, one from each of `count` parts that are equally likely, so together even.
+
+    Uniform to the power `power`, in parts of 1000.
+    """
     places = (torch.rand(count, generator=generator) + torch.arange(count)) / count
-    return (places * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)
+    return (places**power * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)

@@ -26,6 +26,7 @@ from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile
 from flashvideo.training.networks import NetworkSettings, make_network
+from flashvideo.training.stage1 import _spread_timesteps
 from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
@@ -201,6 +202,17 @@ def test_the_text_encoder_must_tell_each_token_and_its_neighbours_within_the_tex
         place.get(token, outside) for token in (-1, -1, -1, 5, 7, 1, -1, -1, 5, 7, 1, 0, -1, 5, 7, 1, 0, 0)
     ]
     assert task.loss({"tokens": tokens}, 0)["loss"].item() == pytest.approx(math.log(task.description["tokens"]))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.6])
+def test_timesteps_are_spread_over_a_batch_by_their_power(power: float) -> None:
+    drawn = torch.stack([_spread_timesteps(16, torch.Generator().manual_seed(seed), power) for seed in range(200)])
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    assert (drawn[:, :-1] <= drawn[:, 1:]).all()  # one from each part
+    for part in (250, 650):
+        wanted = (part / 1000) ** (1 / power)  # of a uniform number to that power
+        assert float((drawn < part).float().mean()) == pytest.approx(wanted, abs=0.01)
 
 
 def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Path) -> None:
