@@ -59,7 +59,7 @@ def measure(network: FlashVideoDiT, size: tuple[int, int, int], rounds: int, dev
     clock = time.process_time if is_single_thread(device) else time.perf_counter
     attention_seconds = 0.0
 
-    def timed_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    def timed_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:
         nonlocal attention_seconds
         synchronize(device)
         start = clock()

@@ -29,16 +29,19 @@ PIECE_ELEMENTS = 2**26  # 8,738 tokens of stage II, enough to fill any card's ma
 PIECE_TOKENS_CPU = 1024  # enough for the matrix products' speed; the pieces stay near the caches
 PIECE_MULTIPLE = 128  # tokens; attention kernels and matrix products work in such tiles
 
-# attention(q, k, v, heads) on [B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads * head_dim];
-# the queries may be a piece of the sequence.
-Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+# attention(q, k, v, heads, start) on [B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads *
+# head_dim]; the queries may be a piece of the sequence, whose first token is number `start`.
+Attention = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 # around_block(index, block, tokens) -> tokens: runs block(tokens), or something in its place. Without autograd
 # block(tokens) overwrites its argument.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """PyTorch's scaled dot product attention: [B, heads, n or N, head_dim] -> [B, n, heads * head_dim]."""
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, start: int = 0) -> Tensor:
+    """PyTorch's scaled dot product attention: [B, heads, n or N, head_dim] -> [B, n, heads * head_dim].
+
+    It is exact and so the same wherever the queries `start`.
+    """
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -217,7 +220,8 @@ class Block(nn.Module):
     def _attend(self, normed: Tensor, k: Tensor, v: Tensor, piece: Stretch, attention: Attention) -> Tensor:
         """Attention of a piece's tokens [B, n, hidden] to keys and values [B, N, heads, head_dim]: [B, n, hidden]."""
         q = self._turn(self.norm_q(self._heads(self.q(normed))), piece)
-        return self.attn_out(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.heads))
+        start = piece.tokens.start or 0
+        return self.attn_out(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.heads, start))
 
     def _advance(
         self, tokens: Tensor, attended: Tensor, first: Modulators, second: Modulators, piece: Stretch
@@ -300,13 +304,16 @@ class FlashVideoDiT(nn.Module):
         *,
         degradation_step: float | Tensor | None = None,
         attention: Attention = attention_sdpa,
+        order: Tensor | None = None,
         around_block: AroundBlock | None = None,
     ) -> Tensor:
         """Predict v (stage I) or the velocity (stage II).
 
         `latent` [B, C, T, H, W] in the model's scaled space, H and W even; `timestep` [B] in 0..1000, fractions
         allowed; `context` [B, L, text_dim]; `degradation_step` 0..999, needed by stage II and refused by stage I.
-        Returns [B, out_channels, T, H, W]. Raises ValueError on any other shape.
+        `order` [T * H/2 * W/2] numbers the patches as the layers shall see them, for an `attention` that goes by their
+        places; else they stand by frame, row and column. Returns [B, out_channels, T, H, W]. Raises ValueError on any
+        other shape.
         """
         self._check(latent, context, degradation_step)
         _, _, frames, height, width = latent.shape
@@ -314,6 +321,9 @@ class FlashVideoDiT(nn.Module):
         embedding = self._embed(timestep, frames, degradation_step, latent.dtype)
         rope = self.rope(frames, rows, columns, latent.device)
         tokens = self.patch_embed(latent, context)
+        if order is not None:
+            rope = (rope[0][order], rope[1][order])
+            tokens = torch.cat((tokens[:, : context.shape[1]], tokens[:, context.shape[1] :][:, order]), dim=1)
         for index, block in enumerate(self.blocks):
             if around_block is None:
                 tokens = block(tokens, embedding, rope, attention)
@@ -325,7 +335,10 @@ class FlashVideoDiT(nn.Module):
             self.proj_out(self.norm_out(self.norm_final(video[:, piece.tokens]), embedding))
             for piece in stretches(video, rope, self.config.ff_dim)
         ]
-        return self._unpatchify(torch.cat(patches, dim=1), frames, rows, columns)
+        patches = torch.cat(patches, dim=1)
+        if order is not None:
+            patches = patches[:, order.argsort()]
+        return self._unpatchify(patches, frames, rows, columns)
 
     def rope(self, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the video tokens' positions; a variant with other positions overrides this."""

@@ -130,7 +130,7 @@ def _linear_layers(config: DiTConfig, device: torch.device, dtype: torch.dtype) 
     network = _noise(FlashVideoDiT(config, device="meta", dtype=dtype), device)
     step = torch.zeros(1, device=device) if config.degradation_embedding else None
 
-    def skip(q: Tensor, _k: Tensor, _v: Tensor, _heads: int) -> Tensor:
+    def skip(q: Tensor, _k: Tensor, _v: Tensor, _heads: int, _start: int) -> Tensor:
         return q.transpose(1, 2).flatten(2)
 
     def work(side: int) -> tuple[Callable[[], Tensor], float]:

@@ -23,6 +23,8 @@ from ...flashvideo.config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, STAGE2_LAT
 from ...flashvideo.dit import FlashVideoDiT
 from ...flashvideo.nano import NANO_STAGE1, NANO_STAGE2, nano_preview
 from ...flashvideo.planner_memory import dit_bytes
+from ...flashvideo.sparse import WindowAttention
+from .attention import ATTENTION_TILES
 from .degraded import guard_degradation
 from .sampling import RefinerSampling, Stage1Sampling
 
@@ -108,9 +110,15 @@ class NativeDiT(FlashVideoDiT):
         degradation_step: int | None = None,
         **_unused: Any,
     ) -> Tensor:
-        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:
             return optimized_attention(q, k, v, heads, skip_reshape=True, transformer_options=transformer_options)
 
+        order = None
+        if ATTENTION_TILES in transformer_options:
+            size = self.config.patch_size
+            grid = (x.shape[2], x.shape[3] // size, x.shape[4] // size)
+            attention = WindowAttention(context.shape[1], grid, transformer_options[ATTENTION_TILES], attention)
+            order = attention.order.to(x.device)
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
 
         def around_block(index: int, block: Any, tokens: Tensor) -> Tensor:
@@ -120,7 +128,13 @@ class NativeDiT(FlashVideoDiT):
             return run_replacement(replacement, block, tokens, context.shape[1], transformer_options)
 
         return super().forward(
-            x, timestep, context, degradation_step=degradation_step, attention=attention, around_block=around_block
+            x,
+            timestep,
+            context,
+            degradation_step=degradation_step,
+            attention=attention,
+            order=order,
+            around_block=around_block,
         )
 
 

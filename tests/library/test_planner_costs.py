@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= count
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:
     """The shape of attention's result, without the scores that only the meta device would keep."""
     return q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
 

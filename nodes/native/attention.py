@@ -1,0 +1,53 @@
+"""MODELs whose attention is approximate, which they tell by what stands in their transformer options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+from comfy.ldm.modules.attention import get_attention_function
+from torch import Tensor
+
+from ...flashvideo.planner_memory import LAYER_SEQUENCES
+from ...flashvideo.sparse import Grid, share
+
+ATTENTION_TILES = "flashvideo_attention_tiles"  # how the video is cut, as `sparse.WindowAttention` takes it
+OVERRIDE = "optimized_attention_override"  # ComfyUI's own
+SAGE = "sage"  # ComfyUI's name for SageAttention
+
+
+def with_attention_windows(model: comfy.model_patcher.ModelPatcher, tiles: Grid) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a MODEL whose video attends within windows; see `flashvideo.sparse`."""
+    clone = model.clone()
+    clone.model_options["transformer_options"][ATTENTION_TILES] = tiles
+
+    def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let ComfyUI make room for a window's keys and values beside the whole sequence's, by a wider picture."""
+        *shape, columns = noise_shape
+        columns = math.ceil(columns * (1 + 2 * share(tiles) / LAYER_SEQUENCES))
+        return executor(model, [*shape, columns], *args, **kwargs)
+
+    preparing = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+    clone.remove_wrappers_with_key(preparing, ATTENTION_TILES)  # of windows that were chosen before
+    clone.add_wrapper_with_key(preparing, ATTENTION_TILES, reserve)
+    return clone
+
+
+def has_sage() -> bool:
+    """Whether ComfyUI found SageAttention."""
+    return get_attention_function(SAGE, None) is not None
+
+
+def with_sage(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a MODEL whose attention is SageAttention's (arXiv 2410.02367), in 8 bits."""
+    clone = model.clone()
+    clone.model_options["transformer_options"][OVERRIDE] = sage
+    return clone
+
+
+def sage(_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """In place of the attention function that ComfyUI has chosen."""
+    return get_attention_function(SAGE)(*args, **kwargs)
