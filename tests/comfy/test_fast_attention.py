@@ -208,3 +208,20 @@ def test_comfyui_makes_room_for_a_windows_keys_and_values(
         refine(use)
     exact, narrow, wide, again = asked
     assert exact < narrow < wide == again
+
+
+def test_a_compiled_model_sees_the_same_view(
+    fast: Callable[..., Any],
+    refine: Callable[..., Tensor],
+    submodule: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What core's TorchCompileModel does, in one graph; with PyTorch's attention, as on every GPU."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    monkeypatch.setattr(submodule("nodes.native.model"), "optimized_attention", core_attention.attention_pytorch)
+    compiled = fast("medium view").clone()
+    torch._dynamo.reset()
+    set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
+    torch.testing.assert_close(refine(compiled), refine(fast("medium view")), rtol=0, atol=TOLERANCE)
+    torch._dynamo.reset()
