@@ -1,4 +1,4 @@
-"""The refiner in spatial tiles: the library's numbers, with windows too, in every sampler, and room for one tile only."""
+"""The refiner in spatial tiles: the library's numbers, with windows too, in every sampler, and room for one tile."""
 
 from __future__ import annotations
 
