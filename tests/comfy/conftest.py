@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import importlib
 import io
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -159,8 +160,30 @@ def comfy_nodes(comfy_base: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def pack(comfy_nodes: dict[str, Any]) -> ModuleType:
-    """The loaded pack. Its submodules: `importlib.import_module(f"{pack.__name__}.flashvideo.schedule")`."""
+    """The loaded pack; see `submodule` for what is in it."""
     return sys.modules[str(BASE / "custom_nodes" / PACK_NAME).replace(".", "_x_")]  # ComfyUI's own naming
+
+
+@pytest.fixture(scope="session")
+def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """Import a module of the pack under the name that ComfyUI gave it."""
+    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.fixture(scope="session")
+def model(submodule: Callable[[str], ModuleType]) -> Any:
+    """Nano's refiner as a MODEL."""
+    return submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
+
+
+@pytest.fixture(scope="session")
+def text(model: Any) -> dict[str, list]:
+    """Both CONDITIONINGs for it: random numbers, and zeros."""
+    import torch
+
+    width = model.model.diffusion_model.config.text_dim
+    context = torch.randn((1, 8, width), generator=torch.Generator().manual_seed(0))
+    return {"positive": [[context, {}]], "negative": [[torch.zeros_like(context), {}]]}
 
 
 @pytest.fixture()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +20,6 @@ STAGE1_SCALE, STAGE2_SCALE = 0.7, 1.15258426
 def frames_second(latent: torch.Tensor) -> torch.Tensor:
     """Golden latents are [B, T, C, H, W]; ours are [B, C, T, H, W]."""
     return latent.transpose(1, 2)
-
-
-@pytest.fixture(scope="module")
-def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """Import a module of the pack under the name that ComfyUI gave it."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -35,12 +34,6 @@ def tone() -> dict[str, Any]:
     """As long as the clip, as an AUDIO."""
     samples = torch.arange(int(COUNT / RATE * SOUND_RATE))
     return {"waveform": (samples / 20).sin()[None, None], "sample_rate": SOUND_RATE}
-
-
-@pytest.fixture(scope="module")
-def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """Import a module of the pack under the name that ComfyUI gave it."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 @pytest.fixture(scope="module")

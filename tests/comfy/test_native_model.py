@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,12 +81,6 @@ def text_to_video(**changes: Any) -> dict[str, Any]:
         node, _, name = place.partition("__")
         graph[node]["inputs"][name] = value
     return graph
-
-
-@pytest.fixture(scope="module")
-def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """Import a module of the pack under the name that ComfyUI gave it."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
 @pytest.fixture()

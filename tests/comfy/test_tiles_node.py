@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -21,28 +20,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """Import a module of the pack under the name that ComfyUI gave it."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
-
-
-@pytest.fixture(scope="module")
-def model(submodule: Callable[[str], ModuleType]) -> Any:
-    """Nano's refiner as a MODEL."""
-    return submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
-
-
-@pytest.fixture(scope="module")
 def tiled(comfy_nodes: dict[str, Any], model: Any) -> Any:
     """The MODEL behind the node."""
     return comfy_nodes["FlashVideoSpatialTiles"].execute(model=model, tile=TILE).result[0]
-
-
-@pytest.fixture(scope="module")
-def text(model: Any) -> dict[str, list]:
-    """Both CONDITIONINGs."""
-    context = normal(1, 8, model.model.diffusion_model.config.text_dim)
-    return {"positive": [[context, {}]], "negative": [[torch.zeros_like(context), {}]]}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -27,25 +26,6 @@ def wandering(frames: int, seed: int) -> Tensor:
     for index in range(1, frames):
         latent.append(keep * latent[-1] + (1 - keep**2) ** 0.5 * noise[:, :, index])
     return torch.stack(latent, dim=2)
-
-
-@pytest.fixture(scope="module")
-def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """Import a module of the pack under the name that ComfyUI gave it."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
-
-
-@pytest.fixture(scope="module")
-def model(submodule: Callable[[str], ModuleType]) -> Any:
-    """Nano's refiner as a MODEL."""
-    return submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
-
-
-@pytest.fixture(scope="module")
-def text(model: Any) -> dict[str, list]:
-    """Both CONDITIONINGs."""
-    context = normal(1, 8, model.model.diffusion_model.config.text_dim)
-    return {"positive": [[context, {}]], "negative": [[torch.zeros_like(context), {}]]}
 
 
 @pytest.fixture(scope="module")
