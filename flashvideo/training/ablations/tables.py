@@ -148,8 +148,8 @@ def table10(lab: Lab) -> TableResult:
         *beats(usual, labels[LEAST], "gradient_error"),
     ]
     about = (
-        "The shipped refiner. The paper: a weak degradation leaves the draft's flaws and adds little detail, a strong one "
-        "loses the draft; 650 to 750 is useful."
+        "The shipped refiner. The paper: a weak degradation leaves the draft's flaws and adds little detail, a strong "
+        "one loses the draft; 650 to 750 is useful."
     )
     return _table(lab, "table10", "Table 10: degradation strength", about, ways, claims, lab.suite())
 
