@@ -3,7 +3,8 @@
 Quality: FlashVideo-Nano refines procedural clips that training never saw, once exactly and once with each
 approximation; PSNR of the refined latents (peak: the exact latent's range) and of the decoded frames (peak: white),
 over all clips. Speed: one layer with random weights on a larger grid of patches, exact and approximate in turn.
-"in time" is no choice of an artist: it shows what cutting time instead of the picture would cost.
+"in time" is no choice of an artist: it shows what cutting time instead of the picture would cost. "spatial tiles" are
+those of `flashvideo.tiles`, for which the whole network runs once a tile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import importlib.util
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,40 +29,69 @@ from scaling import make_network  # noqa: E402
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
 from flashvideo.config import PIXEL_MULTIPLE, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, TEXT_TOKENS  # noqa: E402
 from flashvideo.degradation import degrade_latent  # noqa: E402
-from flashvideo.dit import Attention  # noqa: E402
+from flashvideo.dit import Attention, FlashVideoDiT  # noqa: E402
 from flashvideo.frames import to_frames  # noqa: E402
 from flashvideo.guidance import STAGE2_SCALE  # noqa: E402
 from flashvideo.nano import NANO_FOLDER, NANO_STRENGTH, nano_state  # noqa: E402
 from flashvideo.samplers import sample_stage2  # noqa: E402
 from flashvideo.sparse import VIEWS, Grid, WindowAttention  # noqa: E402
 from flashvideo.t5 import T5Tokens, contexts, load_encoder, with_motion  # noqa: E402
+from flashvideo.tiles import TILE, plan_tiles  # noqa: E402
 from flashvideo.training.captions import caption  # noqa: E402
 from flashvideo.training.rendering import render  # noqa: E402
 from flashvideo.training.scenes import random_scene  # noqa: E402
+from flashvideo.windows import blend  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH, ENLARGED = 17, 256, 448, 4  # what Nano makes of its drafts, and how much larger
 FULL_HD: Grid = (13, 67, 120)  # stage II at 1072x1920, 49 frames
 IN_TIME: Grid = (5, 1, 1)
+SMALL_TILE = 256  # pixels of spatial tiles up to LARGE rows of patches, above TILE
+LARGE = 48
 WHITE = 1.0
+
+Network = Callable[..., Tensor]  # a FlashVideoDiT, or something that is called like one
 
 
 @dataclass(frozen=True)
 class Method:
-    """An approximation: windows, or another attention function over everything."""
+    """An approximation: windows, another attention function over everything, or tiles of the picture."""
 
     tiles: Grid | None = None
     dense: Attention | None = None
+    spatial: bool = False
 
-    def attention(self, grid: Grid) -> dict[str, Attention | Tensor]:
-        """The network's arguments for a grid of patches."""
+    def network(self, dit: FlashVideoDiT, grid: Grid) -> Network:
+        """The network with this approximation, for a grid of patches."""
+        if self.spatial:
+            return partial(in_tiles, dit, tile_of(grid))
         if self.tiles is None:
-            return {} if self.dense is None else {"attention": self.dense}
+            return dit if self.dense is None else partial(dit, attention=self.dense)
         windows = WindowAttention(TEXT_TOKENS, grid, self.tiles)
-        return {"attention": windows, "order": windows.order}
+        return partial(dit, attention=windows, order=windows.order)
 
     def kept(self, grid: Grid) -> float:
         """Share of exact attention's operations."""
+        if self.spatial:
+            frames, rows, columns = grid
+            pieces = plan_tiles(2 * rows, 2 * columns, tile_of(grid))
+            seen = [TEXT_TOKENS + frames * piece.weight.numel() // 4 for piece in pieces]
+            return sum(tokens**2 for tokens in seen) / (TEXT_TOKENS + math.prod(grid)) ** 2
         return 1.0 if self.tiles is None else WindowAttention(TEXT_TOKENS, grid, self.tiles).kept
+
+    def shape(self, grid: Grid) -> str:
+        """How the grid is cut, in words."""
+        return f"{tile_of(grid)} pixels" if self.spatial else " x ".join(map(str, self.tiles or (1, 1, 1)))
+
+
+def tile_of(grid: Grid) -> int:
+    """The side of spatial tiles in pixels."""
+    return TILE if grid[1] > LARGE else SMALL_TILE
+
+
+def in_tiles(dit: FlashVideoDiT, tile: int, latent: Tensor, *conditions: Tensor, **options: int) -> Tensor:
+    """What the network says of a latent [1, C, T, H, W], seen in tiles."""
+    pieces = plan_tiles(*latent.shape[3:], tile)
+    return blend(pieces, lambda piece: dit(latent[piece.at], *conditions, **options), latent)
 
 
 def main() -> None:
@@ -75,7 +105,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     options = parser.parse_args()
     name = options.dtype or ("float32" if torch.device(options.device).type == "cpu" else "bfloat16")
-    methods = {"exact": Method(), **{view: Method(tiles) for view, tiles in VIEWS.items()}, "in time": Method(IN_TIME)}
+    methods = {"exact": Method(), **{view: Method(tiles) for view, tiles in VIEWS.items()}}
+    methods |= {"in time": Method(IN_TIME), "spatial tiles": Method(spatial=True)}
     if torch.device(options.device).type == "cuda" and importlib.util.find_spec("sageattention"):
         methods["8-bit"] = Method(dense=attention_sage)
     quality = measure_quality(methods, options.clips, DTYPES[name], options.device) | {"exact": (None, None, None)}
@@ -83,7 +114,7 @@ def main() -> None:
     seconds = measure_speed(methods, grid, options.width, options.rounds, DTYPES[name], options.device)
     small = grid_of(FRAMES, HEIGHT, WIDTH)
     rows = [
-        [label, " x ".join(map(str, method.tiles or (1, 1, 1))), method.kept(small), *quality[label],
+        [label, method.shape(small), method.kept(small), *quality[label],
          method.kept(grid), seconds[label], seconds["exact"] / seconds[label], method.kept(FULL_HD)]
         for label, method in methods.items()
     ]  # fmt: skip
@@ -91,7 +122,7 @@ def main() -> None:
     columns += ["kept, large", "layer, s", "times as fast", "kept, 1072x1920x49"]
     facts = {
         "quality": f"Nano, {options.clips} clips of {HEIGHT}x{WIDTH}x{FRAMES}, strength {NANO_STRENGTH}, 4 steps, "
-        f"cfg {STAGE2_SCALE:g}",
+        f"cfg {STAGE2_SCALE:g}; kept, 1072x1920x49, of spatial tiles: {TILE} pixels",
         "large": f"{' x '.join(map(str, grid))} patches, {math.prod(grid) + TEXT_TOKENS} tokens, width {options.width}",
         "dtype": name,
         "rounds": options.rounds,
@@ -132,7 +163,7 @@ def measure_quality(
         start = degrade_latent(latent, noise, NANO_STRENGTH)
         results = {}
         for label, method in methods.items():
-            network = partial(dit, **method.attention(grid_of(FRAMES, HEIGHT, WIDTH)))
+            network = method.network(dit, grid_of(FRAMES, HEIGHT, WIDTH))
             refined = sample_stage2(network, start, context, torch.zeros_like(context), degradation_step=NANO_STRENGTH)
             latents = refined / STAGE2_LATENT_SCALE
             results[label] = latents, to_frames(vae.decode(latents.to(dtype)).float().cpu())
@@ -163,8 +194,10 @@ def measure_speed(
     latent = torch.randn(1, 16, frames, 2 * rows, 2 * columns).to(device, dtype)
     context = torch.randn(1, TEXT_TOKENS, network.config.text_dim).to(device, dtype)
     timestep = torch.tensor([500.0], device=device)
-    network = partial(network, latent, timestep, context, degradation_step=NANO_STRENGTH)
-    runs = {label: partial(network, **method.attention(grid)) for label, method in methods.items()}
+    runs = {
+        label: partial(method.network(network, grid), latent, timestep, context, degradation_step=NANO_STRENGTH)
+        for label, method in methods.items()
+    }
     return medians(alternate(runs, rounds, device))
 
 

@@ -1,8 +1,8 @@
 """Does memory stay where it is while a long video is refined? `python benchmarks/long_memory.py`
 
 Writes a procedural video of --minutes at --rate frames a second, refines it with FlashVideo-Nano in this process, from
-file to file and without making it larger, and prints the resident memory at the end of every minute of the video in
-every phase. One step without guidance: how often a window is evaluated doesn't change what is held.
+file to file and without making it larger, and prints the most resident memory in every minute of the video, phase by
+phase. One step without guidance: how often a window is evaluated doesn't change what is held.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
 from flashvideo.config import TEXT_TOKENS  # noqa: E402
 from flashvideo.frames import TargetSize  # noqa: E402
-from flashvideo.nano import nano_state  # noqa: E402
+from flashvideo.nano import NANO_STRENGTH, nano_state  # noqa: E402
 from flashvideo.refine import DECODE, ENCODE, REFINE, Networks, RefineSettings  # noqa: E402
 from flashvideo.refine_files import READ, refine_video  # noqa: E402
 
@@ -85,7 +85,7 @@ def refine(source: Path, target: Path, options: argparse.Namespace) -> dict[tupl
     dit = load_dit(nano_state("stage2"), dtype=torch.float32, stage=2)
     vae = load_vae(nano_state("vae"), dtype=torch.float32)
     networks = Networks(dit, vae, torch.zeros(1, TEXT_TOKENS, dit.config.text_dim), device)
-    settings = RefineSettings(TargetSize("keep"), strength=450, steps=1, cfg=1.0)
+    settings = RefineSettings(TargetSize("keep"), strength=NANO_STRENGTH, steps=1, cfg=1.0)
     held: dict[tuple[str, int], list[int]] = defaultdict(list)
     lines = itertools.count(1)
 

@@ -1,10 +1,12 @@
-"""Stage II over a large picture in tiles: less memory and time for one evaluation, at the price of the whole view.
+"""Stage II over a large picture in tiles: less memory for one evaluation, at the price of the whole view.
 
 An approximation, and the artist's choice. The network sees one tile at a time, with positions of its own, and what
 it says of overlapping tiles is averaged at every evaluation, as `windows` does over time (MultiDiffusion, arXiv
 2302.08113). So no border can be told, but things larger than a tile are made of parts that don't know each other.
 
-Memory follows the tile, and the time for attention the tile times the picture instead of the picture squared.
+Memory follows the tile. What overlaps is computed twice, so the time falls only where attention rules and the picture
+is several tiles large: at 1072x1920x49 in tiles of 768 to half of attention's operations and 1.7 times the others, at
+544x960 in tiles of 512 to 1.5 and 3 times.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class FlashVideoSpatialTiles(io.ComfyNode):
             category=CATEGORY,
             **found_as("tiled refine", "tiled diffusion", "low memory", "out of memory", "small card", "video upscale"),
             description="Lets the refiner see large pictures in overlapping tiles that are blended at every step: less "
-            "memory and faster, but an approximation, since no tile knows the whole picture. Goes between Load "
+            "memory, but an approximation, since no tile knows the whole picture. Goes between Load "
             "FlashVideo Model and the refiner; without this node the picture is always refined as a whole.",
             inputs=[
                 io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
@@ -264,7 +264,7 @@ class FlashVideoSpatialTiles(io.ComfyNode):
                     max=MAX_TILE,
                     step=PIXEL_MULTIPLE,
                     tooltip="Width and height of a tile in pixels. Larger agrees better with the whole picture; "
-                    "smaller needs less memory and time. 512 to 1024 is useful. Neighbours share a quarter. Default: "
+                    "smaller needs less memory. 512 to 1024 is useful. Neighbours share a quarter. Default: "
                     f"{TILE}.",
                 ),
             ],

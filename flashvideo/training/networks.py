@@ -15,13 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoints import STAGE_METADATA, load_dit
 from ..config import TEXT_TOKENS
 from ..convert import sha256
-from ..dit import FlashVideoDiT
+from ..dit import Attention, FlashVideoDiT, attention_sdpa
 from ..nano import NANO_STAGE1, NANO_STAGE2, build_nano
 from ..t5 import T5Encoder, T5Tokens, contexts, load_encoder
 from .checkpointing import export_weights
 from .errors import TrainingError
 from .latents import LatentCache
 from .lora import LORA_PREFIX, add_lora, lora_state, merged_state
+
+SHORT_SEQUENCE = 1024  # tokens up to which attention's matrix may be kept for the way back
+
+# watch(index, tokens) is told what layer `index` made: [B, text + video tokens, hidden]
+Watch = Callable[[int, Tensor], Any]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -80,18 +85,43 @@ def describe_network(dit: FlashVideoDiT, settings: NetworkSettings) -> dict[str,
     return {"network": f"stage{dit.config.stage}", **dataclasses.asdict(dit.config), "lora_rank": settings.lora_rank}
 
 
-def as_called(dit: FlashVideoDiT, *, checkpoint_blocks: bool = False) -> Callable[..., Tensor]:
+def as_called(
+    dit: FlashVideoDiT, *, checkpoint_blocks: bool = False, watch: Watch | None = None
+) -> Callable[..., Tensor]:
     """The network as the losses call it: input in its data type, blocks recomputed on the way back if wanted."""
     dtype = dit.proj_out.weight.dtype
 
-    def recomputed(_index: int, block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        return checkpoint(block, tokens, use_reentrant=False)
+    def around(index: int, block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        recomputed = checkpoint_blocks and torch.is_grad_enabled()
+        tokens = checkpoint(block, tokens, use_reentrant=False) if recomputed else block(tokens)
+        if watch is not None:
+            watch(index, tokens)
+        return tokens
 
     def call(latent: Tensor, timestep: Tensor, context: Tensor, **options: Any) -> Tensor:
-        around = recomputed if checkpoint_blocks and torch.is_grad_enabled() else None
-        return dit(latent.to(dtype), timestep, context.to(dtype), around_block=around, **options)
+        attention = _attention(latent, context.shape[1], dit.config.patch_size)
+        return dit(latent.to(dtype), timestep, context.to(dtype), around_block=around, attention=attention, **options)
 
     return call
+
+
+def _attention(latent: Tensor, text: int, patch: int) -> Attention:
+    """The attention to learn with. Backwards, PyTorch's own is slow on CPUs: 1.4 times a whole step of Nano's."""
+    tokens = text + latent.shape[2] * (latent.shape[3] // patch) * (latent.shape[4] // patch)
+    is_short = latent.device.type == "cpu" and torch.is_grad_enabled() and tokens <= SHORT_SEQUENCE
+    return attention_products if is_short else attention_sdpa
+
+
+def attention_products(q: Tensor, k: Tensor, v: Tensor, heads: int, start: int = 0) -> Tensor:
+    """Exact attention as two matrix products, softmax in the data type: [B, heads, n or N, head_dim] -> [B, n, hidden].
+
+    It is the same wherever the queries `start`.
+    """
+    q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    with torch.autocast(q.device.type, enabled=False):
+        weights = scores.softmax(-1)
+    return torch.bmm(weights, v).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 def export_network(

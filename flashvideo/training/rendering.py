@@ -42,36 +42,58 @@ def render(
     return torch.cat(parts, dim=1)
 
 
-def _draw(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
+@torch.no_grad()
+def subject_coverage(scene: Scene, frames: int, height: int, width: int, *, rate: float = FRAME_RATE) -> Tensor:
+    """How much of each pixel of `render` the scene's subjects cover, [T, H, W] in [0, 1]."""
+    time = (torch.arange(frames, dtype=torch.float32) / rate).view(-1, 1, 1)
+    x, y, pixel = _plane(scene, time, height, width)
+    covered = torch.zeros(frames, height, width)
+    for subject in scene.subjects:
+        u, v, unit = _seen_from(subject, x, y, time, pixel)
+        covered = covered.maximum(coverage(SHAPE_DISTANCES[subject.shape](u, v), unit))
+    return covered
+
+
+def _plane(scene: Scene, time: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the camera sees the pixels' middles, x and y, and a pixel's side there."""
     pixel = 1 / height
     x = ((torch.arange(width, device=time.device) + 0.5 - width / 2) * pixel).view(1, 1, -1)
     y = ((torch.arange(height, device=time.device) + 0.5 - height / 2) * pixel).view(1, -1, 1)
     zoom = torch.exp(_ZOOM * (time - CLIP_SECONDS / 2)) if scene.camera == "zooms in" else torch.ones_like(time)
-    x, y = x / zoom, y / zoom
+    return x / zoom, y / zoom, pixel / zoom
+
+
+def _draw(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
+    x, y, pixel = _plane(scene, time, height, width)
     # The camera follows its subject, so a pan moves only what lies behind.
     pan = {"pans left": -_PAN, "pans right": _PAN}.get(scene.camera, 0.0) * time
-    background = draw_background(scene, View(x + pan, y, time, pixel))
+    background = draw_background(scene, View(x + pan, y, time, 1 / height))
     picture = background.expand(3, time.shape[0], height, width).contiguous()
     for subject in scene.subjects:
-        _draw_subject(picture, subject, x, y, time, pixel / zoom)
+        _draw_subject(picture, subject, x, y, time, pixel)
     return picture.mul_(2).sub_(1).clamp_(-1, 1)
 
 
 def _draw_subject(picture: Tensor, subject: Subject, x: Tensor, y: Tensor, time: Tensor, pixel: Tensor) -> None:
     """Paints the subject over `picture`, only where it can be."""
-    centre_x, centre_y, radius, angle = _pose(subject, time)
+    centre_x, centre_y, radius, _ = _pose(subject, time)
     reach = radius * SHAPE_REACH + pixel
     columns = _span((x - centre_x).abs() < reach)
     rows = _span((y - centre_y).abs() < reach)
     if columns is None or rows is None:
         return
-    x, y = (x[:, :, columns] - centre_x) / radius, (y[:, rows] - centre_y) / radius
-    cos, sin = angle.cos(), angle.sin()
-    u, v = x * cos + y * sin, y * cos - x * sin  # in radii, turning with the subject
-    unit = pixel / radius
+    u, v, unit = _seen_from(subject, x[:, :, columns], y[:, rows], time, pixel)
     distance = SHAPE_DISTANCES[subject.shape](u, v)
     region = picture[:, :, rows, columns]
     region.copy_(blend(region, _surface(subject, u, v, unit, distance), coverage(distance, unit)))
+
+
+def _seen_from(subject: Subject, x: Tensor, y: Tensor, time: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Places and a pixel's side in radii of the subject, from its middle, turning with it."""
+    centre_x, centre_y, radius, angle = _pose(subject, time)
+    x, y = (x - centre_x) / radius, (y - centre_y) / radius
+    cos, sin = angle.cos(), angle.sin()
+    return x * cos + y * sin, y * cos - x * sin, pixel / radius
 
 
 def _span(inside: Tensor) -> slice | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .captions import caption, parse_prompt
-from .rendering import FRAME_RATE, render
+from .rendering import FRAME_RATE, render, subject_coverage
 from .vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -153,6 +153,11 @@ class SceneStream:
         """Clip `index`, [3, T, H, W] in [-1, 1], and its caption."""
         video = render(self.scene(index), self.frames, self.height, self.width, rate=self.rate, device=self.device)
         return video, self.caption(index)
+
+    def layout(self, index: int, cells: int) -> Tensor:
+        """How much of each square of `cells` pixels of clip `index` subjects cover, [T, H / cells, W / cells]."""
+        size = self.height // cells, self.width // cells
+        return subject_coverage(self.scene(index), self.frames, *size, rate=self.rate)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, list[str]]:
         """Clips `first` to `first + count - 1`, [B, 3, T, H, W], and their captions."""

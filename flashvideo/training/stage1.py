@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import STAGE1_LATENT_SCALE
+from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from ..t5 import T5Encoder, T5Tokens, load_encoder
@@ -32,9 +33,12 @@ from .networks import (
     make_network,
 )
 from .randomness import generator_for, normal_like
+from .scenes import SceneStream
 from .text import fresh_encoder, text_metadata
 
 VALIDATION_SEED = 1
+LAYOUT_LAYER = 3  # whose tokens must tell where subjects are: the layers after it draw
+LAYOUT_CELL = 4  # pixels
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Stage1Settings:
     tokenizer: str = ""
     caption_dropout: float = CAPTION_DROPOUT
     timestep_power: float = 1.0  # below 1, noisy timesteps are drawn more often: there the layout is decided
+    layout_weight: float = 0.0  # of the layout's loss; procedural scenes only
     short_text: ShortText = field(default_factory=ShortText)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
@@ -71,13 +76,44 @@ class Stage1Settings:
         """Refuse a power that draws no timesteps."""
         if self.timestep_power <= 0:
             raise TrainingError(f"timestep_power must be above 0; got {self.timestep_power}.")
+        if self.layout_weight and (self.clips.folder or any(self.clips.scene)):
+            raise TrainingError("layout_weight must be 0 for clips that aren't whole procedural scenes.")
+
+
+class Layout(nn.Module):
+    """Reads from a layer's video tokens how much of each square of 4 x 4 pixels the subjects cover.
+
+    Learns along with the network and is then left behind. A draft's shapes are few tokens large, and v says little
+    of them: with this, the layers before it must settle them from the first steps on (as arXiv 2410.06940 does with
+    the features of another network).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(width, (PIXEL_MULTIPLE // LAYOUT_CELL) ** 2)
+        nn.init.zeros_(self.read.weight)
+        nn.init.zeros_(self.read.bias)
+
+    def forward(self, tokens: Tensor, layout: Tensor) -> Tensor:
+        """Binary cross entropy of tokens [B, T' * rows * columns, hidden] to a layout [B, T, H / 4, W / 4]."""
+        side = PIXEL_MULTIPLE // LAYOUT_CELL
+        # The first latent frame is of one frame, the others of four each.
+        later = layout[:, 1:].unflatten(1, (-1, TEMPORAL_FACTOR)).mean(2)
+        cells = torch.cat((layout[:, :1], later), dim=1).unflatten(-1, (-1, side)).unflatten(2, (-1, side))
+        wanted = cells.transpose(3, 4).flatten(4).flatten(1, 3)  # [B, T' * rows * columns, 16]
+        return F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted)
 
 
 class DraftData(Dataset):
-    """data[i]: latents in raw scale and their captions, as tokens if the text encoder learns, else as contexts."""
+    """data[i]: latents in raw scale and their captions, as tokens if the text encoder learns, else as contexts.
 
-    def __init__(self, cache: LatentCache, batch: int, seed: int, tokens: T5Tokens | None) -> None:
-        self.cache, self.batch, self.seed, self.tokens = cache, batch, seed, tokens
+    With `scenes`, their layouts too.
+    """
+
+    def __init__(
+        self, cache: LatentCache, batch: int, seed: int, tokens: T5Tokens | None, scenes: SceneStream | None = None
+    ) -> None:
+        self.cache, self.batch, self.seed, self.tokens, self.scenes = cache, batch, seed, tokens, scenes
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Draw batch `index`."""
@@ -85,6 +121,8 @@ class DraftData(Dataset):
         batch = self.cache.batch(clips)
         if self.tokens is not None:
             batch["tokens"] = self.tokens([self.cache.caption(clip) for clip in clips])
+        if self.scenes is not None:
+            batch["layout"] = torch.stack([self.scenes.layout(clip, LAYOUT_CELL) for clip in clips])
         return batch
 
 
@@ -102,7 +140,10 @@ class Stage1Task:
         self.model = nn.ModuleDict({"dit": dit})
         if frozen is None:
             self.model["text"] = self._encoder().to(device)
-        self.data = DraftData(train, settings.batch, settings.seed, None if frozen else self.tokens)
+        if settings.layout_weight:
+            self.model["layout"] = Layout(dit.config.hidden_size).to(device)
+        scenes = settings.clips.open("train", settings.seed) if settings.layout_weight else None
+        self.data = DraftData(train, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
         self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
         self.prompts = list(settings.sheet.prompts) or [
             self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
@@ -139,7 +180,7 @@ class Stage1Task:
         return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]
 
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """Mean squared error of v at random timesteps, well spread over the batch."""
+        """Mean squared error of v at random timesteps, well spread over the batch; and the layout's loss if wanted."""
         settings = self.settings
         latent = batch["latent"] * STAGE1_LATENT_SCALE
         context = settings.short_text.cut(self._context(batch), index // settings.loop.accumulate)
@@ -147,8 +188,15 @@ class Stage1Task:
         noise = normal_like(latent, generator_for(settings.seed, "noise", index))
         places = generator_for(settings.seed, "time", index)
         timestep = _spread_timesteps(len(latent), places, settings.timestep_power).to(latent.device)
-        network = as_called(self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks)
-        return {"loss": stage1_loss(network, latent, context, noise, timestep)}
+        layers: dict[int, Tensor] = {}
+        network = as_called(
+            self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks, watch=layers.__setitem__
+        )
+        loss = stage1_loss(network, latent, context, noise, timestep)
+        if not settings.layout_weight:
+            return {"loss": loss}
+        layout = self.model["layout"](layers[LAYOUT_LAYER][:, context.shape[1] :], batch["layout"])
+        return {"loss": loss + settings.layout_weight * layout, "v": loss, "layout": layout}
 
     def validate(self) -> dict[str, float]:
         """Part of v that is explained on held-out clips, over fixed noise and timesteps; and without the text."""

@@ -22,7 +22,6 @@ from .sampling import RefinerSampling, Stage1ExactSampling
 ANY_SCALE = 2.0
 
 
-
 def with_dynamic_cfg(
     model: comfy.model_patcher.ModelPatcher, scale: float = STAGE1_SCALE, exponent: int = STAGE1_EXPONENT
 ) -> comfy.model_patcher.ModelPatcher:

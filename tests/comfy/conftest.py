@@ -187,6 +187,22 @@ def text(model: Any) -> dict[str, list]:
 
 
 @pytest.fixture()
+def asked_memory(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Bytes beside the weights that ComfyUI was asked to make room for in this test, a number each time."""
+    import comfy.model_management
+
+    asked: list[float] = []
+    load = comfy.model_management.load_models_gpu
+
+    def listen(models: list[Any], memory_required: float = 0, **others: Any) -> None:
+        asked.append(memory_required)
+        load(models, memory_required=memory_required, **others)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", listen)
+    return asked
+
+
+@pytest.fixture()
 def run_prompt(comfy_nodes: dict[str, Any]) -> Iterator[Executor]:
     """An executor of this test's own; see `Executor`."""
     import comfy.utils

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import comfy.model_management
 import pytest
 import torch
 from torch import Tensor
@@ -90,19 +89,11 @@ def test_a_picture_of_one_tile_is_refined_as_before_to_the_last_bit(
 
 
 def test_comfyui_makes_room_for_a_tile_and_not_for_the_picture(
-    refine: Callable[..., Tensor], tiled: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+    refine: Callable[..., Tensor], tiled: Any, model: Any, asked_memory: list[float]
 ) -> None:
-    asked: list[float] = []
-    load = comfy.model_management.load_models_gpu
-
-    def listen(models: list[Any], memory_required: float = 0, **others: Any) -> None:
-        asked.append(memory_required)
-        load(models, memory_required=memory_required, **others)
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", listen)
     for use, sides in ((model, (16, 16)), (tiled, (32, 48)), (model, (32, 48))):
         refine(use, normal(1, 16, 1, *sides))
-    tile, picture, whole = asked
+    tile, picture, whole = asked_memory
     assert picture == tile < whole
 
 

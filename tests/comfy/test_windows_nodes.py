@@ -104,19 +104,11 @@ def test_windows_differ_from_the_whole_no_more_at_their_borders_than_inside(
 
 
 def test_comfyui_makes_room_for_a_window_and_not_for_the_video(
-    refine: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+    refine: Callable[..., Tensor], asked_memory: list[float]
 ) -> None:
-    asked: list[float] = []
-    load = comfy.model_management.load_models_gpu
-
-    def listen(models: list[Any], memory_required: float = 0, **others: Any) -> None:
-        asked.append(memory_required)
-        load(models, memory_required=memory_required, **others)
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", listen)
     for frames, windows in ((13, {}), (40, {}), (40, {"window": 0})):
         refine(wandering(frames, 0), cfg=1.0, **windows)
-    window, video, whole = asked
+    window, video, whole = asked_memory
     assert video == window < whole
 
 

@@ -150,6 +150,7 @@ def test_cancelling_says_how_to_go_on(
         (["--steps", "0"], "at least 1 step"),
         (["--scale", "2", "--short-side", "64"], "two sizes"),
         (["--exact", "64"], "such as 1920x1080"),
+        (["--tile", "100"], "a tile's side is a multiple of 16"),
         (["--model", "nowhere.safetensors"], "--model and --vae go together"),
         (["--model", "nowhere.safetensors", "--vae", "nowhere.safetensors"], "no file nowhere"),
         (["--device", "abacus"], "no device 'abacus'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from flashvideo.training.backgrounds import View, draw_background
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.folder import VideoFolder
 from flashvideo.training.judge import judge
+from flashvideo.training.rendering import subject_coverage
 from flashvideo.training.scenes import HELD_OUT, SPLITS, SceneStream, caption, parse_prompt, random_scene, render
 from flashvideo.training.vocabulary import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene, contrasts, possible
 
@@ -254,6 +256,25 @@ def test_backgrounds_of_one_kind_differ() -> None:
         ]
         # A plain one has no detail at this size.
         assert background == "plain" or not torch.allclose(*pictures, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_layout_is_where_subjects_are(seed: int) -> None:
+    """A scene and the same one without its subjects differ there, and nowhere else."""
+    scenes = map(random_scene, range(100 * seed, 100 * seed + 100))
+    scene = next(scene for scene in scenes if len(scene.subjects) == 1 + seed % 2)
+    differs = (render(scene, 9, *SMALL) - render(replace(scene, subjects=()), 9, *SMALL)).abs().amax(0) > 0.02
+    covered = subject_coverage(scene, 9, *SMALL)
+    assert covered.shape == differs.shape
+    assert not differs[covered == 0].any()
+    assert differs[covered == 1].float().mean() > 0.95  # a pixel may have the background's colour
+    coarse = subject_coverage(scene, 9, SMALL[0] // 4, SMALL[1] // 4)
+    assert float((coarse - F.avg_pool2d(covered[None], 4)[0]).abs().mean()) < 0.01  # smoothed at corners
+
+
+def test_a_streams_layout_belongs_to_its_clip() -> None:
+    stream = SceneStream("train", *SMALL, 5, 7)
+    assert torch.equal(stream.layout(3, 4), subject_coverage(stream.scene(3), 5, 16, 28))
 
 
 def _scene_with(background: str) -> Scene:

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from flashvideo.__main__ import main
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import VAEConfig
+from flashvideo.dit import FlashVideoDiT, attention_sdpa
 from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
 from flashvideo.t5 import T5Tokens, load_encoder
 from flashvideo.training.checkpointing import BEST, LAST, load_state
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.latents import SHARD, LatentCache
+from flashvideo.training.latents import SHARD, ClipSettings, LatentCache
 from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile
-from flashvideo.training.networks import NetworkSettings, make_network
-from flashvideo.training.stage1 import _spread_timesteps
+from flashvideo.training.networks import NetworkSettings, as_called, attention_products, make_network
+from flashvideo.training.stage1 import Layout, Stage1Settings, _spread_timesteps
 from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
@@ -279,6 +280,73 @@ def test_stage_one_learns_with_a_frozen_text_encoder_and_short_contexts_first(
     assert lengths == [9, 9, 226]
     learnt = load_state(tmp_path / "stage1" / LAST)["model"]
     assert all(name.startswith("dit.") for name in learnt)
+
+
+def test_stage_one_learns_layouts_that_no_file_keeps(models: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Stopped and gone on with, it learns the same to the bit."""
+    states = []
+    for name, goes in (("straight", [[]]), ("resumed", [["--steps", "2"], ["--resume"]])):
+        (tmp_path / name).mkdir()
+        recipe = (
+            f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
+            f'text = "{models}/text_encoder.safetensors"\nbatch = 2\nlayout_weight = 0.5\n'
+            f"[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n"
+        )
+        for options in goes:
+            train("stage1", recipe, tmp_path / name, "--tokenizer", str(tokenizer), *options)
+        states.append(load_state(tmp_path / name / "stage1" / LAST)["model"])
+    straight, resumed = states
+    assert "layout.read.weight" in straight
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    rows = MetricsFile(tmp_path / "straight" / "stage1" / "metrics.jsonl").rows()
+    assert rows[0]["layout"] == pytest.approx(math.log(2))  # it starts knowing nothing
+    assert all(row["loss"] == pytest.approx(row["v"] + 0.5 * row["layout"]) for row in rows if "layout" in row)
+
+    train("stage1", recipe, tmp_path / "straight", "--tokenizer", str(tokenizer), "--export", str(models))
+    assert load_dit(models / "stage1.safetensors", stage=1).config.stage == 1
+
+
+def test_a_layouts_cells_are_those_under_its_tokens() -> None:
+    rows, columns, cells = 2, 3, 4
+    layout = torch.rand(1, 9, rows * cells, columns * cells, generator=torch.Generator().manual_seed(0))
+    frames = [layout[0, :1], layout[0, 1:5], layout[0, 5:]]  # that share a latent frame
+    tokens = torch.stack(
+        [
+            frame[:, cells * row : cells * (row + 1), cells * column : cells * (column + 1)].mean(0).flatten()
+            for frame in frames
+            for row in range(rows)
+            for column in range(columns)
+        ]
+    )
+    head = Layout(cells**2)
+    nn.init.eye_(head.read.weight)
+    least = -(tokens * tokens.log() + (1 - tokens) * (1 - tokens).log()).mean()
+    assert head(tokens.logit()[None], layout).item() == pytest.approx(least.item(), rel=1e-5)
+    assert head(tokens.logit()[None].roll(1, dims=1), layout).item() > 1.1 * least.item()
+
+
+@pytest.mark.parametrize("clips", [{"scene": (64, 96)}, {"folder": "videos"}])
+def test_layouts_are_of_whole_procedural_scenes(clips: dict, tmp_path: Path) -> None:
+    settings = ClipSettings(height=32, width=48, frames=5, clips=2, **clips)
+    with pytest.raises(TrainingError, match="layout_weight must be 0 for clips that aren't whole procedural scenes"):
+        Stage1Settings(1, tmp_path, tmp_path, tmp_path, settings, LoopSettings(1, 1e-3), 1, layout_weight=0.1)
+
+
+def test_learning_attention_is_the_exact_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 20, 8, generator=generator) for _ in range(3))
+    torch.testing.assert_close(attention_products(q, k, v, 3), attention_sdpa(q, k, v, 3), rtol=0, atol=1e-5)
+
+
+def test_a_network_that_learns_says_what_it_says_in_use() -> None:
+    torch.manual_seed(0)
+    dit = FlashVideoDiT(NANO_STAGE1)
+    inputs = torch.randn(1, 16, 2, 4, 6), torch.tensor([500.0]), torch.randn(1, 7, NANO_STAGE1.text_dim)
+    seen: list[int] = []
+    learning = as_called(dit, watch=lambda index, tokens: seen.append(index))(*inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(learning, dit(*inputs), rtol=0, atol=1e-5)
+    assert seen == list(range(NANO_STAGE1.num_layers))
 
 
 def test_a_missing_vae_is_named(
