@@ -91,22 +91,22 @@ class ScenePieces:
 
 
 class LatentCache(Dataset):
-    """Clips [i] as dicts of tensors, from shards of a folder."""
+    """Clips [i] as dicts of tensors, from shards of a folder that `make` fills."""
 
-    def __init__(self, folder: Path, clips: int) -> None:
+    def __init__(self, folder: Path, clips: int, make: MakeClip) -> None:
         """Nothing is read or written yet."""
-        self.folder, self.clips = folder, clips
+        self.folder, self.clips, self.make = folder, clips, make
         self._open: dict[int, tuple[Any, list[str]]] = {}  # shards in use: the file, and its captions
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when a worker process is started."""
-        return {**self.__dict__, "_open": {}}
+        """Leave open files, and what makes others, behind when a worker process is started."""
+        return {**self.__dict__, "_open": {}, "make": None}
 
     def __len__(self) -> int:
         """Count the clips."""
         return self.clips
 
-    def fill(self, make: MakeClip) -> None:
+    def fill(self) -> None:
         """Make the shards that aren't there yet. May be stopped and called again at any time."""
         starts = [start for start in range(0, self.clips, SHARD) if not self._path(start).is_file()]
         with torch.inference_mode(), tqdm(total=self.clips, desc="latents", unit="clip", disable=not starts) as bar:
@@ -114,7 +114,7 @@ class LatentCache(Dataset):
             for start in starts:
                 entries, captions = [], []
                 for index in range(start, min(start + SHARD, self.clips)):
-                    tensors, caption = make(index)
+                    tensors, caption = self.make(index)
                     entries.append({name: tensor.to("cpu", DTYPE) for name, tensor in tensors.items()})
                     captions.append(caption)
                     bar.update()

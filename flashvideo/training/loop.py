@@ -35,6 +35,10 @@ class Task(Protocol):
     data: Dataset  # data[i] is batch i: tensors on the CPU in a dict or list, made in other processes if asked to
     description: dict[str, Any]  # numbers that a checkpoint must agree with, such as the network's sizes
 
+    def prepare(self) -> None:
+        """Make what the batches are drawn from, such as latents on disk, as far as it isn't there."""
+        ...
+
     def loss(self, batch: Any, index: int) -> dict[str, Tensor]:
         """Scalars of batch `index`; the one called "loss" is minimised, the others are shown."""
         ...
@@ -123,6 +127,8 @@ class Trainer:
         end = self.settings.steps
         if limits.steps is not None:
             end = min(end, self.step + limits.steps)
+        if self.step < end:
+            self.task.prepare()
         started = time.monotonic() - self.seconds
         deadline = time.monotonic() + limits.minutes * MINUTE if limits.minutes is not None else float("inf")
         with (

@@ -102,10 +102,17 @@ class PreferenceTask(Stage2Task):
     """Preference tuning as the training loop sees it."""
 
     def __init__(self, settings: PreferenceSettings, device: torch.device) -> None:
-        """Load the network, and let it make the samples that aren't in the cache yet."""
+        """Load the network; nothing is sampled yet."""
         super().__init__(settings, device)
         self.settings: PreferenceSettings = settings
-        self.data = ChosenData(settings, self._chosen(self.data.caches[0]))
+        self.chosen = self._chosen(self.clips[0])
+        self.data = ChosenData(settings, self.chosen)
+
+    def prepare(self) -> None:
+        """Let the network make the samples that aren't in the cache yet."""
+        super().prepare()
+        self.model.eval()
+        self.chosen.fill()
 
     def _chosen(self, clips: LatentCache) -> LatentCache:
         """For each clip of the cache its reference, and the best of its samples as "clean"."""
@@ -116,7 +123,6 @@ class PreferenceTask(Stage2Task):
         digest = sha256(Path(network.weights), lambda *_: None)
         judged_through = sha256(settings.vae, lambda *_: None)  # the choice depends on the decoder, too
         folder = cache_folder(settings.cache, settings.vae, "chosen", digest, judged_through, *kinds)
-        chosen = LatentCache(folder, min(settings.choice.clips, len(clips)))
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
             strong = torch.rand(1, generator=generator_for(settings.seed, "strong", "chosen", index))
@@ -126,9 +132,7 @@ class PreferenceTask(Stage2Task):
             tensors = {"reference": entry["reference"][0], "clean": best, "context": entry["context"][0]}
             return tensors, clips.caption(index)
 
-        self.model.eval()
-        chosen.fill(make)
-        return chosen
+        return LatentCache(folder, min(settings.choice.clips, len(clips)), make)
 
     @torch.no_grad()
     def choose(self, reference: Tensor, context: Tensor, clean: Tensor, index: int) -> Tensor:

@@ -130,12 +130,13 @@ class Stage1Task:
     """Stage I as the training loop sees it."""
 
     def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
-        """Build or load the networks, and encode the clips that aren't in the cache yet."""
+        """Build or load the networks, and encode the held-out clips that aren't in the cache yet."""
         self.settings, self.device = settings, device
         self.vae = load_frozen_vae(settings.vae, device)
         frozen = None if settings.train_text else FrozenText(settings.text, settings.tokenizer, device)
-        self.tokens = T5Tokens(settings.tokenizer) if frozen is None else frozen.tokens
-        train, self.held_out = (self._cached(split, frozen) for split in ("train", "validation"))
+        self.frozen, self.tokens = frozen, frozen.tokens if frozen else T5Tokens(settings.tokenizer)
+        self.clips, self.held_out = (self._cached(split) for split in ("train", "validation"))
+        self.held_out.fill()
         dit = make_network(settings.network, 1, settings.seed, device)
         self.model = nn.ModuleDict({"dit": dit})
         if frozen is None:
@@ -143,7 +144,7 @@ class Stage1Task:
         if settings.layout_weight:
             self.model["layout"] = Layout(dit.config.hidden_size).to(device)
         scenes = settings.clips.open("train", settings.seed) if settings.layout_weight else None
-        self.data = DraftData(train, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
+        self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
         self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
         self.prompts = list(settings.sheet.prompts) or [
             self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
@@ -157,14 +158,11 @@ class Stage1Task:
             return load_encoder(Path(self.settings.text))
         return fresh_encoder(self.settings.seed)
 
-    def _cached(self, split: str, text: FrozenText | None) -> LatentCache:
-        clips, seed = self.settings.clips, self.settings.seed if split == "train" else VALIDATION_SEED
+    def _cached(self, split: str) -> LatentCache:
+        clips, text = self.settings.clips, self.frozen
+        seed = self.settings.seed if split == "train" else VALIDATION_SEED
         source = clips.open(split, seed)
         kinds = (clips, split, seed, "tokens" if text is None else text.digest)
-        cache = LatentCache(
-            cache_folder(self.settings.cache, self.settings.vae, "stage1", *kinds),
-            clips.clips if split == "train" else clips.validation_clips,
-        )
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
             video, caption = source.sample(index)
@@ -173,8 +171,14 @@ class Stage1Task:
                 tensors["context"] = text([caption])[0]
             return tensors, caption
 
-        cache.fill(make)
-        return cache
+        folder = cache_folder(self.settings.cache, self.settings.vae, "stage1", *kinds)
+        return LatentCache(folder, clips.clips if split == "train" else clips.validation_clips, make)
+
+    def prepare(self) -> None:
+        """Encode the clips that aren't in the cache yet."""
+        self.clips.fill()
+        if self.frozen is not None:
+            self.frozen.release()
 
     def _context(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]

@@ -123,15 +123,16 @@ class Stage2Task:
     """Stage II as the training loop sees it."""
 
     def __init__(self, settings: Stage2Settings, device: torch.device) -> None:
-        """Build or load the network, and encode the clips that aren't in the cache yet."""
+        """Build or load the network, and encode the held-out clips that aren't in the cache yet."""
         self.settings, self.device = settings, device
         self.vae = load_frozen_vae(settings.vae, device)
-        text = FrozenText(settings.text, settings.tokenizer, device)
-        caches = [self._cached(phase.clips, "train", text) for phase in settings.phases]
-        self.held_out = self._cached(settings.phases[-1].clips, "validation", text)
-        text.release()
+        self.text = FrozenText(settings.text, settings.tokenizer, device)
+        self.clips = [self._cached(phase.clips, "train") for phase in settings.phases]
+        self.held_out = self._cached(settings.phases[-1].clips, "validation")
+        self.held_out.fill()
+        self.text.release()
         self.model = self.network()
-        self.data = PairData(settings, caches)
+        self.data = PairData(settings, self.clips)
         self.description = describe_network(self.model, settings.network)
         self._references: list[tuple[Tensor, Tensor]] = []
 
@@ -150,23 +151,25 @@ class Stage2Task:
             "strong": StrongDegradation()(video, generator_for(self.settings.seed, "strong", *names)),
         }
 
-    def _cached(self, clips: ClipSettings, split: str, text: FrozenText) -> LatentCache:
+    def _cached(self, clips: ClipSettings, split: str) -> LatentCache:
         seed = self.settings.seed if split == "train" else VALIDATION_SEED
         source = clips.open(split, seed)
-        kinds = (clips, split, seed, self.settings.degradation.factor, text.digest)
-        cache = LatentCache(
-            cache_folder(self.settings.cache, self.settings.vae, "stage2", *kinds),
-            clips.clips if split == "train" else clips.validation_clips,
-        )
+        kinds = (clips, split, seed, self.settings.degradation.factor, self.text.digest)
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
             video, caption = source.sample(index)
             videos = {"clean": video, **self._degraded(video, split, index)}
             tensors = {name: encode_clip(self.vae, clip, seed, name, index) for name, clip in videos.items()}
-            return {**tensors, "context": text([caption])[0]}, caption
+            return {**tensors, "context": self.text([caption])[0]}, caption
 
-        cache.fill(make)
-        return cache
+        folder = cache_folder(self.settings.cache, self.settings.vae, "stage2", *kinds)
+        return LatentCache(folder, clips.clips if split == "train" else clips.validation_clips, make)
+
+    def prepare(self) -> None:
+        """Encode the clips that aren't in the cache yet."""
+        for clips in self.clips:
+            clips.fill()
+        self.text.release()
 
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Mean squared error of the velocity at a random place of the flow."""

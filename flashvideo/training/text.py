@@ -85,6 +85,9 @@ class TextTask:
         self._held_out = CaptionData(_captions("validation", settings.seed), tokens, settings.validation_captions)
         self.description = {"network": "text", "width": NANO_TEXT_ENCODER.d_model, "tokens": len(known)}
 
+    def prepare(self) -> None:
+        """Captions are made as they are needed."""
+
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Mean cross entropy of all neighbours, in nats."""
         tokens = self.settings.short_text.cut(batch["tokens"], index // self.settings.loop.accumulate)

@@ -162,6 +162,9 @@ class VAETask:
     def _sizes(self) -> dict[str, Any]:
         return {"network": "vae", **_plain(self.settings.model)}
 
+    def prepare(self) -> None:
+        """Clips are made as they are needed."""
+
     def loss(self, batch: Tensor, index: int) -> dict[str, Tensor]:
         """Encode, draw a latent, decode, compare."""
         posterior = self.model.encode(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,14 +138,14 @@ def test_a_latent_cache_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         made.append(index)
         return {"latent": torch.full((2, 3), float(index))}, f"clip {index}"
 
-    cache = LatentCache(tmp_path / "latents", SHARD + 5)
+    cache = LatentCache(tmp_path / "latents", SHARD + 5, make)
     with pytest.raises(KeyboardInterrupt):
-        cache.fill(make)
-    cache.fill(make)
+        cache.fill()
+    cache.fill()
     assert made == [*range(SHARD + 2), -1, *range(SHARD, SHARD + 5)]
     assert cache.batch([0, SHARD + 4])["latent"][:, 0, 0].tolist() == [0, SHARD + 4]
     assert cache.caption(SHARD + 1) == f"clip {SHARD + 1}"
-    cache.fill(make)
+    cache.fill()
     assert len(made) == SHARD + 8
 
 
@@ -302,7 +303,9 @@ def test_stage_one_learns_layouts_that_no_file_keeps(models: Path, tokenizer: Pa
     assert rows[0]["layout"] == pytest.approx(math.log(2))  # it starts knowing nothing
     assert all(row["loss"] == pytest.approx(row["v"] + 0.5 * row["layout"]) for row in rows if "layout" in row)
 
+    shutil.rmtree(tmp_path / "cache")
     train("stage1", recipe, tmp_path / "straight", "--tokenizer", str(tokenizer), "--export", str(models))
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the held-out clips: an export judges, and learns nothing
     assert load_dit(models / "stage1.safetensors", stage=1).config.stage == 1
 
 
