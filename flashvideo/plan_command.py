@@ -27,6 +27,9 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--cfg", type=float, default=13.0, help="guidance of the refiner (default 13); 1 halves its work"
     )
+    parser.add_argument(
+        "--tile", type=int, default=0, metavar="N", help="pixels of the tiles that refine --tile sees; 0 (default): all"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp8", "fp32"), default="bf16", help="precision (default bf16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument(
@@ -65,6 +68,7 @@ def _plan_checked(options: argparse.Namespace) -> None:
         stage1_steps=options.stage1_steps,
         stage2_steps=options.steps,
         cfg=options.cfg,
+        tile=options.tile,
         precision=options.dtype,
         networks=_networks(options.model),
         device=device.type,
@@ -114,7 +118,7 @@ def _card(device: Any) -> float | None:
 def _as_json(plan: Any, rates: Any, advice: Any) -> dict[str, Any]:
     def costs(plan: Any) -> dict[str, Any]:
         setting = plan.setting
-        chosen = ("width", "height", "frames", "stage1_steps", "stage2_steps", "cfg", "precision")
+        chosen = ("width", "height", "frames", "stage1_steps", "stage2_steps", "cfg", "tile", "precision")
         return {
             **{name: getattr(setting, name) for name in chosen},
             "models": setting.networks.name,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from . import tiles
 from .config import (
     PIXEL_MULTIPLE,
     SPATIAL_FACTOR,
@@ -77,10 +78,10 @@ PRECISIONS = {
 class Setting:
     """What is to be made: size and length of the final video, steps of both stages, networks and their precision.
 
-    `stage1_steps` 0 leaves the draft out: an existing clip is refined. `device` is the type of the device. With
-    `memory`, bytes that its networks may take, the VAE runs in tiles where it has to; `store` is what these may leave
-    in main memory. Raises ValueError for what no
-    run could be.
+    `stage1_steps` 0 leaves the draft out: an existing clip is refined. `tile` is the side in pixels of the tiles that
+    stage II sees (`tiles`), 0 for whole pictures. `device` is the type of the device. With `memory`, bytes that its
+    networks may take, the VAE runs in tiles where it has to; `store` is what these may leave in main memory. Raises
+    ValueError for what no run could be.
     """
 
     width: int = 1920
@@ -89,6 +90,7 @@ class Setting:
     stage1_steps: int = 50
     stage2_steps: int = 4
     cfg: float = STAGE2_SCALE
+    tile: int = 0
     precision: str = "bf16"
     networks: Networks = OFFICIAL
     device: str = "cuda"
@@ -109,6 +111,8 @@ class Setting:
                 raise ValueError(f"{name.replace('_', ' ')} must be {limit}; got {getattr(self, name)}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+        if self.tile:
+            tiles.plan_tiles(2, 2, self.tile)
 
     @property
     def padded(self) -> tuple[int, int, int]:
@@ -136,7 +140,7 @@ class Setting:
 class Phase:
     """One phase. `tokens` is what one evaluation of its transformer attends over, 0 for the VAE.
 
-    `tile` is the longest side in pixels of the tiles that the VAE runs in, None if it runs in one piece.
+    `tile` is the longest side in pixels of the tiles that it runs in, None if it runs in one piece.
     """
 
     name: str
@@ -204,7 +208,7 @@ def _phases(setting: Setting) -> Iterator[Phase]:
     windows = plan_windows(latent_shape(setting.padded)[0])
     evaluations = setting.stage2_steps * (1 if setting.cfg == 1 else 2) * len(windows.starts)
     window = (min(frames, WINDOW), height, width)
-    yield _dit_phase("stage II", networks.stage2, window, evaluations, setting)
+    yield _refining_phase("stage II", networks.stage2, window, evaluations, setting)
     yield _vae_phase("VAE decode", setting.padded, setting, encode=False)
 
 
@@ -219,6 +223,22 @@ def _dit_phase(name: str, config: DiTConfig, video: tuple[int, int, int], evalua
     )
 
 
+def _refining_phase(
+    name: str, config: DiTConfig, video: tuple[int, int, int], evaluations: int, setting: Setting
+) -> Phase:
+    """Stage II's, in tiles if the setting has some: all tiles' operations, and the memory of one."""
+    whole = _dit_phase(name, config, video, evaluations, setting)
+    frames, *sides = latent_shape(video)
+    cut = [tuple(piece.weight.shape) for piece in tiles.plan_tiles(*sides, setting.tile)] if setting.tile else []
+    if len(cut) < 2:
+        return whole
+    rows, columns = cut[0]
+    one = _dit_phase(name, config, (video[0], rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR), evaluations, setting)
+    flops = sum((dit_flops(config, (frames, *sides)) for sides in cut), Flops()) * evaluations
+    held = one.activations + sampler_bytes(config, latent_shape(video)) - sampler_bytes(config, (frames, rows, columns))
+    return replace(one, flops=flops, activations=held, tile=max(rows, columns) * SPATIAL_FACTOR)
+
+
 def _vae_phase(name: str, video: tuple[int, int, int], setting: Setting, *, encode: bool) -> Phase:
     config, dtype, latent = setting.networks.vae, setting.numerics.compute, latent_shape(video)
     outline, weights = vae_outline(config), parameters(config) * dtype.itemsize
@@ -229,9 +249,9 @@ def _vae_phase(name: str, video: tuple[int, int, int], setting: Setting, *, enco
     if setting.memory is None or weights + held <= setting.memory:
         return Phase(name, 0, flops, weights, held)
     half = outline.encoder if encode else outline.decoder
-    tiles = plan_tiles(half, latent, dtype, setting.memory - weights, setting.store)
-    side = tiles.side * SPATIAL_FACTOR
-    return Phase(name, 0, flops * tiling_factor(tiles, *latent), weights, tiles.device_bytes, side)
+    cut = plan_tiles(half, latent, dtype, setting.memory - weights, setting.store)
+    side = cut.side * SPATIAL_FACTOR
+    return Phase(name, 0, flops * tiling_factor(cut, *latent), weights, cut.device_bytes, side)
 
 
 def latent_shape(video: tuple[int, int, int]) -> tuple[int, int, int]:

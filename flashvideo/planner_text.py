@@ -35,10 +35,13 @@ def _summary(plan: Plan, rates: Rates) -> Iterator[str]:
     peak = plan.peak
     parts = f"{size(peak.weights)} of weights and {size(peak.activations)} of work space"
     yield f"{fits}. Here {peak.name} needs most, {parts}; {_gigabytes(RESERVED)} GB of a card is left free."
-    tiled = [phase for phase in plan.phases if phase.tile]
+    tiled = [phase for phase in plan.phases if phase.tile and not phase.tokens]
     if tiled:
         names = " and ".join(f"{phase.name} (tiles of {phase.tile} pixels)" for phase in tiled)
         yield f"To fit, {names} work in tiles, which takes longer; the picture stays the same."
+    seen = next((phase for phase in plan.phases if phase.tile and phase.tokens), None)
+    if seen:
+        yield f"{seen.name} sees tiles of {seen.tile} pixels, as you chose: an approximation."
     streamed = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.activations, card)), None)
     if streamed and (card is None or streamed < card):
         yield f"With {streamed} GB it runs more slowly: ComfyUI then keeps some weights in main memory."

@@ -19,6 +19,7 @@ from ..flashvideo.planner_plot import plot
 from ..flashvideo.planner_text import advice_report, report
 from .checks import check_stage
 from .common import CATEGORY, found_as, named
+from .native.pieces import tile_of
 from .native.vae import STORE_SHARE, FlashVideoVAE
 
 # Saved workflows hold these names: they never change.
@@ -137,7 +138,7 @@ class FlashVideoPlanner(io.ComfyNode):
                 io.Model.Input(
                     "refiner_model",
                     optional=True,
-                    tooltip="FlashVideo stage II, to plan for the one that is loaded.",
+                    tooltip="FlashVideo stage II, to plan for the one that is loaded, and its Spatial Tiles.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -173,7 +174,8 @@ class FlashVideoPlanner(io.ComfyNode):
             loaded = refiner_model or draft_model
             name = PRECISIONS[precision] if loaded is None else _precision(loaded)
             setting = Setting(**{_FIELDS.get(key, key): value for key, value in video.items()}, precision=name)
-            setting = replace(setting, networks=networks, device=device.type)
+            tile = 0 if refiner_model is None else tile_of(refiner_model)
+            setting = replace(setting, networks=networks, tile=tile, device=device.type)
             memory = memory_budget * GB or comfy.model_management.get_total_memory(device)
             budget = Budget(memory, time_budget or None)
             store = comfy.model_management.get_free_memory(torch.device("cpu")) * STORE_SHARE

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ...flashvideo.tiles import plan_tiles
 from ...flashvideo.windows import Piece, blend, plan_windows
+from .attention import ATTENTION_TILES
 
 Wrapper = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]  # of ComfyUI's model function
+WINDOWS, TILES = "windows", "tiles"  # kinds of pieces
 Plan = Callable[..., list[Piece]]  # of latent frames, rows and columns
 
 
@@ -30,7 +32,7 @@ def with_windows(
         return model.clone()
     plan_windows(1, window, overlap)
     return _in_pieces(
-        model, "windows", (window, overlap), lambda frames, *_: plan_windows(frames, window, overlap).pieces()
+        model, WINDOWS, (window, overlap), lambda frames, *_: plan_windows(frames, window, overlap).pieces()
     )
 
 
@@ -40,7 +42,17 @@ def with_tiles(model: comfy.model_patcher.ModelPatcher, tile: int) -> comfy.mode
     `tile` is in pixels. Raises ValueError for one that can't be. A picture that fits one tile takes the ordinary way.
     """
     plan_tiles(2, 2, tile)
-    return _in_pieces(model, "tiles", (tile,), lambda _, rows, columns: plan_tiles(rows, columns, tile))
+    return _in_pieces(model, TILES, (tile,), lambda _, rows, columns: plan_tiles(rows, columns, tile))
+
+
+def tile_of(model: comfy.model_patcher.ModelPatcher) -> int:
+    """The tile of `with_tiles` in pixels, the smallest if there are several; 0 where a MODEL sees whole pictures."""
+    wrapper, found = model.model_options.get("model_function_wrapper"), []
+    while isinstance(wrapper, InPieces):
+        if wrapper.kind == TILES:
+            found += wrapper.settings
+        wrapper = wrapper.inner
+    return min(found, default=0)
 
 
 def _in_pieces(
@@ -48,22 +60,27 @@ def _in_pieces(
 ) -> comfy.model_patcher.ModelPatcher:
     clone = model.clone()
     inner = model.model_options.get("model_function_wrapper")
-    clone.set_model_unet_function_wrapper(InPieces(inner, settings, plan))
+    clone.set_model_unet_function_wrapper(InPieces(inner, kind, settings, plan))
 
     def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         """Let ComfyUI make room for one piece and not for the whole latent."""
         piece = torch.empty(tuple(noise_shape), device="meta")[plan(*noise_shape[2:])[0].at]
         return executor(model, list(piece.shape), *args, **kwargs)
 
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, f"flashvideo_{kind}", reserve)
+    preparing = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+    clone.add_wrapper_with_key(preparing, f"flashvideo_{kind}", reserve)
+    # What a view's keys take is a piece's: it asks for its room after the pieces.
+    for view in clone.get_wrappers(preparing, ATTENTION_TILES):
+        clone.remove_wrappers_with_key(preparing, ATTENTION_TILES)
+        clone.add_wrapper_with_key(preparing, ATTENTION_TILES, view)
     return clone
 
 
 class InPieces:
     """ComfyUI's model function over pieces of a latent, each through the wrapper that was there before, if any."""
 
-    def __init__(self, inner: Wrapper | None, settings: tuple[int, ...], plan: Plan) -> None:
-        self.inner, self.settings, self._plan = inner, settings, plan
+    def __init__(self, inner: Wrapper | None, kind: str, settings: tuple[int, ...], plan: Plan) -> None:
+        self.inner, self.kind, self.settings, self._plan = inner, kind, settings, plan
 
     def __call__(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
         """The clean latent that the network sees in args["input"], [B, C, T, H, W]."""

@@ -181,6 +181,22 @@ def test_comfyui_makes_room_for_a_windows_keys_and_values(
     assert exact < narrow < wide == again
 
 
+def test_tiles_before_and_behind_make_room_for_a_tile_and_its_views_keys(
+    fast: Callable[..., Any],
+    refine: Callable[..., Tensor],
+    comfy_nodes: dict[str, Any],
+    model: Any,
+    asked_memory: list[float],
+) -> None:
+    def tiled(use: Any) -> Any:
+        return comfy_nodes["FlashVideoSpatialTiles"].execute(model=use, tile=128).result[0]
+
+    for use in (model, tiled(model), tiled(fast("wide view")), fast("wide view", tiled(model))):
+        refine(use)
+    whole, tile, before, behind = asked_memory
+    assert tile < before == behind < whole
+
+
 def test_a_compiled_model_sees_the_same_view(
     fast: Callable[..., Any],
     refine: Callable[..., Tensor],

@@ -84,6 +84,23 @@ def test_plans_for_what_is_connected(comfy_nodes: dict, run_prompt: Any) -> None
     assert rows(connected)["text"][:2] == rows(official)["text"][:2]  # no text encoder can be connected
 
 
+def test_plans_for_the_tiles_of_a_connected_refiner(comfy_nodes: dict, run_prompt: Any) -> None:
+    inputs = {**QUESTION, "width": 640, "height": 360, "refiner_model": ["2", 0]}
+    prompt = {
+        "1": loader("Stage II"),
+        "2": {"class_type": "FlashVideoSpatialTiles", "inputs": {"model": ["1", 0], "tile": 256}},
+        "3": {"class_type": "FlashVideoFastAttention", "inputs": {"model": ["2", 0], "attention": "wide view"}},
+        "4": {"class_type": "FlashVideoPlanner", "inputs": inputs},
+        "5": {"class_type": "FlashVideoPlanner", "inputs": {**inputs, "refiner_model": ["3", 0]}},
+        "6": {"class_type": "FlashVideoPlanner", "inputs": {**inputs, "refiner_model": ["1", 0]}},
+    }
+    outputs, _ = run_prompt(prompt)
+    tiled, behind, whole = (outputs[node]["text"][0] for node in "456")
+    assert rows(tiled)["stage II"][0] == rows(behind)["stage II"][0] == str(226 + 3 * 16 * 16)
+    assert "stage II sees tiles of 256 pixels" in tiled
+    assert rows(whole)["stage II"][0] == f"{226 + 3 * 23 * 40}"
+
+
 def test_refuses_the_wrong_model(run_prompt: Any) -> None:
     planner = {"class_type": "FlashVideoPlanner", "inputs": {**QUESTION, "refiner_model": ["1", 0]}}
     with pytest.raises(run_prompt.Failed) as failure:

@@ -66,6 +66,24 @@ def test_the_vae_runs_in_tiles_where_it_has_to() -> None:
     assert "VAE decode (tiles of " in report(tiled, CARD)
 
 
+def test_stage_two_in_tiles_needs_less_memory_and_says_so() -> None:
+    whole, tiled, larger = (make_plan(Setting(tile=tile)) for tile in (0, 768, 1920))
+    assert larger.phases == whole.phases  # one tile is the whole picture
+    for one, other in zip(whole.phases, tiled.phases, strict=True):
+        if one.name == "stage II":
+            assert other.tile == 768
+            assert other.tokens == 226 + 13 * 48 * 48
+            assert other.activations < 0.45 * one.activations
+            assert other.flops.attention < 0.52 * one.flops.attention
+            assert other.flops.matmul > 1.7 * one.flops.matmul
+        else:
+            assert other == one
+    assert "stage II sees tiles of 768 pixels, as you chose: an approximation." in report(tiled, CARD)
+    assert "To fit" not in report(tiled, CARD)
+    with pytest.raises(ValueError, match="a tile's side is a multiple of 16"):
+        Setting(tile=100)
+
+
 def test_fp8_halves_the_weights_of_everything_but_the_vae() -> None:
     for half, quarter in zip(make_plan(Setting()).phases, make_plan(Setting(precision="fp8")).phases, strict=True):
         assert quarter.activations == half.activations

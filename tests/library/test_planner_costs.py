@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
-from flashvideo.dit import FlashVideoDiT
+from flashvideo.dit import Attention, FlashVideoDiT, attention_sdpa
 from flashvideo.nano import NANO_STAGE1, NANO_STAGE2, NANO_VAE, build_nano
 from flashvideo.planner import NANO, Setting, latent_shape, make_plan
 from flashvideo.planner_flops import decode_flops, dit_flops, encode_flops, tiling_factor
 from flashvideo.planner_memory import dit_bytes, sampler_bytes, vae_outline
 from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
+from flashvideo.tiles import tiled_velocity
+from flashvideo.training.networks import attention_products
 from flashvideo.vae import VideoVAE
 from flashvideo.vae_memory import decode_bytes, encode_bytes, plan_tiles
 from flashvideo.vae_tiles import decode_in_tiles
@@ -158,6 +161,25 @@ def test_memory_of_the_refiner_is_what_a_run_took(dtype: torch.dtype) -> None:
         solve_flow(guided_velocity(network, context, torch.zeros_like(context), 13.0, 675), start, stage2_times(2))
     predicted = dit_bytes(NANO_STAGE2, shape, dtype, "cpu") + sampler_bytes(NANO_STAGE2, shape)
     assert predicted == pytest.approx(memory.added, rel=MEMORY_TOLERANCE)
+
+
+def test_a_refiner_in_tiles_costs_what_a_run_took() -> None:
+    network = FlashVideoDiT(NANO_STAGE2).eval()
+    context, video = torch.zeros(1, 226, NANO_STAGE2.text_dim), (17, 256, 448)
+    setting = Setting(video[2], video[1], video[0], 0, 2, tile=160, precision="fp32", networks=NANO, device="cpu")
+    phase = next(phase for phase in make_plan(setting).phases if phase.name == "stage II")
+
+    def refine(attention: Attention) -> None:
+        called = partial(network, attention=attention)
+        velocity = tiled_velocity(guided_velocity(called, context, torch.zeros_like(context), 13.0, 675), 160)
+        with torch.no_grad():
+            solve_flow(velocity, torch.zeros(1, 16, *latent_shape(video)), stage2_times(2))
+
+    with LiveBytes(context, *network.parameters()) as memory:
+        refine(attention_sdpa)
+    assert phase.activations == pytest.approx(memory.added, rel=MEMORY_TOLERANCE)
+    assert phase.flops.total == pytest.approx(operations(lambda: refine(attention_products)), rel=FLOPS_TOLERANCE)
+    assert phase.tile == 160
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
