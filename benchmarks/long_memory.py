@@ -1,8 +1,8 @@
 """Does memory stay where it is while a long video is refined? `python benchmarks/long_memory.py`
 
 Writes a procedural video of --minutes at --rate frames a second, refines it with FlashVideo-Nano in this process, from
-file to file and without making it larger, and prints the most resident memory in every minute of the video, phase by
-phase. One step without guidance: how often a window is evaluated doesn't change what is held.
+file to file as the command does but without making it larger, and prints the most resident memory in every minute of
+the video, phase by phase. One step without guidance: how often a window is evaluated doesn't change what is held.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
 from flashvideo.config import TEXT_TOKENS  # noqa: E402
+from flashvideo.devices import return_memory  # noqa: E402
 from flashvideo.frames import TargetSize  # noqa: E402
 from flashvideo.nano import NANO_STRENGTH, nano_state  # noqa: E402
 from flashvideo.refine import DECODE, ENCODE, REFINE, Networks, RefineSettings  # noqa: E402
@@ -41,8 +42,10 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=848)
     parser.add_argument("--threads", type=int, default=0, help="0 leaves them to PyTorch")
+    parser.add_argument("--plain-allocator", action="store_true", help="leave the C library's allocator as it comes")
     add_options(parser)
     options = parser.parse_args()
+    returned = not options.plain_allocator and return_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +61,7 @@ def main() -> None:
         ["phase", *(f"minute {minute + 1}" for minute in range(options.minutes)), "growth, %"],
         rows,
         device=options.device,
-        facts={"frames": options.minutes * SECONDS * options.rate},
+        facts={"frames": options.minutes * SECONDS * options.rate, "large blocks returned at once": returned},
         target=options.json,
     )
 

@@ -17,6 +17,7 @@ from .bench_command import add_bench
 from .checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from .config import DiTConfig
 from .convert import DTYPES, convert_file
+from .devices import return_memory
 from .errors import CommandError
 from .generate_command import add_generate
 from .models_command import add_models
@@ -177,4 +178,6 @@ def _dtypes(checkpoint: Checkpoint) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["refine"], ["generate"]):  # long runs in a process that is theirs alone
+        return_memory()
     sys.exit(main())

@@ -1,13 +1,17 @@
-"""The device that a command works on."""
+"""The device that a command works on, and its main memory."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 from .errors import CommandError
 
 if TYPE_CHECKING:
     import torch
+
+M_MMAP_THRESHOLD = -3  # as glibc's malloc.h calls it
+LARGE_BLOCK = 2**20  # bytes
 
 
 def open_device(name: str | None) -> torch.device:
@@ -20,3 +24,15 @@ def open_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch says it in one way or the other
         raise CommandError(f"There is no device {name!r} here ({str(error).splitlines()[0]}).") from error
+
+
+def return_memory() -> bool:
+    """Let this process give large blocks of main memory back as soon as they are free; returns whether it will.
+
+    glibc learns from what is freed to keep ever larger blocks in its heap, between which a long run leaves gaps. Told
+    a size once and for all, it doesn't. Other C libraries have no such setting, and are left as they are.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK))
+    except (AttributeError, OSError, TypeError):  # no glibc; on Windows no library of that name
+        return False
