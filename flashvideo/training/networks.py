@@ -106,7 +106,7 @@ def as_called(
 
 
 def _attention(latent: Tensor, text: int, patch: int) -> Attention:
-    """The attention to learn with. Backwards, PyTorch's own is slow on CPUs: 1.4 times a whole step of Nano's."""
+    """The attention to learn with: PyTorch's own, going back on a CPU, makes Nano's steps take 1.4 times as long."""
     tokens = text + latent.shape[2] * (latent.shape[3] // patch) * (latent.shape[4] // patch)
     is_short = latent.device.type == "cpu" and torch.is_grad_enabled() and tokens <= SHORT_SEQUENCE
     return attention_products if is_short else attention_sdpa
