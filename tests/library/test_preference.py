@@ -70,6 +70,7 @@ def test_tuning_learns_the_best_of_n(tmp_path: Path) -> None:
     helper.write_models(tmp_path / "models")
     given = settings(tmp_path)
     task = PreferenceTask(given, CPU)
+    task.prepare()
     assert len(task.data.chosen) == 2
     for index in range(2):
         entry = task.data.chosen.batch([index])
