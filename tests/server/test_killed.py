@@ -97,5 +97,7 @@ def test_comfyui_killed_in_a_long_refine_goes_on_where_it_was(bed: Bed, tmp_path
         again, bar = finish(server)
         kept = list((server.output / "flashvideo-unfinished").glob("*"))
     assert not any(ENCODING[0] < place < ENCODING[1] for place in bar), "it began anew"
-    assert np.array_equal(again, whole)
+    assert again.shape == whole.shape
+    other = [frame for frame in range(len(whole)) if not np.array_equal(again[frame], whole[frame])]
+    assert not other, f"frames {other} differ, by up to {np.abs(again.astype(int) - whole).max()} levels"
     assert not kept
