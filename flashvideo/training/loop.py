@@ -36,7 +36,10 @@ class Task(Protocol):
     description: dict[str, Any]  # numbers that a checkpoint must agree with, such as the network's sizes
 
     def prepare(self) -> None:
-        """Make what the batches are drawn from, such as latents on disk, as far as it isn't there."""
+        """Make what the batches are drawn from, such as latents on disk, as far as it isn't there.
+
+        The network still has the weights that a fresh run begins with.
+        """
         ...
 
     def loss(self, batch: Any, index: int) -> dict[str, Tensor]:
@@ -100,9 +103,14 @@ class Trainer:
         self._saved = -1
 
     def resume(self) -> None:
-        """Go on from last.pt. Raises TrainingError if it isn't there, is damaged, or is of another network."""
+        """Go on from last.pt, with all clips made.
+
+        Raises TrainingError if it isn't there, is damaged, or is of another network.
+        """
         state = load_state(self.folder / LAST)
         check_description(state, self.task, self.folder / LAST)
+        if state["step"] < self.settings.steps:
+            self.task.prepare()  # before the weights: preference tuning lets the network it began with choose
         for name, parameter in trainable(self.task.model).items():
             parameter.data.copy_(state["model"][name])
         self.mean.load(state["mean"])
@@ -112,11 +120,12 @@ class Trainer:
         self.metrics.truncate(self.step)
 
     def start_anew(self) -> None:
-        """Take an empty folder. Raises TrainingError if a run is in it already."""
+        """Take an empty folder, and have all clips made. Raises TrainingError if a run is in it already."""
         if (self.folder / LAST).exists():
             raise TrainingError(f"{self.folder} holds a run already: add --resume, or give another folder with --out.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.path.unlink(missing_ok=True)
+        self.task.prepare()
 
     def run(self, limits: Limits) -> int | None:
         """Train until the schedule or a limit ends, with a checkpoint at the end.
@@ -127,8 +136,6 @@ class Trainer:
         end = self.settings.steps
         if limits.steps is not None:
             end = min(end, self.step + limits.steps)
-        if self.step < end:
-            self.task.prepare()
         started = time.monotonic() - self.seconds
         deadline = time.monotonic() + limits.minutes * MINUTE if limits.minutes is not None else float("inf")
         with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def test_tuning_learns_the_best_of_n(tmp_path: Path) -> None:
         assert len(set(scores)) == 3
     trainer = Trainer(task, given.loop, given.out)
     trainer.start_anew()
+    trainer.run(Limits(steps=1))
+
+    # The samples are those of the network that tuning began with, also where they must be made again in the middle.
+    chosen = task.data.chosen.batch([0, 1])["clean"]
+    shutil.rmtree(task.data.chosen.folder)
+    task = PreferenceTask(given, CPU)
+    trainer = Trainer(task, given.loop, given.out)
+    trainer.resume()
+    assert torch.equal(task.data.chosen.batch([0, 1])["clean"], chosen)
     trainer.run(Limits())
     assert trainer.step == 2
     again = PreferenceTask(given, CPU)
