@@ -50,8 +50,11 @@ class T5Config:
 
 T5_POSITION_BUCKETS = 32
 
-NANO_STAGE1 = DiTConfig(num_layers=9, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512)
-NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, degradation_embedding=True, frame_count_embedding=True)
+# Its drafts are 64 pixels high: a token of 2 x 2 latent pixels would be a fourth of that, too coarse for a shape.
+NANO_STAGE1 = DiTConfig(
+    num_layers=9, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512, patch_size=1
+)
+NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, patch_size=2, degradation_embedding=True, frame_count_embedding=True)
 NANO_VAE = VAEConfig(16, (1, 2, 2, 4), encoder_blocks=1, decoder_blocks=2, norm_groups=16)
 NANO_TEXT_ENCODER = T5Config(num_layers=3, d_model=48, d_ff=128, d_kv=16, num_heads=4)
 

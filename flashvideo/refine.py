@@ -3,7 +3,8 @@
 Three phases, each over the whole clip: encoding to a latent, stage II, and decoding. A phase takes the clip piece by
 piece and one network is on the device at a time, so that the memory needed doesn't grow with the clip; in between,
 latents rest in half precision where `work` keeps them, in memory or in a folder. Every piece depends on the clip and
-the settings alone: a run that is interrupted and goes on later gives what it would have given in one go.
+the settings alone: a run that is interrupted and goes on later gives what it would have given in one go. (To the bit
+on one device with one number of CPU threads; elsewhere sums round differently.)
 """
 
 from __future__ import annotations

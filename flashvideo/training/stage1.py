@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR
+from ..config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from ..t5 import T5Encoder, T5Tokens, load_encoder
@@ -52,6 +52,29 @@ class SheetSettings:
 
 
 @dataclass(frozen=True)
+class ShortClips:
+    """A first stretch of training that sees beginnings of clips, stills among them, each step those of one length.
+
+    What things look like is learnt from them at a fraction of a clip's time; motion is what whole clips are for.
+    """
+
+    lengths: tuple[int, ...] = ()  # in latent frames: one is drawn for each step; empty for whole clips
+    until: int = 0  # the step from which on all clips are whole
+
+    def __post_init__(self) -> None:
+        """Refuse a length of nothing."""
+        if any(length < 1 for length in self.lengths):
+            raise TrainingError(f"[short_clips] lengths must be 1 or more; got {list(self.lengths)}.")
+
+    def length(self, whole: int, step: int, generator: torch.Generator) -> int:
+        """How many of `whole` latent frames are seen in this step."""
+        if not self.lengths or step >= self.until:
+            return whole
+        drawn = int(torch.randint(len(self.lengths), (), generator=generator))
+        return min(self.lengths[drawn], whole)
+
+
+@dataclass(frozen=True)
 class Stage1Settings:
     """A whole config file of stage I."""
 
@@ -69,6 +92,7 @@ class Stage1Settings:
     timestep_power: float = 1.0  # below 1, noisy timesteps are drawn more often: there the layout is decided
     layout_weight: float = 0.0  # of the layout's loss; procedural scenes only
     short_text: ShortText = field(default_factory=ShortText)
+    short_clips: ShortClips = field(default_factory=ShortClips)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
 
@@ -88,19 +112,24 @@ class Layout(nn.Module):
     the features of another network).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, patch: int) -> None:
+        """`width` of the tokens, and how many latent pixels a token's side is."""
         super().__init__()
-        self.read = nn.Linear(width, (PIXEL_MULTIPLE // LAYOUT_CELL) ** 2)
+        self.side = patch * SPATIAL_FACTOR // LAYOUT_CELL  # squares
+        self.read = nn.Linear(width, self.side**2)
         nn.init.zeros_(self.read.weight)
         nn.init.zeros_(self.read.bias)
 
     def forward(self, tokens: Tensor, layout: Tensor) -> Tensor:
-        """Binary cross entropy of tokens [B, T' * rows * columns, hidden] to a layout [B, T, H / 4, W / 4]."""
-        side = PIXEL_MULTIPLE // LAYOUT_CELL
+        """Binary cross entropy of tokens [B, T' * rows * columns, hidden] to a layout [B, T, H / 4, W / 4].
+
+        The layout may be of a longer clip.
+        """
         # The first latent frame is of one frame, the others of four each.
         later = layout[:, 1:].unflatten(1, (-1, TEMPORAL_FACTOR)).mean(2)
-        cells = torch.cat((layout[:, :1], later), dim=1).unflatten(-1, (-1, side)).unflatten(2, (-1, side))
-        wanted = cells.transpose(3, 4).flatten(4).flatten(1, 3)  # [B, T' * rows * columns, 16]
+        frames = torch.cat((layout[:, :1], later), dim=1)
+        cells = frames.unflatten(-1, (-1, self.side)).unflatten(2, (-1, self.side))
+        wanted = cells.transpose(3, 4).flatten(4).flatten(1, 3)[:, : tokens.shape[1]]  # [B, T' * rows * columns, ...]
         return F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted)
 
 
@@ -142,7 +171,7 @@ class Stage1Task:
         if frozen is None:
             self.model["text"] = self._encoder().to(device)
         if settings.layout_weight:
-            self.model["layout"] = Layout(dit.config.hidden_size).to(device)
+            self.model["layout"] = Layout(dit.config.hidden_size, dit.config.patch_size).to(device)
         scenes = settings.clips.open("train", settings.seed) if settings.layout_weight else None
         self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
         self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
@@ -185,9 +214,11 @@ class Stage1Task:
 
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Mean squared error of v at random timesteps, well spread over the batch; and the layout's loss if wanted."""
-        settings = self.settings
+        settings, step = self.settings, index // self.settings.loop.accumulate
         latent = batch["latent"] * STAGE1_LATENT_SCALE
-        context = settings.short_text.cut(self._context(batch), index // settings.loop.accumulate)
+        lengths = generator_for(settings.seed, "length", step)
+        latent = latent[:, :, : settings.short_clips.length(latent.shape[2], step, lengths)]
+        context = settings.short_text.cut(self._context(batch), step)
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         noise = normal_like(latent, generator_for(settings.seed, "noise", index))
         places = generator_for(settings.seed, "time", index)

@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_function_without_autograd(nano: FlashVideoDi
 
 def test_activations_take_three_units_and_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes a token fall to those of the residual stream, keys and values as the sequence grows."""
-    config = replace(NANO_STAGE1, num_layers=2)
+    config = replace(NANO_STAGE1, num_layers=2, patch_size=2)
     network = FlashVideoDiT(config).eval()
     monkeypatch.setattr(dit_module, "PIECE_TOKENS_CPU", 128)
     peaks = [peak(network, *inputs(frames, 32, 32, batch=1)) for frames in (4, 12)]

@@ -28,7 +28,7 @@ from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile
 from flashvideo.training.networks import NetworkSettings, as_called, attention_products, make_network
-from flashvideo.training.stage1 import Layout, Stage1Settings, _spread_timesteps
+from flashvideo.training.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
 from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
@@ -261,24 +261,24 @@ def test_stage_two_with_lora_learns_and_writes_adapters_alone(models: Path, toke
     assert all("lora_" in name for name in load_state(tmp_path / "stage2" / LAST)["model"])
 
 
-def test_stage_one_learns_with_a_frozen_text_encoder_and_short_contexts_first(
+def test_stage_one_learns_with_a_frozen_text_encoder_and_short_contexts_and_stills_first(
     models: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = []
+    seen = []
 
     def noted(dit: Network, latent: Tensor, context: Tensor, *rest: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            lengths.append(context.shape[1])
+            seen.append((context.shape[1], latent.shape[2]))
         return stage1_loss(dit, latent, context, *rest)
 
     monkeypatch.setattr("flashvideo.training.stage1.stage1_loss", noted)
     recipe = (
         f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
         f'text = "{models}/text_encoder.safetensors"\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n'
-        "[short_text]\ntokens = 9\nuntil = 2\n"
+        "[short_text]\ntokens = 9\nuntil = 2\n[short_clips]\nlengths = [1]\nuntil = 1\n"
     )
     train("stage1", recipe, tmp_path, "--tokenizer", str(tokenizer))
-    assert lengths == [9, 9, 226]
+    assert seen == [(9, 1), (9, 2), (226, 2)]
     learnt = load_state(tmp_path / "stage1" / LAST)["model"]
     assert all(name.startswith("dit.") for name in learnt)
 
@@ -291,7 +291,7 @@ def test_stage_one_learns_layouts_that_no_file_keeps(models: Path, tokenizer: Pa
         recipe = (
             f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
             f'text = "{models}/text_encoder.safetensors"\nbatch = 2\nlayout_weight = 0.5\n'
-            f"[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n"
+            f"[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n[short_clips]\nlengths = [1, 2]\nuntil = 3\n"
         )
         for options in goes:
             train("stage1", recipe, tmp_path / name, "--tokenizer", str(tokenizer), *options)
@@ -309,10 +309,11 @@ def test_stage_one_learns_layouts_that_no_file_keeps(models: Path, tokenizer: Pa
     assert load_dit(models / "stage1.safetensors", stage=1).config.stage == 1
 
 
-def test_a_layouts_cells_are_those_under_its_tokens() -> None:
-    rows, columns, cells = 2, 3, 4
+@pytest.mark.parametrize(("patch", "seen"), [(1, 3), (2, 3), (2, 1)])
+def test_a_layouts_cells_are_those_under_its_tokens(patch: int, seen: int) -> None:
+    rows, columns, cells = 2, 3, 2 * patch
     layout = torch.rand(1, 9, rows * cells, columns * cells, generator=torch.Generator().manual_seed(0))
-    frames = [layout[0, :1], layout[0, 1:5], layout[0, 5:]]  # that share a latent frame
+    frames = [layout[0, :1], layout[0, 1:5], layout[0, 5:]][:seen]  # that share a latent frame
     tokens = torch.stack(
         [
             frame[:, cells * row : cells * (row + 1), cells * column : cells * (column + 1)].mean(0).flatten()
@@ -321,7 +322,7 @@ def test_a_layouts_cells_are_those_under_its_tokens() -> None:
             for column in range(columns)
         ]
     )
-    head = Layout(cells**2)
+    head = Layout(cells**2, patch)
     nn.init.eye_(head.read.weight)
     least = -(tokens * tokens.log() + (1 - tokens) * (1 - tokens).log()).mean()
     assert head(tokens.logit()[None], layout).item() == pytest.approx(least.item(), rel=1e-5)
@@ -333,6 +334,15 @@ def test_layouts_are_of_whole_procedural_scenes(clips: dict, tmp_path: Path) -> 
     settings = ClipSettings(height=32, width=48, frames=5, clips=2, **clips)
     with pytest.raises(TrainingError, match="layout_weight must be 0 for clips that aren't whole procedural scenes"):
         Stage1Settings(1, tmp_path, tmp_path, tmp_path, settings, LoopSettings(1, 1e-3), 1, layout_weight=0.1)
+
+
+def test_steps_see_beginnings_of_clips_of_every_length_and_whole_ones_in_the_end() -> None:
+    short = ShortClips((1, 3, 9), until=50)
+    drawn = [short.length(5, step, torch.Generator().manual_seed(step)) for step in range(100)]
+    assert set(drawn[:50]) == {1, 3, 5}
+    assert set(drawn[50:]) == {5}
+    with pytest.raises(TrainingError, match=r"lengths must be 1 or more; got \[2, 0\]"):
+        ShortClips((2, 0))
 
 
 def test_learning_attention_is_the_exact_one() -> None:
