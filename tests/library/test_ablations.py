@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from flashvideo.checkpoints import load_dit
-from flashvideo.nano import NANO_STAGE2
+from flashvideo.nano import NANO_FOLDER, NANO_STAGE2
 from flashvideo.training.ablations.acceptance import BICUBIC, REFINED, checks
 from flashvideo.training.ablations.clips import RealClip, Suite
 from flashvideo.training.ablations.command import CONFIGS, NAMES, add_ablate
 from flashvideo.training.ablations.document import asked, section, write_document
 from flashvideo.training.ablations.evaluation import enlarge
+from flashvideo.training.ablations.lab import Lab
 from flashvideo.training.ablations.pages import busiest
 from flashvideo.training.ablations.results import Claim, Row, TableResult, holds
 from flashvideo.training.ablations.settings import AblationSettings, Note
@@ -304,6 +306,16 @@ def test_the_command_measures_once_and_goes_on_where_it_stopped(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "results").iterdir()} == kept
     weights = next((tmp_path / "run" / "variants").glob("refiner-*/weights.safetensors"))
     assert load_dit(weights, stage=2).config == NANO_STAGE2
+
+
+def test_a_table_names_the_stage_that_it_measured() -> None:
+    shipped = SimpleNamespace(**{part: NANO_FOLDER / f"{part}.safetensors" for part in ("stage1", "stage2")})
+    lab = SimpleNamespace(settings=SimpleNamespace(shipped=shipped), device=torch.device("cpu"))
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in (shipped.stage1, shipped.stage2)]
+    drafts, refined = Lab.facts(lab, drafts=True, size="small"), Lab.facts(lab)
+    assert [drafts["stage I"], refined["stage II"]] == digests
+    assert [*drafts] == ["size", "stage I", "device", "date"]
+    assert [*refined] == ["stage II", "device", "date"]
 
 
 def test_an_unknown_table_and_a_missing_model_are_named(ablate: Callable[..., int], tmp_path: Path) -> None:

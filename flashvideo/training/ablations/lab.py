@@ -136,12 +136,14 @@ class Lab:
 
     # What the document says of a measurement
 
-    def facts(self, **more: str) -> dict[str, str]:
-        """The shipped stage II's sha256, device, date, and whatever a table adds."""
+    def facts(self, *, drafts: bool = False, **more: str) -> dict[str, str]:
+        """Sha256 of the shipped stage II, or of stage I for `drafts`; device, date, and whatever a table adds."""
         cpu = f"CPU, {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "CPU, one thread"
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
-        weights = sha256(self.settings.shipped.stage2, lambda *_: None)[:8]
-        return {**more, "stage II": weights, "device": device, "date": datetime.date.today().isoformat()}
+        shipped = self.settings.shipped
+        name, path = ("stage I", shipped.stage1) if drafts else ("stage II", shipped.stage2)
+        weights = sha256(path, lambda *_: None)[:8]
+        return {**more, name: weights, "device": device, "date": datetime.date.today().isoformat()}
 
     def clip_facts(self, suite: Suite) -> dict[str, str]:
         """How many clips of which size, and with which drafts."""
