@@ -86,7 +86,7 @@ def test_comfyui_killed_in_a_long_refine_goes_on_where_it_was(
     bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last bits of sums depend on the number of threads, and PyTorch takes as many as a process may use when it
-    # starts: on a machine that is shared that isn't the same for all three.
+    # starts: on a machine that is shared that needn't be the same for all three servers.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole_run = ComfyServer(bed, tmp_path / "whole")
     with whole_run as server:
