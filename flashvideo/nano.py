@@ -25,7 +25,7 @@ NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
 NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder")
 NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
 NANO_DTYPE = torch.float16
-NANO_STRENGTH = 450  # of the refiner: the official 675 hides shapes that are few latent pixels large
+NANO_STRENGTH = 200  # of the refiner: the official 675 hides shapes that are few latent pixels large
 PREVIEW_METADATA = "flashvideo.preview"  # in the VAE's file: the map from latent to colour, as JSON
 NANO_NOTICE = (
     "FlashVideo-Nano is untrained: it shows that the graph runs, and makes coloured noise. "
@@ -54,7 +54,7 @@ T5_POSITION_BUCKETS = 32
 NANO_STAGE1 = DiTConfig(
     num_layers=9, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512, patch_size=1
 )
-NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, patch_size=2, degradation_embedding=True, frame_count_embedding=True)
+NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, degradation_embedding=True, frame_count_embedding=True)
 NANO_VAE = VAEConfig(16, (1, 2, 2, 4), encoder_blocks=1, decoder_blocks=2, norm_groups=16)
 NANO_TEXT_ENCODER = T5Config(num_layers=3, d_model=48, d_ff=128, d_kv=16, num_heads=4)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..checkpoints import load_vae, read_vae
 from ..config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ..frames import TargetSize, finish, prepare, resize, to_frames, to_video
 from ..vae import VideoVAE
 from .checkpointing import whole_file
 from .errors import TrainingError
@@ -55,8 +56,8 @@ class ClipSettings:
         if min(self.clips, self.validation_clips) < 1:
             raise TrainingError("There must be at least one clip to learn from, and one to validate with.")
 
-    def open(self, split: str, seed: int) -> SceneStream | ScenePieces | VideoFolder:
-        """Return the clips of "train" or "validation"; both have `sample(index)`."""
+    def open(self, split: str, seed: int) -> Source:
+        """Return the clips of "train" or "validation"."""
         if self.folder:
             # A folder has no held-out part of its own: validation cuts other pieces from it.
             return VideoFolder(self.folder, self.height, self.width, self.frames, seed + (split != "train"))
@@ -84,10 +85,17 @@ class ScenePieces:
     def sample(self, index: int) -> tuple[Tensor, str]:
         """Piece `index`, [3, T, height, width] in [-1, 1], and the caption of the whole scene."""
         video, caption = self.scenes.sample(index)
+        return self.cut(video, index), caption
+
+    def cut(self, video: Tensor, index: int) -> Tensor:
+        """Piece `index` of its whole scene [3, T, H, W], or of what was made of that."""
         generator = generator_for(self.scenes.seed, "piece", index)
         top = randint(generator, 0, self.scenes.height - self.height)
         left = randint(generator, 0, self.scenes.width - self.width)
-        return video[..., top : top + self.height, left : left + self.width], caption
+        return video[..., top : top + self.height, left : left + self.width]
+
+
+Source = SceneStream | ScenePieces | VideoFolder  # what clips come from; all have `sample(index)`
 
 
 class LatentCache(Dataset):
@@ -152,6 +160,13 @@ class LatentCache(Dataset):
         return self.folder / f"{start:06d}.safetensors"
 
 
+def draw_length(lengths: Sequence[int], whole: int, generator: torch.Generator) -> int:
+    """Draw how many of `whole` latent frames are seen: one of `lengths`, or all of them if there are none."""
+    if not lengths:
+        return whole
+    return min(lengths[randint(generator, 0, len(lengths) - 1)], whole)
+
+
 def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
     """Return the folder of latents that this VAE's encoder and these settings give; others get another folder."""
     if not vae.is_file():
@@ -169,6 +184,14 @@ def encoder_digest(vae: Path) -> str:
         digest.update(name.encode())
         digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def coded_draft(vae: VideoVAE, frames: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
+    """A draft of frames [T, H, W, 3] in [0, 1], `factor` times smaller, through the VAE as stage I's drafts come."""
+    small = resize(frames, frames.shape[1] // factor, frames.shape[2] // factor, "bilinear")
+    prepared = prepare(small, TargetSize("keep"))
+    latent = encode_clip(vae, to_video(prepared.frames)[0], seed, *names)
+    return finish(to_frames(vae.decode(latent[None])).cpu(), prepared.reference)
 
 
 def load_frozen_vae(path: Path, device: torch.device) -> VideoVAE:

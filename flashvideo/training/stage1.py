@@ -19,7 +19,7 @@ from ..t5 import T5Encoder, T5Tokens, load_encoder
 from .checkpointing import export_weights
 from .config import LoopSettings
 from .errors import TrainingError
-from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
+from .latents import ClipSettings, LatentCache, cache_folder, draw_length, encode_clip, load_frozen_vae
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .metrics import sheet
 from .networks import (
@@ -68,10 +68,7 @@ class ShortClips:
 
     def length(self, whole: int, step: int, generator: torch.Generator) -> int:
         """How many of `whole` latent frames are seen in this step."""
-        if not self.lengths or step >= self.until:
-            return whole
-        drawn = int(torch.randint(len(self.lengths), (), generator=generator))
-        return min(self.lengths[drawn], whole)
+        return whole if step >= self.until else draw_length(self.lengths, whole, generator)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,26 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import STAGE2_LATENT_SCALE
+from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ..degradation import DEGRADATION_STEP, degrade_latent
 from ..dit import FlashVideoDiT
+from ..frames import TargetSize, prepare, to_frames, to_video
 from ..samplers import sample_stage2
 from ..schedule import STAGE2_SHIFT
 from .config import LoopSettings
 from .degradations import LatentDegradation, StrongDegradation, WeakDegradation
 from .errors import TrainingError
-from .latents import ClipSettings, LatentCache, cache_folder, encode_clip, load_frozen_vae
+from .latents import (
+    ClipSettings,
+    LatentCache,
+    ScenePieces,
+    Source,
+    cache_folder,
+    coded_draft,
+    draw_length,
+    encode_clip,
+    load_frozen_vae,
+)
 from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_loss
 from .metrics import psnr, sheet
 from .networks import (
@@ -31,7 +42,7 @@ from .networks import (
     held_out_batch,
     make_network,
 )
-from .randomness import generator_for, normal_like
+from .randomness import generator_for, normal_like, randint
 
 VALIDATION_SEED = 1
 
@@ -43,6 +54,24 @@ class Phase:
     until: int
     batch: int
     clips: ClipSettings
+    window: tuple[int, int] = (0, 0)  # latent pixels of a piece of each clip, rows and columns; (0, 0): all of it
+    lengths: tuple[int, ...] = ()  # latent frames, from the beginning: one is drawn for each batch; empty: all of them
+
+    def __post_init__(self) -> None:
+        """Refuse pieces larger than the clips, and lengths of nothing."""
+        sides = (self.clips.height // SPATIAL_FACTOR, self.clips.width // SPATIAL_FACTOR)
+        if any(self.window) and not all(0 < part <= side for part, side in zip(self.window, sides, strict=True)):
+            raise TrainingError(f"[[phases]] window must be 1 to {sides} latent pixels; got {list(self.window)}.")
+        if any(length < 1 for length in self.lengths):
+            raise TrainingError(f"[[phases]] lengths must be 1 or more; got {list(self.lengths)}.")
+
+    def piece(self, latent: Tensor, generator: torch.Generator) -> tuple[slice, ...]:
+        """Where a random piece of latents [B, 16, T', h, w] is, the same of all of them."""
+        length = draw_length(self.lengths, latent.shape[2], generator)
+        window = self.window if any(self.window) else latent.shape[3:]
+        starts = [randint(generator, 0, side - part) for side, part in zip(latent.shape[3:], window, strict=True)]
+        places = (slice(start, start + part) for start, part in zip(starts, window, strict=True))
+        return (..., slice(length), *places)
 
 
 @dataclass(frozen=True)
@@ -51,8 +80,14 @@ class DegradationSettings:
 
     pixel: bool = True  # False: the reference is the clean clip
     strong_probability: float = 0.5
+    coded_probability: float = 0.0  # of drafts that are shrunk by `factor` and went through the VAE, as stage I's do
     factor: tuple[float, float] = (4.0, 4.0)  # of the weak degradation
     latent_steps: tuple[int, int] = (600, 750)  # 999, 999: noise alone; 0, 0: next to nothing
+
+    def __post_init__(self) -> None:
+        """Refuse probabilities of more than certainty."""
+        if not 0 <= self.strong_probability + self.coded_probability <= 1:
+            raise TrainingError("[degradation] strong_probability and coded_probability must be at most 1 together.")
 
 
 @dataclass(frozen=True)
@@ -103,17 +138,22 @@ class PairData(Dataset):
         settings = self.settings
         step = index // settings.loop.accumulate
         number = next((i for i, phase in enumerate(settings.phases) if step < phase.until), len(settings.phases) - 1)
-        cache, batch = self.caches[number], settings.phases[number].batch
-        entries = cache.batch(cache.draw(batch, settings.seed, "clips", index))
-        strong = torch.rand(batch, generator=generator_for(settings.seed, "strong", index))
-        return choose_reference(entries, settings.degradation, strong)
+        cache, phase = self.caches[number], settings.phases[number]
+        entries = cache.batch(cache.draw(phase.batch, settings.seed, "clips", index))
+        chance = torch.rand(phase.batch, generator=generator_for(settings.seed, "strong", index))
+        batch = choose_reference(entries, settings.degradation, chance)
+        piece = phase.piece(batch["clean"], generator_for(settings.seed, "piece", index))
+        return {name: latent if name == "context" else latent[piece] for name, latent in batch.items()}
 
 
 def choose_reference(entries: dict[str, Tensor], settings: DegradationSettings, chance: Tensor) -> dict[str, Tensor]:
-    """Pick each clip's reference: the strongly degraded one where `chance` [B] is below the probability."""
+    """Pick each clip's reference: `chance` [B] in [0, 1] falls to the strong one, then a coded draft, or the weak."""
     if settings.pixel:
-        strong = (chance < settings.strong_probability)[:, None, None, None, None]
-        reference = torch.where(strong, entries["strong"], entries["weak"])
+        chance, reference = chance[:, None, None, None, None], entries["weak"]
+        if settings.coded_probability:
+            coded = chance < settings.strong_probability + settings.coded_probability
+            reference = torch.where(coded, entries["coded"], reference)
+        reference = torch.where(chance < settings.strong_probability, entries["strong"], reference)
     else:
         reference = entries["clean"]
     return {"clean": entries["clean"], "reference": reference, "context": entries["context"]}
@@ -151,14 +191,26 @@ class Stage2Task:
             "strong": StrongDegradation()(video, generator_for(self.settings.seed, "strong", *names)),
         }
 
+    def _coded(self, source: Source, index: int) -> Tensor:
+        """Clip `index` as a draft of its whole scene through the VAE, enlarged: [3, T, H, W]."""
+        is_piece = isinstance(source, ScenePieces)
+        video, _ = (source.scenes if is_piece else source).sample(index)
+        factor = round(self.settings.degradation.factor[0])
+        draft = coded_draft(self.vae, to_frames(video[None]), factor, self.settings.seed, "draft", index)
+        enlarged = to_video(prepare(draft, TargetSize("scale", scale=float(factor))).reference)[0]
+        return source.cut(enlarged, index) if is_piece else enlarged
+
     def _cached(self, clips: ClipSettings, split: str) -> LatentCache:
         seed = self.settings.seed if split == "train" else VALIDATION_SEED
         source = clips.open(split, seed)
-        kinds = (clips, split, seed, self.settings.degradation.factor, self.text.digest)
+        has_coded = self.settings.degradation.coded_probability > 0
+        kinds = (clips, split, seed, self.settings.degradation.factor, self.text.digest, *["coded"] * has_coded)
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
             video, caption = source.sample(index)
             videos = {"clean": video, **self._degraded(video, split, index)}
+            if has_coded:
+                videos["coded"] = self._coded(source, index)
             tensors = {name: encode_clip(self.vae, clip, seed, name, index) for name, clip in videos.items()}
             return {**tensors, "context": self.text([caption])[0]}, caption
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from flashvideo import refine_files
 from flashvideo.errors import CommandError
-from flashvideo.nano import nano_state
+from flashvideo.nano import NANO_STRENGTH, nano_state
 from flashvideo.refine_command import CANCELLED, add_refine
 from flashvideo.weightfiles import CheckpointError
 
@@ -189,4 +189,4 @@ def test_the_strength_suits_the_model_unless_it_is_given(
     )
     for options in ((), same, other, ("--strength", "500")):
         assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
-    assert strengths == [450, 450, 675, 500]
+    assert strengths == [NANO_STRENGTH, NANO_STRENGTH, 675, 500]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -18,17 +19,18 @@ from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import VAEConfig
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
 from flashvideo.errors import CommandError
-from flashvideo.nano import NANO_STAGE1, NANO_TEXT_ENCODER
+from flashvideo.nano import NANO_FOLDER, NANO_STAGE1, NANO_TEXT_ENCODER
 from flashvideo.t5 import T5Tokens, load_encoder
 from flashvideo.training.checkpointing import BEST, LAST, load_state
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.latents import SHARD, ClipSettings, LatentCache
+from flashvideo.training.latents import SHARD, ClipSettings, LatentCache, ScenePieces
 from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
-from flashvideo.training.metrics import MetricsFile
+from flashvideo.training.metrics import MetricsFile, psnr
 from flashvideo.training.networks import NetworkSettings, as_called, attention_products, make_network
 from flashvideo.training.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
+from flashvideo.training.stage2 import DegradationSettings, Phase, Stage2Settings, Stage2Task, choose_reference
 from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
@@ -225,8 +227,9 @@ def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Pat
         "vae": VAE,
         "text": f'seed = 1\nout = "unused"\nbatch = 2\nvocabulary_captions = 300\nvalidation_captions = 4\n{LOOP}',
         "stage1": f"{head}train_text = true\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n",
-        "stage2": f"{head}{LOOP}[network]\ncheckpoint_blocks = true\n"
-        f"[[phases]]\nuntil = 1\nbatch = 1\n[phases.clips]\n{CLIPS.replace('32', '16')}"
+        "stage2": f"{head}{LOOP}[network]\ncheckpoint_blocks = true\n[degradation]\ncoded_probability = 0.5\n"
+        f"[[phases]]\nuntil = 1\nbatch = 1\nwindow = [1, 3]\nlengths = [1, 2]\n"
+        f"[phases.clips]\n{CLIPS.replace('32', '16')}scene = [32, 64]\n"
         f"[[phases]]\nuntil = 3\nbatch = 2\n[phases.clips]\n{CLIPS}",
     }
     for kind, recipe in recipes.items():
@@ -345,6 +348,78 @@ def test_steps_see_beginnings_of_clips_of_every_length_and_whole_ones_in_the_end
         ShortClips((2, 0))
 
 
+def test_a_phase_sees_pieces_of_its_clips_everywhere_in_them() -> None:
+    """References and clean clips are cut alike: a latent pixel's number says where it was."""
+    clips = ClipSettings(height=48, width=64, frames=9, clips=2)
+    phase = Phase(10, 2, clips, window=(4, 5), lengths=(1, 3))
+    latent = torch.arange(3 * 6 * 8).view(1, 1, 3, 6, 8).expand(2, 16, 3, 6, 8)
+    pieces = [latent[phase.piece(latent, torch.Generator().manual_seed(seed))] for seed in range(200)]
+    assert {piece.shape for piece in pieces} == {(2, 16, 1, 4, 5), (2, 16, 3, 4, 5)}
+    corners = {8 * row + column for row in range(3) for column in range(4)}
+    assert {int(piece[0, 0, 0, 0, 0]) for piece in pieces} == corners
+    whole = dataclasses.replace(phase, window=(0, 0), lengths=())
+    assert latent[whole.piece(latent, torch.Generator())].shape == latent.shape
+    with pytest.raises(TrainingError, match=r"window must be 1 to \(6, 8\) latent pixels; got \[7, 5\]"):
+        Phase(10, 2, clips, window=(7, 5))
+    with pytest.raises(TrainingError, match=r"lengths must be 1 or more; got \[0\]"):
+        Phase(10, 2, clips, lengths=(0,))
+
+
+def test_references_are_chosen_by_their_probabilities() -> None:
+    entries = {
+        name: torch.full((4, 1, 1, 1, 1), value)
+        for name, value in (("clean", 0.0), ("weak", 1.0), ("strong", 2.0), ("coded", 3.0))
+    } | {"context": torch.zeros(4, 1, 1)}
+    chance = torch.tensor([0.1, 0.29, 0.31, 0.71])
+    settings = DegradationSettings(strong_probability=0.3, coded_probability=0.4)
+
+    def chosen(settings: DegradationSettings) -> list[float]:
+        return choose_reference(entries, settings, chance)["reference"].flatten().tolist()
+
+    assert chosen(settings) == [2, 2, 3, 1]
+    assert chosen(dataclasses.replace(settings, coded_probability=0.0)) == [2, 2, 1, 1]
+    assert chosen(dataclasses.replace(settings, pixel=False)) == [0, 0, 0, 0]
+    with pytest.raises(TrainingError, match="at most 1 together"):
+        DegradationSettings(strong_probability=0.7, coded_probability=0.4)
+
+
+def test_a_piece_is_cut_where_a_degraded_whole_is() -> None:
+    pieces = ClipSettings(32, 48, 5, clips=2, scene=(64, 96)).open("train", 1)
+    assert isinstance(pieces, ScenePieces)
+    whole, _ = pieces.scenes.sample(3)
+    piece, _ = pieces.sample(3)
+    assert torch.equal(pieces.cut(whole, 3), piece)
+
+
+@torch.no_grad()
+def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path: Path) -> None:
+    """Blurred as a draft is, and at its place: nearer to its own clean piece than to any other."""
+    pytest.importorskip("transformers")
+    settings = Stage2Settings(
+        seed=1,
+        out=tmp_path,
+        cache=tmp_path / "cache",
+        vae=NANO_FOLDER / "vae.safetensors",
+        text=str(NANO_FOLDER / "text_encoder.safetensors"),
+        tokenizer=str(tokenizer),
+        loop=LoopSettings(1, 1e-3),
+        phases=(Phase(1, 1, ClipSettings(64, 64, 5, clips=4, validation_clips=1, scene=(128, 192))),),
+        degradation=DegradationSettings(coded_probability=0.5),
+    )
+    task = Stage2Task(settings, torch.device("cpu"))
+    clips = task.clips[0]
+    clips.fill()
+    entries = clips.batch(range(4))
+    clean, weak, coded = (task.vae.decode(entries[name]) for name in ("clean", "weak", "coded"))
+    for index in range(4):
+        own = psnr(coded[index], clean[index])
+        others = [psnr(coded[index], clean[other]) for other in range(4) if other != index]
+        assert own > max(others) + 2
+        assert psnr(coded[index], weak[index]) > own  # what it lacks is what the weak degradation takes
+        moved = psnr(coded[index][..., 8:, 8:], clean[index][..., :-8, :-8])
+        assert moved < own
+
+
 def test_learning_attention_is_the_exact_one() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 20, 8, generator=generator) for _ in range(3))
@@ -362,9 +437,7 @@ def test_a_network_that_learns_says_what_it_says_in_use() -> None:
     assert seen == list(range(NANO_STAGE1.num_layers))
 
 
-def test_a_missing_vae_is_named(
-    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_missing_vae_is_named(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = tmp_path / "stage1.toml"
     config.write_text(
         f'seed = 1\nout = "{tmp_path}/run"\ncache = "c"\nvae = "none.safetensors"\ntrain_text = true\nbatch = 1\n'

@@ -28,7 +28,7 @@ from flashvideo.windows import (
 )
 
 TIMES = stage2_times(4)
-STRENGTH = 450  # what suits Nano
+STRENGTH = 450
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

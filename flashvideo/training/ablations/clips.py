@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...frames import TargetSize, finish, prepare, resize, to_frames, to_video
+from ...frames import TargetSize, prepare, resize, to_frames, to_video
 from ..checkpointing import whole_file
 from ..degradations import StrongDegradation
 from ..errors import TrainingError
 from ..folder import UnusableVideo, read_clip
-from ..latents import ClipSettings, cache_folder, encode_clip, load_frozen_vae
+from ..latents import ClipSettings, cache_folder, coded_draft, encode_clip, load_frozen_vae
 from ..networks import FrozenText
 from ..randomness import generator_for
 from ..rendering import FRAME_RATE
@@ -145,16 +145,12 @@ class ClipStore:
         "shrunk": bilinear and antialiased, as the official training shrinks. "coded": that, through the VAE as the
         drafts of stage I come. "strong": the training's strong degradation first.
         """
-        height, width = truth.shape[1] // FACTOR, truth.shape[2] // FACTOR
+        if kind == "coded":
+            return coded_draft(self.vae, truth, FACTOR, TEST_SEED, "draft", index)
         if kind == "strong":
             degraded = StrongDegradation()(to_video(truth)[0], generator_for(TEST_SEED, "strong", index))
             truth = to_frames(degraded[None])
-        small = resize(truth, height, width, "bilinear")
-        if kind != "coded":
-            return small
-        prepared = prepare(small, TargetSize("keep"))
-        latent = encode_clip(self.vae, to_video(prepared.frames)[0], TEST_SEED, "draft", index)
-        return finish(to_frames(self.vae.decode(latent[None])).cpu(), prepared.reference)
+        return resize(truth, truth.shape[1] // FACTOR, truth.shape[2] // FACTOR, "bilinear")
 
 
 def _eight_bit(frames: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ class Lab:
             tuning.choice, candidates=candidates, steps=refiner.steps, cfg=refiner.cfg, strength=refiner.strength
         )
         network = NetworkSettings(weights=str(self.settings.shipped.stage2))
-        settings = PreferenceSettings(**self._shared(tuning), network=network, choice=choice)
+        degradation = self.settings.variants.degradation
+        settings = PreferenceSettings(**self._shared(tuning), degradation=degradation, network=network, choice=choice)
         return self._train(name, settings, lambda: PreferenceTask(settings, self.device))
 
     def draft_settings(self, weights: Path, lora_rank: int = 0) -> Stage1Settings:
@@ -151,9 +152,11 @@ class Lab:
         return {"clips": f"{suite.count} held-out scenes{real}", "size": suite.size, "drafts": suite.draft}
 
     def budget_facts(self) -> dict[str, str]:
-        """How long variants are trained."""
-        loop, batch = self.settings.variants.loop, self.settings.variants.batch
-        return {"training": f"{loop.steps} steps of {batch} clips from nothing, every variant alike"}
+        """How long variants are trained, and at which degradation strengths where a table doesn't vary them."""
+        variants = self.settings.variants
+        low, high = variants.degradation.latent_steps
+        budget = f"{variants.loop.steps} steps of {variants.batch} clips from nothing, every variant alike"
+        return {"training": f"{budget}; strengths {low} to {high}"}
 
 
 def _check(model: Path) -> None:

@@ -11,6 +11,7 @@ from ..config import LoopSettings
 from ..errors import TrainingError
 from ..latents import ClipSettings
 from ..preference import ChoiceSettings
+from ..stage2 import DegradationSettings
 from .clips import DRAFTS
 
 
@@ -62,6 +63,7 @@ class Variants:
     batch: int
     clips: ClipSettings
     loop: LoopSettings
+    degradation: DegradationSettings = field(default_factory=DegradationSettings)  # where a table doesn't vary it
     cascade_steps: tuple[int, ...] = (4, 16)  # evaluations that the generate-from-noise cascade gets
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from ..stage2 import DegradationSettings
 from .acceptance import BICUBIC, DETAIL, QUALITY
 from .clips import Suite
 from .drafts import table4
@@ -22,9 +21,7 @@ USUAL_STRENGTH = 700
 EVALUATIONS = range(1, 9)  # of table 8
 SATURATED = {"psnr_high": 0.3, "ssim": 0.01}  # what 8 evaluations may gain over 4, to be called little
 AS_GOOD = 0.5  # dB: two kinds of positions are called equal at the training resolution
-PIXEL_AND_LATENT = DegradationSettings()
-PIXEL = dataclasses.replace(PIXEL_AND_LATENT, latent_steps=(0, 0))
-NOTHING = dataclasses.replace(PIXEL, pixel=False)
+NOISE_ALONE, NEXT_TO_NOTHING = (999, 999), (0, 0)  # latent steps
 
 
 def beats(better: str, worse: str, *metrics: str) -> list[Claim]:
@@ -35,8 +32,9 @@ def beats(better: str, worse: str, *metrics: str) -> list[Claim]:
 def table3(lab: Lab) -> TableResult:
     """The refiner against plain enlargement, and against a cascade that generates from noise."""
     suite = lab.small_suite()
-    refiner = lab.variant("refiner", PIXEL_AND_LATENT)
-    cascade = lab.variant("cascade", dataclasses.replace(PIXEL_AND_LATENT, latent_steps=(999, 999)), "cascade")
+    degradation = lab.settings.variants.degradation
+    refiner = lab.variant("refiner", degradation)
+    cascade = lab.variant("cascade", dataclasses.replace(degradation, latent_steps=NOISE_ALONE), "cascade")
     trained = f"refiner, {lab.settings.refiner.steps} evaluations"
     cascades = {f"cascade, {steps} evaluations": steps for steps in lab.settings.variants.cascade_steps}
     ways = [(TRUTH_ROW, Method(TRUTH)), *((kind, Method(kind)) for kind in ENLARGERS)]
@@ -57,9 +55,10 @@ def table3(lab: Lab) -> TableResult:
 
 def table5(lab: Lab) -> TableResult:
     """Rotary and absolute positions at the training resolution and beyond."""
+    degradation = lab.settings.variants.degradation
     weights = {
-        "rotary": lab.variant("refiner", PIXEL_AND_LATENT),
-        "absolute": lab.variant("absolute", PIXEL_AND_LATENT, "absolute"),
+        "rotary": lab.variant("refiner", degradation),
+        "absolute": lab.variant("absolute", degradation, "absolute"),
     }
     rows = []
     for scale in (1.0, LARGER):
@@ -80,10 +79,13 @@ def table5(lab: Lab) -> TableResult:
 
 def table6(lab: Lab) -> TableResult:
     """Stage II trained with and without degradations."""
-    settings = {"no degradation": NOTHING, "pixel": PIXEL, "pixel and latent": PIXEL_AND_LATENT}
+    both = lab.settings.variants.degradation
+    pixel = dataclasses.replace(both, latent_steps=NEXT_TO_NOTHING)
+    nothing = dataclasses.replace(pixel, pixel=False)
+    settings = {"no degradation": nothing, "pixel": pixel, "pixel and latent": both}
     ways = [(TRUTH_ROW, Method(TRUTH)), ("bilinear", Method("bilinear"))]
     for label, degradation in settings.items():
-        name = "refiner" if degradation == PIXEL_AND_LATENT else label.replace(" ", "-")
+        name = "refiner" if degradation == both else label.replace(" ", "-")
         low, high = degradation.latent_steps
         strength = min(max(lab.settings.refiner.strength, low), high)
         ways.append((label, lab.refiner(lab.variant(name, degradation), strength=strength)))
