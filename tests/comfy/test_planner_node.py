@@ -96,9 +96,9 @@ def test_plans_for_the_tiles_of_a_connected_refiner(comfy_nodes: dict, run_promp
     }
     outputs, _ = run_prompt(prompt)
     tiled, behind, whole = (outputs[node]["text"][0] for node in "456")
-    assert rows(tiled)["stage II"][0] == rows(behind)["stage II"][0] == str(226 + 3 * 16 * 16)
+    assert rows(tiled)["stage II"][0] == rows(behind)["stage II"][0] == str(226 + 3 * 32 * 32)
     assert "stage II sees tiles of 256 pixels" in tiled
-    assert rows(whole)["stage II"][0] == f"{226 + 3 * 23 * 40}"
+    assert rows(whole)["stage II"][0] == f"{226 + 3 * 46 * 80}"
 
 
 def test_refuses_the_wrong_model(run_prompt: Any) -> None:

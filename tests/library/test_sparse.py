@@ -12,7 +12,7 @@ from torch import Tensor
 from flashvideo import dit as dit_module
 from flashvideo.checkpoints import load_dit
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
-from flashvideo.nano import NANO_STAGE1, build_nano
+from flashvideo.nano import NANO_STAGE2, build_nano
 from flashvideo.sparse import NEIGHBOURS, VIEWS, Grid, WindowAttention, share
 
 TEXT, GRID = 40, (4, 9, 11)
@@ -124,7 +124,9 @@ def nano() -> FlashVideoDiT:
 
 def inputs(frames: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """A latent for so many patches, a time and a text."""
-    return normal(1, 16, frames, 2 * rows, 2 * columns), torch.tensor([700.0]), normal(1, TEXT, NANO_STAGE1.text_dim)
+    side = NANO_STAGE2.patch_size
+    latent = normal(1, 16, frames, side * rows, side * columns)
+    return latent, torch.tensor([700.0]), normal(1, TEXT, NANO_STAGE2.text_dim)
 
 
 def test_the_order_of_the_patches_changes_nothing_by_itself(nano: FlashVideoDiT) -> None:
