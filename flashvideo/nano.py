@@ -50,7 +50,8 @@ class T5Config:
 
 T5_POSITION_BUCKETS = 32
 
-# Its drafts are 64 pixels high: a token of 2 x 2 latent pixels would be a fourth of that, too coarse for a shape.
+# A token of 2 x 2 latent pixels is 16 x 16 pixels: a fourth of a draft's height, too coarse for a shape; and in
+# refined videos each such block is painted almost by itself.
 NANO_STAGE1 = DiTConfig(
     num_layers=9, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512, patch_size=1
 )

@@ -29,7 +29,6 @@ WINDOW = 49  # frames: what the refiner was trained on
 OVERLAP = 16  # frames
 
 
-
 class Piece(NamedTuple):
     """A part of a latent [B, C, T, H, W] that the network sees by itself."""
 

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoints import load_vae
+from ..nano import nano_state
 from .degradations import (
     RESAMPLERS,
     StrongDegradation,
@@ -22,6 +24,7 @@ from .degradations import (
     shrink_and_enlarge,
     sinc_kernel,
 )
+from .latents import enlarged_draft
 from .metrics import save_picture, sheet
 from .randomness import generator_for, normal_like
 from .scenes import SceneStream
@@ -36,11 +39,13 @@ SCENES, SCENE = 7, 2  # seed and index of the scene shown
 STRONG = 4  # how many draws of the whole strong degradation
 
 
+@torch.no_grad()
 def degraded_clips(video: Tensor) -> list[tuple[str, Tensor]]:
     """Each degradation of a clip [3, T, H, W] in [-1, 1] at a setting that can be seen, with its name."""
     generator = generator_for(SCENES, "degradations")
     height, width = video.shape[-2:]
     steps = torch.tensor([600])
+    vae = load_vae(nano_state("vae"), dtype=torch.float32)
     clips = [
         ("clean", video),
         ("weak, factor 4", shrink_and_enlarge(video, 4)),
@@ -60,6 +65,7 @@ def degraded_clips(video: Tensor) -> list[tuple[str, Tensor]]:
         ("H.264, crf 36", compress_h264(video, 36)),
         ("MPEG-4, quantiser 12", compress_mpeg4(video, 12)),
         ("step 600's noise, on pixels", degrade_latents(video[None], normal_like(video[None], generator), steps)[0]),
+        ("draft through Nano's VAE", enlarged_draft(vae, video, 4, SCENES, "draft")),
     ]
     strong = StrongDegradation()
     return clips + [(f"strong, draw {draw + 1}", strong(video, generator)) for draw in range(STRONG)]

@@ -338,11 +338,13 @@ class LatentDegradation:
     """Noise of a random strength on each latent of a batch; the network is told how strong."""
 
     steps: tuple[int, int] = (600, 750)  # both included; the official code's later range
+    power: float = 1.0  # of the uniform number that picks the step; above 1, weak noise is drawn more often
 
     def __call__(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """[B, C, T, H, W] in the model's scaled space -> the degraded latents, and the steps of each, [B] int64."""
         low, high = self.steps
-        steps = torch.randint(low, high + 1, (len(latent),), generator=generator)
+        uniform = torch.rand(len(latent), generator=generator)
+        steps = (low + (high + 1 - low) * uniform**self.power).long().clamp(max=high)
         return degrade_latents(latent, normal_like(latent, generator), steps), steps.to(latent.device)
 
 

@@ -98,6 +98,13 @@ class ScenePieces:
 Source = SceneStream | ScenePieces | VideoFolder  # what clips come from; all have `sample(index)`
 
 
+def sample_uncut(source: Source, index: int) -> tuple[Tensor, str, Callable[[Tensor], Tensor]]:
+    """The whole video that clip `index` is of, [3, T, H, W]; its caption; and what cuts the clip from such a video."""
+    if isinstance(source, ScenePieces):
+        return *source.scenes.sample(index), lambda video: source.cut(video, index)
+    return *source.sample(index), lambda video: video
+
+
 class LatentCache(Dataset):
     """Clips [i] as dicts of tensors, from shards of a folder that `make` fills."""
 
@@ -160,6 +167,12 @@ class LatentCache(Dataset):
         return self.folder / f"{start:06d}.safetensors"
 
 
+def check_lengths(lengths: Sequence[int], where: str) -> None:
+    """Refuse a length of nothing; `where` names the part of a config file. Raises TrainingError."""
+    if any(length < 1 for length in lengths):
+        raise TrainingError(f"{where} lengths must be 1 or more; got {list(lengths)}.")
+
+
 def draw_length(lengths: Sequence[int], whole: int, generator: torch.Generator) -> int:
     """Draw how many of `whole` latent frames are seen: one of `lengths`, or all of them if there are none."""
     if not lengths:
@@ -192,6 +205,12 @@ def coded_draft(vae: VideoVAE, frames: Tensor, factor: int, seed: int, *names: s
     prepared = prepare(small, TargetSize("keep"))
     latent = encode_clip(vae, to_video(prepared.frames)[0], seed, *names)
     return finish(to_frames(vae.decode(latent[None])).cpu(), prepared.reference)
+
+
+def enlarged_draft(vae: VideoVAE, video: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
+    """What stage II's reference is of a video [3, T, H, W] in [-1, 1] if stage I drew it: `coded_draft`, enlarged."""
+    draft = coded_draft(vae, to_frames(video[None]), factor, seed, *names)
+    return to_video(prepare(draft, TargetSize("scale", scale=float(factor))).reference)[0]
 
 
 def load_frozen_vae(path: Path, device: torch.device) -> VideoVAE:

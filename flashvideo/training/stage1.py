@@ -19,7 +19,7 @@ from ..t5 import T5Encoder, T5Tokens, load_encoder
 from .checkpointing import export_weights
 from .config import LoopSettings
 from .errors import TrainingError
-from .latents import ClipSettings, LatentCache, cache_folder, draw_length, encode_clip, load_frozen_vae
+from .latents import ClipSettings, LatentCache, cache_folder, check_lengths, draw_length, encode_clip, load_frozen_vae
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .metrics import sheet
 from .networks import (
@@ -63,8 +63,7 @@ class ShortClips:
 
     def __post_init__(self) -> None:
         """Refuse a length of nothing."""
-        if any(length < 1 for length in self.lengths):
-            raise TrainingError(f"[short_clips] lengths must be 1 or more; got {list(self.lengths)}.")
+        check_lengths(self.lengths, "[short_clips]")
 
     def length(self, whole: int, step: int, generator: torch.Generator) -> int:
         """How many of `whole` latent frames are seen in this step."""

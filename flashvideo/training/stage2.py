@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ..degradation import DEGRADATION_STEP, degrade_latent
 from ..dit import FlashVideoDiT
-from ..frames import TargetSize, prepare, to_frames, to_video
 from ..samplers import sample_stage2
 from ..schedule import STAGE2_SHIFT
 from .config import LoopSettings
@@ -22,13 +21,13 @@ from .errors import TrainingError
 from .latents import (
     ClipSettings,
     LatentCache,
-    ScenePieces,
-    Source,
     cache_folder,
-    coded_draft,
+    check_lengths,
     draw_length,
     encode_clip,
+    enlarged_draft,
     load_frozen_vae,
+    sample_uncut,
 )
 from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_loss
 from .metrics import psnr, sheet
@@ -55,23 +54,27 @@ class Phase:
     batch: int
     clips: ClipSettings
     window: tuple[int, int] = (0, 0)  # latent pixels of a piece of each clip, rows and columns; (0, 0): all of it
-    lengths: tuple[int, ...] = ()  # latent frames, from the beginning: one is drawn for each batch; empty: all of them
+    lengths: tuple[int, ...] = ()  # latent frames of a piece: one is drawn for each batch; empty: all of them
 
     def __post_init__(self) -> None:
         """Refuse pieces larger than the clips, and lengths of nothing."""
         sides = (self.clips.height // SPATIAL_FACTOR, self.clips.width // SPATIAL_FACTOR)
         if any(self.window) and not all(0 < part <= side for part, side in zip(self.window, sides, strict=True)):
-            raise TrainingError(f"[[phases]] window must be 1 to {sides} latent pixels; got {list(self.window)}.")
-        if any(length < 1 for length in self.lengths):
-            raise TrainingError(f"[[phases]] lengths must be 1 or more; got {list(self.lengths)}.")
+            raise TrainingError(
+                f"[[phases]] window must be 1 to {sides[0]} by 1 to {sides[1]} latent pixels; got {list(self.window)}."
+            )
+        check_lengths(self.lengths, "[[phases]]")
 
     def piece(self, latent: Tensor, generator: torch.Generator) -> tuple[slice, ...]:
-        """Where a random piece of latents [B, 16, T', h, w] is, the same of all of them."""
+        """Where a random piece of latents [B, 16, T', h, w] is, the same of all of them.
+
+        It may begin anywhere in time too, as a long video's windows do.
+        """
         length = draw_length(self.lengths, latent.shape[2], generator)
         window = self.window if any(self.window) else latent.shape[3:]
-        starts = [randint(generator, 0, side - part) for side, part in zip(latent.shape[3:], window, strict=True)]
-        places = (slice(start, start + part) for start, part in zip(starts, window, strict=True))
-        return (..., slice(length), *places)
+        sides = zip(latent.shape[2:], (length, *window), strict=True)
+        starts = [(randint(generator, 0, side - part), part) for side, part in sides]
+        return (..., *(slice(start, start + part) for start, part in starts))
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,18 @@ class DegradationSettings:
     coded_probability: float = 0.0  # of drafts that are shrunk by `factor` and went through the VAE, as stage I's do
     factor: tuple[float, float] = (4.0, 4.0)  # of the weak degradation
     latent_steps: tuple[int, int] = (600, 750)  # 999, 999: noise alone; 0, 0: next to nothing
+    latent_power: float = 1.0  # above 1, weak noise is drawn more often
 
     def __post_init__(self) -> None:
-        """Refuse probabilities of more than certainty."""
-        if not 0 <= self.strong_probability + self.coded_probability <= 1:
-            raise TrainingError("[degradation] strong_probability and coded_probability must be at most 1 together.")
+        """Refuse what is no probability, and powers that don't pick a step."""
+        chances = (self.strong_probability, self.coded_probability)
+        if min(chances) < 0 or sum(chances) > 1:
+            raise TrainingError(
+                "[degradation] strong_probability and coded_probability must be 0 or more, and at most 1 together; "
+                f"got {' and '.join(map(str, chances))}."
+            )
+        if self.latent_power <= 0:
+            raise TrainingError(f"[degradation] latent_power must be above 0; got {self.latent_power}.")
 
 
 @dataclass(frozen=True)
@@ -191,26 +201,21 @@ class Stage2Task:
             "strong": StrongDegradation()(video, generator_for(self.settings.seed, "strong", *names)),
         }
 
-    def _coded(self, source: Source, index: int) -> Tensor:
-        """Clip `index` as a draft of its whole scene through the VAE, enlarged: [3, T, H, W]."""
-        is_piece = isinstance(source, ScenePieces)
-        video, _ = (source.scenes if is_piece else source).sample(index)
-        factor = round(self.settings.degradation.factor[0])
-        draft = coded_draft(self.vae, to_frames(video[None]), factor, self.settings.seed, "draft", index)
-        enlarged = to_video(prepare(draft, TargetSize("scale", scale=float(factor))).reference)[0]
-        return source.cut(enlarged, index) if is_piece else enlarged
-
     def _cached(self, clips: ClipSettings, split: str) -> LatentCache:
         seed = self.settings.seed if split == "train" else VALIDATION_SEED
         source = clips.open(split, seed)
         has_coded = self.settings.degradation.coded_probability > 0
-        kinds = (clips, split, seed, self.settings.degradation.factor, self.text.digest, *["coded"] * has_coded)
+        factors = self.settings.degradation.factor
+        kinds = (clips, split, seed, factors, self.text.digest)
+        kinds += ("coded",) if has_coded else ()
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
-            video, caption = source.sample(index)
+            whole, caption, cut = sample_uncut(source, index)
+            video = cut(whole)
             videos = {"clean": video, **self._degraded(video, split, index)}
             if has_coded:
-                videos["coded"] = self._coded(source, index)
+                draft = enlarged_draft(self.vae, whole, round(factors[0]), self.settings.seed, "draft", index)
+                videos["coded"] = cut(draft)
             tensors = {name: encode_clip(self.vae, clip, seed, name, index) for name, clip in videos.items()}
             return {**tensors, "context": self.text([caption])[0]}, caption
 
@@ -227,7 +232,7 @@ class Stage2Task:
         """Mean squared error of the velocity at a random place of the flow."""
         settings = self.settings
         clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
-        degrade = LatentDegradation(settings.degradation.latent_steps)
+        degrade = LatentDegradation(settings.degradation.latent_steps, settings.degradation.latent_power)
         degraded, steps = degrade(reference, generator_for(settings.seed, "degradation", index))
         context = settings.short_text.cut(batch["context"], index // settings.loop.accumulate)
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)

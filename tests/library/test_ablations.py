@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.util
 import math
@@ -109,6 +110,16 @@ def table(**rows: dict[str, float]) -> TableResult:
 )
 def test_a_claim_holds_or_not(claim: Claim, better: float, worse: float, expected: bool) -> None:
     assert holds(claim, better, worse) == expected
+
+
+def test_the_document_tells_which_tables_are_of_other_weights(tmp_path: Path) -> None:
+    measured = table(one_step={"psnr": 25.0})
+    before, now = (dataclasses.replace(measured, facts={"stage II": weights}) for weights in ("0123abcd", "4567cdef"))
+    said = "Measured with another stage II (0123abcd) than the one that is shipped now (4567cdef)."
+    weights = {"stage I": "89ab0123", "stage II": "4567cdef"}
+    for one, told in ((before, 1), (now, 0)):
+        text = write_document(tmp_path, [one], [], weights).read_text(encoding="utf-8")
+        assert text.count(said) == text.count("Measured with another") == told
 
 
 def test_the_document_says_what_came_out_and_what_did_not(tmp_path: Path) -> None:

@@ -367,6 +367,14 @@ def test_latent_degradation_draws_steps_evenly_from_its_range() -> None:
     assert counts[600:].min() > 80 and counts.max() < 190  # 132 each, 4.5 standard deviations
 
 
+def test_latent_degradation_draws_weak_noise_more_often_with_a_power() -> None:
+    _, steps = LatentDegradation((100, 499), power=2.0)(torch.zeros(20000, 1, 1, 1, 1), seeded())
+    quarters = torch.bincount((steps - 100) // 100, minlength=4) / len(steps)
+    expected = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).sqrt().diff()
+    assert (int(steps.min()), int(steps.max())) == (100, 499)
+    torch.testing.assert_close(quarters, expected, rtol=0, atol=0.015)  # 4 standard deviations
+
+
 def test_latent_degradation_keeps_a_standard_normal_standard() -> None:
     latent = torch.randn(4, 16, 4, 16, 16, generator=seeded(5))
     degraded, steps = LatentDegradation((650, 650))(latent, seeded())

@@ -353,13 +353,15 @@ def test_a_phase_sees_pieces_of_its_clips_everywhere_in_them() -> None:
     clips = ClipSettings(height=48, width=64, frames=9, clips=2)
     phase = Phase(10, 2, clips, window=(4, 5), lengths=(1, 3))
     latent = torch.arange(3 * 6 * 8).view(1, 1, 3, 6, 8).expand(2, 16, 3, 6, 8)
-    pieces = [latent[phase.piece(latent, torch.Generator().manual_seed(seed))] for seed in range(200)]
+    pieces = [latent[phase.piece(latent, torch.Generator().manual_seed(seed))] for seed in range(600)]
     assert {piece.shape for piece in pieces} == {(2, 16, 1, 4, 5), (2, 16, 3, 4, 5)}
     corners = {8 * row + column for row in range(3) for column in range(4)}
-    assert {int(piece[0, 0, 0, 0, 0]) for piece in pieces} == corners
+    begins = {frames: {int(p[0, 0, 0, 0, 0]) for p in pieces if p.shape[2] == frames} for frames in (1, 3)}
+    assert begins[3] == corners
+    assert begins[1] == {48 * frame + corner for frame in range(3) for corner in corners}
     whole = dataclasses.replace(phase, window=(0, 0), lengths=())
     assert latent[whole.piece(latent, torch.Generator())].shape == latent.shape
-    with pytest.raises(TrainingError, match=r"window must be 1 to \(6, 8\) latent pixels; got \[7, 5\]"):
+    with pytest.raises(TrainingError, match=r"window must be 1 to 6 by 1 to 8 latent pixels; got \[7, 5\]"):
         Phase(10, 2, clips, window=(7, 5))
     with pytest.raises(TrainingError, match=r"lengths must be 1 or more; got \[0\]"):
         Phase(10, 2, clips, lengths=(0,))
@@ -381,6 +383,10 @@ def test_references_are_chosen_by_their_probabilities() -> None:
     assert chosen(dataclasses.replace(settings, pixel=False)) == [0, 0, 0, 0]
     with pytest.raises(TrainingError, match="at most 1 together"):
         DegradationSettings(strong_probability=0.7, coded_probability=0.4)
+    with pytest.raises(TrainingError, match=r"must be 0 or more, .* got -0\.1 and 0\.4"):
+        DegradationSettings(strong_probability=-0.1, coded_probability=0.4)
+    with pytest.raises(TrainingError, match="latent_power must be above 0; got 0"):
+        DegradationSettings(latent_power=0)
 
 
 def test_a_piece_is_cut_where_a_degraded_whole_is() -> None:

@@ -105,12 +105,13 @@ def _measure(lab: Lab, names: tuple[str, ...] | list[str]) -> None:
 
 def _write(settings: AblationSettings, docs: Path) -> None:
     from .document import write_document
+    from .lab import shipped_weights
     from .results import TableResult
 
     paths = [settings.out / "tables" / f"{name}.json" for name in NAMES]
     tables = [TableResult.load(path) for path in paths if path.is_file()]
     if tables:
-        page = write_document(docs, tables, settings.notes)
+        page = write_document(docs, tables, settings.notes, shipped_weights(settings.shipped))
         missing = [path.stem for path in paths if not path.is_file()]
         rest = f"; not measured yet: {', '.join(missing)}" if missing else ""
         sys.stdout.write(f"{page}: {len(tables)} tables{rest}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checkpointing import write_whole
@@ -37,11 +37,18 @@ wrong. Seconds are of the whole chain for one clip.
 """
 
 
-def write_document(folder: Path, tables: Sequence[TableResult], notes: Sequence[Note]) -> Path:
-    """Write the page and its pictures into a folder; returns the page's path."""
+def write_document(
+    folder: Path, tables: Sequence[TableResult], notes: Sequence[Note], weights: Mapping[str, str] | None = None
+) -> Path:
+    """Write the page and its pictures into a folder; returns the page's path.
+
+    `weights` are the facts about the weights that are shipped now: a table that says otherwise of its own gets a word
+    about it.
+    """
     parts = [INTRODUCTION, _summary(tables)]
     for table in tables:
-        parts.append(section(table, [note.text for note in notes if note.table == table.key]))
+        own = [note.text for note in notes if note.table == table.key]
+        parts.append(section(table, [*outdated(table, weights or {}), *own]))
         picture = folder / PICTURES / f"{table.key}.jpg"
         if save_page(table, picture, whole=table.key == ACCEPTANCE):
             parts.append(f"![{table.title}]({PICTURES}/{picture.name})\n")
@@ -65,6 +72,15 @@ def _summary(tables: Sequence[TableResult]) -> str:
 def _anchor(title: str) -> str:
     """The link to a heading as GitHub makes it."""
     return "".join(letter for letter in title.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
+
+
+def outdated(table: TableResult, weights: Mapping[str, str]) -> list[str]:
+    """What must be said of a table that was measured with other weights than these, if it was."""
+    return [
+        f"Measured with another {name} ({table.facts[name]}) than the one that is shipped now ({now})."
+        for name, now in weights.items()
+        if table.facts.get(name, now) != now
+    ]
 
 
 def section(table: TableResult, notes: Sequence[str] = ()) -> str:

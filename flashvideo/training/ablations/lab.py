@@ -23,7 +23,7 @@ from ..stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
 from .clips import ClipStore, RealClip, Suite
 from .evaluation import Evaluator, Method
 from .results import Row
-from .settings import AblationSettings, Preference, Variants
+from .settings import AblationSettings, Preference, Shipped, Variants
 from .variants import Deadline, VariantTask, train_once
 
 LARGER = 1.5  # times the training resolution, in table 5
@@ -141,10 +141,9 @@ class Lab:
         """Sha256 of the shipped stage II, or of stage I for `drafts`; device, date, and whatever a table adds."""
         cpu = f"CPU, {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "CPU, one thread"
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
-        shipped = self.settings.shipped
-        name, path = ("stage I", shipped.stage1) if drafts else ("stage II", shipped.stage2)
-        weights = sha256(path, lambda *_: None)[:8]
-        return {**more, name: weights, "device": device, "date": datetime.date.today().isoformat()}
+        name = "stage I" if drafts else "stage II"
+        weights = {name: shipped_weights(self.settings.shipped)[name]}
+        return {**more, **weights, "device": device, "date": datetime.date.today().isoformat()}
 
     def clip_facts(self, suite: Suite) -> dict[str, str]:
         """How many clips of which size, and with which drafts."""
@@ -157,6 +156,12 @@ class Lab:
         low, high = variants.degradation.latent_steps
         budget = f"{variants.loop.steps} steps of {variants.batch} clips from nothing, every variant alike"
         return {"training": f"{budget}; strengths {low} to {high}"}
+
+
+def shipped_weights(shipped: Shipped) -> dict[str, str]:
+    """How facts name the two stages that are shipped: the beginnings of their files' sha256."""
+    files = {"stage I": shipped.stage1, "stage II": shipped.stage2}
+    return {name: sha256(path, lambda *_: None)[:8] for name, path in files.items() if path.is_file()}
 
 
 def _check(model: Path) -> None:
