@@ -25,7 +25,7 @@ NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
 NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder")
 NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
 NANO_DTYPE = torch.float16
-NANO_STRENGTH = 200  # of the refiner: the official 675 hides shapes that are few latent pixels large
+NANO_STRENGTH = 60  # of the refiner: the official 675 hides shapes that are few latent pixels large
 PREVIEW_METADATA = "flashvideo.preview"  # in the VAE's file: the map from latent to colour, as JSON
 NANO_NOTICE = (
     "FlashVideo-Nano is untrained: it shows that the graph runs, and makes coloured noise. "

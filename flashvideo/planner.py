@@ -30,6 +30,7 @@ from .guidance import STAGE2_SCALE
 from .nano import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, T5Config
 from .planner_flops import Flops, decode_flops, dit_flops, dit_tokens, encode_flops, t5_flops, tiling_factor
 from .planner_memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
+from .schedule import stage2_times
 from .vae_memory import decode_bytes, encode_bytes, plan_tiles
 from .windows import WINDOW, plan_windows
 
@@ -206,7 +207,8 @@ def _phases(setting: Setting) -> Iterator[Phase]:
     yield _vae_phase("VAE encode", setting.padded, setting, encode=True)
     frames, height, width = setting.padded
     windows = plan_windows(latent_shape(setting.padded)[0])
-    evaluations = setting.stage2_steps * (1 if setting.cfg == 1 else 2) * len(windows.starts)
+    times = stage2_times(setting.stage2_steps).tolist()[:-1]
+    evaluations = (1 if setting.cfg == 1 else 2) * sum(len(windows.at(time).starts) for time in times)
     window = (min(frames, WINDOW), height, width)
     yield _refining_phase("stage II", networks.stage2, window, evaluations, setting)
     yield _vae_phase("VAE decode", setting.padded, setting, encode=False)

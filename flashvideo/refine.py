@@ -236,7 +236,7 @@ class RefineRun:
                     self.work.put(_REFINED, index, {"latent": frame.half()})
                 if self.work.save(REFINE, front.evaluated, front.state):
                     dropped = self._drop(_ENCODED, dropped, front.fed)
-                self._report(REFINE, front.evaluated / len(evaluations), len(self.plan.starts))
+                self._report(REFINE, front.evaluated, front.total)
 
     def _degraded(self, index: int) -> Tensor:
         """Frame `index` of the latent that stage II starts from, [1, C, 1, h, w] in its scaled space."""

@@ -94,7 +94,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--strength",
         type=int,
-        help="how much detail is made anew, 0 to 999; 650 to 750 works well, with Nano 150 to 300 "
+        help="how much detail is made anew, 0 to 999; 650 to 750 works well, with Nano 40 to 150 "
         f"(default: {DEGRADATION_STEP}; Nano: {NANO_STRENGTH})",
     )
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")

@@ -2,11 +2,12 @@
 
 The network sees one window of frames at a time, with positions and frame count of its own. Where windows overlap, the
 velocities that they give are averaged, with weights that fade towards a window's ends, and only then the latent moves
-on (MultiDiffusion, arXiv 2302.08113, over time). So all windows work on one latent and no border can be told.
+on (MultiDiffusion, arXiv 2302.08113, over time). At every evaluation the windows lie elsewhere, so that what is
+different where they meet does not add up. So all windows work on one latent and no border can be told.
 
 Two ways to the same numbers. `windowed_velocity` makes one velocity of a whole latent, for any solver. `Wavefront`
 takes the frames in order and gives the finished ones in order: a frame moves on as soon as no window still to come
-covers it, so that window i is in evaluation k when window i + 1 has left evaluation k - 1. It holds a few windows,
+covers it, so that the last evaluation's windows follow the first one's at a short distance. It holds a few windows,
 however long the video is, and what it holds can be saved and restored between any two evaluations.
 """
 
@@ -24,9 +25,12 @@ from torch import Tensor
 
 from .config import TEMPORAL_FACTOR
 from .samplers import SOLVERS, Velocity
+from .schedule import STAGE2_SHIFT, shift_times
 
 WINDOW = 49  # frames: what the refiner was trained on
 OVERLAP = 16  # frames
+PLACES = 8  # where windows can lie at different times of the flow, from one window's start to the next
+MANY = 8  # windows: from there on one more costs little
 
 
 class Piece(NamedTuple):
@@ -55,13 +59,25 @@ class WindowPlan:
     """Where windows lie on `frames` latent frames.
 
     `starts` ascend; every window has `length` frames. weights[i, p] is what window i's frame p counts, and the weights
-    of the windows that cover a frame sum to one.
+    of the windows that cover a frame sum to one. Overlapping windows share `shared` frames or more.
     """
 
     frames: int
     length: int
+    shared: int
     starts: tuple[int, ...]
     weights: Tensor
+
+    def at(self, time: Tensor | float) -> WindowPlan:
+        """The windows of an evaluation at a time of the flow, 0 to 1; at 0 they are these.
+
+        Evaluations that are evenly spread on the flow's usual grid have their windows' borders evenly spread, too. A
+        few windows move only as far as needs no further window.
+        """
+        even = float(shift_times(torch.as_tensor(time, dtype=torch.float32).cpu(), 1 / STAGE2_SHIFT))
+        step, count = self.length - self.shared, len(self.starts)
+        room = step if count > MANY else (count - 1) * step - self.starts[-1] + 1
+        return _plan(self.frames, self.length, self.shared, round(PLACES * even) % PLACES * room // PLACES)
 
     def pieces(self) -> list[Piece]:
         """The windows."""
@@ -88,10 +104,14 @@ def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP) -> W
     if overlap % TEMPORAL_FACTOR or not 0 <= overlap < window:
         raise ValueError(f"windows overlap by a multiple of 4 frames, from 0 to less than {window}; got {overlap}.")
     length = min(frames, (window - 1) // TEMPORAL_FACTOR + 1)
-    shared = min(overlap // TEMPORAL_FACTOR, length - 1)
-    last = frames - length
-    starts = (*range(0, last, length - shared), last)
-    return WindowPlan(frames, length, starts, _weights(frames, length, starts, shared))
+    return _plan(frames, length, min(overlap // TEMPORAL_FACTOR, length - 1), 0)
+
+
+def _plan(frames: int, length: int, shared: int, earlier: int) -> WindowPlan:
+    """Windows that share `shared` frames with the next, all but the first and last `earlier` frames earlier."""
+    step, last = length - shared, frames - length
+    starts = tuple(sorted({0, *range(step - earlier, last, step), last}))
+    return WindowPlan(frames, length, shared, starts, _weights(frames, length, starts, shared))
 
 
 def _weights(frames: int, length: int, starts: tuple[int, ...], overlap: int) -> Tensor:
@@ -106,7 +126,7 @@ def _weights(frames: int, length: int, starts: tuple[int, ...], overlap: int) ->
 
 def windowed_velocity(velocity: Velocity, plan: WindowPlan) -> Velocity:
     """A velocity of the whole latent from a velocity of windows."""
-    return lambda latent, time: blend(plan.pieces(), lambda piece: velocity(latent[piece.at], time), latent)
+    return lambda latent, time: blend(plan.at(time).pieces(), lambda piece: velocity(latent[piece.at], time), latent)
 
 
 @dataclass(frozen=True)
@@ -153,20 +173,19 @@ class Wavefront:
     """
 
     def __init__(self, velocity: Velocity, evaluations: Iterable[Evaluation], plan: WindowPlan) -> None:
-        self._passes = [_Pass(velocity, evaluation, plan) for evaluation in evaluations]
-        self.plan = plan
+        self._passes = [_Pass(velocity, evaluation, plan.at(evaluation.time)) for evaluation in evaluations]
         self.fed = 0  # frames
         self.finished = 0  # frames
 
     @property
     def evaluated(self) -> int:
-        """How many evaluations of a window are done, of len(plan.starts) times the evaluations."""
+        """How many evaluations of a window are done."""
         return sum(each.window for each in self._passes)
 
     @property
     def total(self) -> int:
         """How many evaluations of a window there are in all."""
-        return len(self.plan.starts) * len(self._passes)
+        return sum(len(each.plan.starts) for each in self._passes)
 
     @property
     def ready(self) -> bool:

@@ -17,7 +17,7 @@ from .attention import ATTENTION_TILES
 
 Wrapper = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]  # of ComfyUI's model function
 WINDOWS, TILES = "windows", "tiles"  # kinds of pieces
-Plan = Callable[..., list[Piece]]  # of latent frames, rows and columns
+Plan = Callable[[float, int, int, int], list[Piece]]  # at a time of the flow, of latent frames, rows and columns
 
 
 def with_windows(
@@ -31,9 +31,11 @@ def with_windows(
     if not window:
         return model.clone()
     plan_windows(1, window, overlap)
-    return _in_pieces(
-        model, WINDOWS, (window, overlap), lambda frames, *_: plan_windows(frames, window, overlap).pieces()
-    )
+
+    def plan(time: float, frames: int, *_: int) -> list[Piece]:
+        return plan_windows(frames, window, overlap).at(time).pieces()
+
+    return _in_pieces(model, WINDOWS, (window, overlap), plan)
 
 
 def with_tiles(model: comfy.model_patcher.ModelPatcher, tile: int) -> comfy.model_patcher.ModelPatcher:
@@ -42,7 +44,7 @@ def with_tiles(model: comfy.model_patcher.ModelPatcher, tile: int) -> comfy.mode
     `tile` is in pixels. Raises ValueError for one that can't be. A picture that fits one tile takes the ordinary way.
     """
     plan_tiles(2, 2, tile)
-    return _in_pieces(model, TILES, (tile,), lambda _, rows, columns: plan_tiles(rows, columns, tile))
+    return _in_pieces(model, TILES, (tile,), lambda _time, _frames, *sides: plan_tiles(*sides, tile))
 
 
 def tile_of(model: comfy.model_patcher.ModelPatcher) -> int:
@@ -64,7 +66,7 @@ def _in_pieces(
 
     def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         """Let ComfyUI make room for one piece and not for the whole latent."""
-        piece = torch.empty(tuple(noise_shape), device="meta")[plan(*noise_shape[2:])[0].at]
+        piece = torch.empty(tuple(noise_shape), device="meta")[plan(0.0, *noise_shape[2:])[0].at]
         return executor(model, list(piece.shape), *args, **kwargs)
 
     preparing = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
@@ -85,7 +87,8 @@ class InPieces:
     def __call__(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
         """The clean latent that the network sees in args["input"], [B, C, T, H, W]."""
         latent = args["input"]
-        pieces = self._plan(*latent.shape[2:])
+        # The timestep is sigma here, 1 where the flow begins. ComfyUI has the same of the whole batch.
+        pieces = self._plan(1 - float(args["timestep"][0]), *latent.shape[2:])
         if len(pieces) == 1:
             return self._evaluate(apply_model, args)
 

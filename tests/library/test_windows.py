@@ -18,6 +18,7 @@ from flashvideo.schedule import stage2_times
 from flashvideo.training.scenes import Scene, random_scene, render
 from flashvideo.vae import DECODE_CHUNK
 from flashvideo.windows import (
+    MANY,
     Velocity,
     Wavefront,
     WindowPlan,
@@ -54,6 +55,25 @@ def through_wavefront(front: Wavefront, latent: Tensor) -> Tensor:
         else:
             front.feed(latent[:, :, front.fed : front.fed + 1])
     return torch.cat(finished, dim=2)
+
+
+@pytest.mark.parametrize("frames", [13, 14, 21, 29, 13 + 9 * 7, 13 + 9 * 8, 200])
+def test_windows_lie_elsewhere_at_every_evaluation_and_still_cover_every_frame(frames: int) -> None:
+    plan = plan_windows(frames)
+    plans = [plan.at(time) for time in TIMES[:-1]]
+    assert plans[0].starts == plan.starts
+    for each in plans:
+        assert (each.length, each.starts[0], each.starts[-1]) == (plan.length, 0, frames - plan.length)
+        assert all(0 < after - before <= 9 for before, after in zip(each.starts, each.starts[1:], strict=False))
+        assert len(each.starts) - len(plan.starts) <= (len(plan.starts) > MANY)
+        sums = torch.zeros(frames)
+        for start, weights in zip(each.starts, each.weights, strict=True):
+            sums[start : start + each.length] += weights
+        torch.testing.assert_close(sums, torch.ones(frames))
+    if len(plan.starts) > MANY:
+        assert [each.starts[1] for each in plans] == [9, 7, 5, 3]
+    for off in (-1e-4, 1e-4):  # samplers round times in ways of their own
+        assert [plan.at(time + off).starts for time in TIMES[:-1]] == [each.starts for each in plans]
 
 
 def random_plan(seed: int) -> WindowPlan:
@@ -151,7 +171,8 @@ def test_what_a_wavefront_holds_does_not_grow_with_the_video() -> None:
             held = max(held, sum(tensor.numel() for tensor in front.state().values()))
         return held
 
-    short, long = most(13 + 5 * 9), most(13 + 30 * 9)  # regular windows: one that is moved back waits for more
+    # Windows that move from evaluation to evaluation, the last of them regular: one that is moved back waits for more.
+    short, long = most(13 + MANY * 9), most(13 + 30 * 9)
     assert long == short
     assert long < 4 * (13 + 4) * 4 * 2 * 2 + 10  # four evaluations' windows and overlaps, and the counts
 
@@ -227,7 +248,6 @@ def beat(quality: Tensor, period: int) -> float:
 # By chance a line of a spectrum is above 5 times the mean of its eight neighbours once in 50, and the mean of two such
 # ratios above 3.7.
 BEATS, TWO_BEAT = 5, 3.7
-WINDOW_STEP = 36  # frames from one window's start to the next
 
 
 def test_fresh_windows_do_not_beat_at_their_period() -> None:
@@ -241,39 +261,21 @@ def test_fresh_windows_do_not_beat_at_their_period() -> None:
     assert beat(steady.diff(dim=2).square().mean((0, 1, 3, 4)).sqrt()[: -period + 1], period) < BEATS
 
 
-@pytest.fixture(scope="module")
-def qualities() -> list[tuple[Tensor, Tensor]]:
-    """Sharpness and motion of pieces of two scenes in which nothing moves for a minute, refined by the trained Nano."""
+@torch.no_grad()
+def test_a_refined_clip_beats_neither_with_the_windows_nor_with_the_chunks() -> None:
+    """Pieces of two scenes in which nothing moves for a minute, draft to frames with the trained Nano."""
     still = [
         scene
         for scene in (random_scene(seed, "test") for seed in range(200))
         if scene.camera == "static" and [subject.direction for subject in scene.subjects] == ["still"]
     ]
-    with torch.no_grad():
-        return [_sharpness_and_motion(scene, WINDOW_STEP) for scene in still[:2]]
-
-
-@pytest.mark.parametrize("period", [WINDOW_STEP, DECODE_CHUNK * TEMPORAL_FACTOR])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "sharpness",
-        pytest.param(
-            "motion",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the windows' period is 5 % of all motion, 11 times the power of its neighbours: Nano's stage "
-                "II has learnt beginnings of clips only, so it may draw a window's first frame like a clip's",
-            ),
-        ),
-    ],
-)
-def test_a_refined_clip_beats_neither_with_the_windows_nor_with_the_chunks(
-    qualities: list[tuple[Tensor, Tensor]], kind: str, period: int
-) -> None:
-    beats = [beat(quality[kind == "motion"], period) for quality in qualities]
-    assert max(beats) < BEATS
-    assert sum(beats) / len(beats) < TWO_BEAT
+    window, chunk = 36, DECODE_CHUNK * TEMPORAL_FACTOR
+    qualities = [quality for scene in still[:2] for quality in _sharpness_and_motion(scene, window)]
+    for period in (window, chunk):
+        for kind in (qualities[::2], qualities[1::2]):
+            beats = [beat(quality, period) for quality in kind]
+            assert max(beats) < BEATS
+            assert sum(beats) / len(beats) < TWO_BEAT
 
 
 def _sharpness_and_motion(scene: Scene, window: int) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,8 @@ class Lab:
         variants = self.settings.variants
         low, high = variants.degradation.latent_steps
         budget = f"{variants.loop.steps} steps of {variants.batch} clips from nothing, every variant alike"
-        return {"training": f"{budget}; strengths {low} to {high}"}
+        often = ", weak ones more often" if variants.degradation.latent_power > 1 else ""
+        return {"training": f"{budget}; strengths {low} to {high}{often}"}
 
 
 def shipped_weights(shipped: Shipped) -> dict[str, str]:
