@@ -323,10 +323,10 @@ def test_a_table_names_the_stage_that_it_measured() -> None:
     shipped = SimpleNamespace(**{part: NANO_FOLDER / f"{part}.safetensors" for part in ("stage1", "stage2")})
     lab = SimpleNamespace(settings=SimpleNamespace(shipped=shipped), device=torch.device("cpu"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in (shipped.stage1, shipped.stage2)]
-    drafts, refined = Lab.facts(lab, drafts=True, size="small"), Lab.facts(lab)
+    drafts, refined = Lab.facts(lab, "stage I", size="small"), Lab.facts(lab, drafts="coded")
     assert [drafts["stage I"], refined["stage II"]] == digests
     assert [*drafts] == ["size", "stage I", "device", "date"]
-    assert [*refined] == ["stage II", "device", "date"]
+    assert [*refined] == ["drafts", "stage II", "device", "date"]
 
 
 def test_an_unknown_table_and_a_missing_model_are_named(ablate: Callable[..., int], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from .settings import AblationSettings, Preference, Shipped, Variants
 from .variants import Deadline, VariantTask, train_once
 
 LARGER = 1.5  # times the training resolution, in table 5
+STAGE1, STAGE2 = "stage I", "stage II"
 SIDE = 16  # sides are multiples of so many pixels
 
 
@@ -137,13 +138,12 @@ class Lab:
 
     # What the document says of a measurement
 
-    def facts(self, *, drafts: bool = False, **more: str) -> dict[str, str]:
-        """Sha256 of the shipped stage II, or of stage I for `drafts`; device, date, and whatever a table adds."""
+    def facts(self, stage: str = STAGE2, /, **more: str) -> dict[str, str]:
+        """Sha256 of the shipped `stage`, device, date, and whatever a table adds."""
         cpu = f"CPU, {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "CPU, one thread"
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
-        name = "stage I" if drafts else "stage II"
-        weights = {name: shipped_weights(self.settings.shipped)[name]}
-        return {**more, **weights, "device": device, "date": datetime.date.today().isoformat()}
+        weights = shipped_weights(self.settings.shipped)[stage]
+        return {**more, stage: weights, "device": device, "date": datetime.date.today().isoformat()}
 
     def clip_facts(self, suite: Suite) -> dict[str, str]:
         """How many clips of which size, and with which drafts."""
@@ -161,7 +161,7 @@ class Lab:
 
 def shipped_weights(shipped: Shipped) -> dict[str, str]:
     """How facts name the two stages that are shipped: the beginnings of their files' sha256."""
-    files = {"stage I": shipped.stage1, "stage II": shipped.stage2}
+    files = {STAGE1: shipped.stage1, STAGE2: shipped.stage2}
     return {name: sha256(path, lambda *_: None)[:8] for name, path in files.items() if path.is_file()}
 
 
