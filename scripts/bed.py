@@ -105,12 +105,18 @@ def inside() -> bool:
 
 
 def stop_on_terminate() -> None:
-    """Let a polite request to end this program (SIGTERM) run its cleaning-up, as Ctrl+C does."""
+    """Let a polite request to end this program (SIGTERM) run its cleaning-up, as Ctrl+C does.
+
+    Ctrl+C itself is heeded again, too: what a script starts in the background ignores it, and so would all that is
+    started here, a ComfyUI that is to be stopped with it among them.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(text: str = "") -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from video_files import Row, contact_sheet, cut_clip, describe, read_frames
 from workflow_api import WorkflowError, set_inputs, to_api
 from workflow_runs import run_workflow
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FRAMES, WIDTH, HEIGHT = 9, 64, 48
 LONG_RUN = 3000  # frames: many seconds of work, to be cancelled
 
@@ -78,6 +81,16 @@ def ui_node(number: int, kind: str, widgets: list[Any], inputs: list[tuple], out
 def ui_graph(nodes: list[dict[str, Any]], links: list[list[Any]]) -> dict[str, Any]:
     """A graph as ComfyUI's page saves it."""
     return {"last_node_id": 99, "last_link_id": 99, "nodes": nodes, "links": links, "groups": [], "version": 0.4}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shells of POSIX start background programs so")
+@pytest.mark.parametrize(("prepare", "heeded"), [("bed.stop_on_terminate()", "True"), ("pass", "False")])
+def test_what_is_started_in_the_background_heeds_ctrl_c(prepare: str, heeded: str) -> None:
+    child = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    script = f"import bed, subprocess, sys; {prepare}; subprocess.run([sys.executable, '-c', {child!r}])"
+    background = ["sh", "-c", """trap '' INT; exec "$0" "$@" """, sys.executable, "-c", script]
+    found = subprocess.run(background, cwd=SCRIPTS, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == heeded
 
 
 @pytest.fixture()
