@@ -27,12 +27,12 @@ load_library()
 from scaling import make_network  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
-from flashvideo.config import PIXEL_MULTIPLE, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, TEXT_TOKENS  # noqa: E402
+from flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, TEXT_TOKENS  # noqa: E402
 from flashvideo.degradation import degrade_latent  # noqa: E402
 from flashvideo.dit import Attention, FlashVideoDiT  # noqa: E402
 from flashvideo.frames import to_frames  # noqa: E402
 from flashvideo.guidance import STAGE2_SCALE  # noqa: E402
-from flashvideo.nano import NANO_FOLDER, NANO_STRENGTH, nano_state  # noqa: E402
+from flashvideo.nano import NANO_FOLDER, NANO_STAGE2, NANO_STRENGTH, nano_state  # noqa: E402
 from flashvideo.samplers import sample_stage2  # noqa: E402
 from flashvideo.sparse import VIEWS, Grid, WindowAttention  # noqa: E402
 from flashvideo.t5 import T5Tokens, contexts, load_encoder, with_motion  # noqa: E402
@@ -43,7 +43,8 @@ from flashvideo.training.scenes import random_scene  # noqa: E402
 from flashvideo.windows import blend  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH, ENLARGED = 17, 256, 448, 4  # what Nano makes of its drafts, and how much larger
-FULL_HD: Grid = (13, 67, 120)  # stage II at 1072x1920, 49 frames
+PATCH = 2  # latent pixels a side of the official model's patches
+FULL_HD: Grid = (13, 67, 120)  # its stage II's at 1072x1920, 49 frames
 IN_TIME: Grid = (5, 1, 1)
 SMALL_TILE = 256  # pixels of spatial tiles up to LARGE rows of patches, above TILE
 LARGE = 48
@@ -69,12 +70,12 @@ class Method:
         windows = WindowAttention(TEXT_TOKENS, grid, self.tiles)
         return partial(dit, attention=windows, order=windows.order)
 
-    def kept(self, grid: Grid) -> float:
-        """Share of exact attention's operations."""
+    def kept(self, grid: Grid, patch: int) -> float:
+        """Share of exact attention's operations, with patches of so many latent pixels in height and width."""
         if self.spatial:
             frames, rows, columns = grid
-            pieces = plan_tiles(2 * rows, 2 * columns, tile_of(grid))
-            seen = [TEXT_TOKENS + frames * piece.weight.numel() // 4 for piece in pieces]
+            pieces = plan_tiles(patch * rows, patch * columns, tile_of(grid))
+            seen = [TEXT_TOKENS + frames * piece.weight.numel() // patch**2 for piece in pieces]
             return sum(tokens**2 for tokens in seen) / (TEXT_TOKENS + math.prod(grid)) ** 2
         return 1.0 if self.tiles is None else WindowAttention(TEXT_TOKENS, grid, self.tiles).kept
 
@@ -114,8 +115,8 @@ def main() -> None:
     seconds = measure_speed(methods, grid, options.width, options.rounds, DTYPES[name], options.device)
     small = grid_of(FRAMES, HEIGHT, WIDTH)
     rows = [
-        [label, method.shape(small), method.kept(small), *quality[label],
-         method.kept(grid), seconds[label], seconds["exact"] / seconds[label], method.kept(FULL_HD)]
+        [label, method.shape(small), method.kept(small, NANO_STAGE2.patch_size), *quality[label],
+         method.kept(grid, PATCH), seconds[label], seconds["exact"] / seconds[label], method.kept(FULL_HD, PATCH)]
         for label, method in methods.items()
     ]  # fmt: skip
     columns = ["attention", "tiles", "kept", "latent PSNR, dB", "video PSNR, dB", "worst clip, dB"]
@@ -139,8 +140,9 @@ def attention_sage(q: Tensor, k: Tensor, v: Tensor, _heads: int, _start: int) ->
 
 
 def grid_of(frames: int, height: int, width: int) -> Grid:
-    """Patches of a video."""
-    return (frames - 1) // TEMPORAL_FACTOR + 1, height // PIXEL_MULTIPLE, width // PIXEL_MULTIPLE
+    """Nano's patches of a video."""
+    side = SPATIAL_FACTOR * NANO_STAGE2.patch_size
+    return (frames - 1) // TEMPORAL_FACTOR + 1, height // side, width // side
 
 
 @torch.inference_mode()
