@@ -90,7 +90,7 @@ def test_comfyui_killed_in_a_long_refine_goes_on_where_it_was(
     # starts: on a machine that is shared that needn't be the same for all three servers.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     clip = tmp_path / "clip.mp4"
-    write_clip(clip)  # once: x264 now and then writes other bytes for the same pictures
+    write_clip(clip)  # once: two files of the same pictures have been seen to differ, and the results with them
     whole_run = ComfyServer(bed, tmp_path / "whole")
     with whole_run as server:
         shutil.copy(clip, server.input)
