@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,7 +42,8 @@ from flashvideo.training.rendering import render  # noqa: E402
 from flashvideo.training.scenes import random_scene  # noqa: E402
 from flashvideo.windows import blend  # noqa: E402
 
-FRAMES, HEIGHT, WIDTH, ENLARGED = 17, 256, 448, 4  # what Nano makes of its drafts, and how much larger
+CLIP = (17, 256, 448)  # frames, height and width that Nano makes of its drafts
+ENLARGED = 4  # how much larger than a draft that is
 PATCH = 2  # latent pixels a side of the official model's patches
 FULL_HD: Grid = (13, 67, 120)  # its stage II's at 1072x1920, 49 frames
 IN_TIME: Grid = (5, 1, 1)
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--clips", type=int, default=4)
+    parser.add_argument("--clip", type=int, nargs=3, default=CLIP, help="frames, height, width of the clips")
     parser.add_argument("--grid", type=int, nargs=3, default=[13, 24, 40], help="frames, rows, columns to be timed")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
@@ -110,10 +112,11 @@ def main() -> None:
     methods |= {"in time": Method(IN_TIME), "spatial tiles": Method(spatial=True)}
     if torch.device(options.device).type == "cuda" and importlib.util.find_spec("sageattention"):
         methods["8-bit"] = Method(dense=attention_sage)
-    quality = measure_quality(methods, options.clips, DTYPES[name], options.device) | {"exact": (None, None, None)}
+    quality = measure_quality(methods, options.clips, options.clip, DTYPES[name], options.device)
+    quality["exact"] = (None, None, None)
     grid = tuple(options.grid)
     seconds = measure_speed(methods, grid, options.width, options.rounds, DTYPES[name], options.device)
-    small = grid_of(FRAMES, HEIGHT, WIDTH)
+    small = grid_of(*options.clip)
     rows = [
         [label, method.shape(small), method.kept(small, NANO_STAGE2.patch_size), *quality[label],
          method.kept(grid, PATCH), seconds[label], seconds["exact"] / seconds[label], method.kept(FULL_HD, PATCH)]
@@ -122,8 +125,8 @@ def main() -> None:
     columns = ["attention", "tiles", "kept", "latent PSNR, dB", "video PSNR, dB", "worst clip, dB"]
     columns += ["kept, large", "layer, s", "times as fast", "kept, 1072x1920x49"]
     facts = {
-        "quality": f"Nano, {options.clips} clips of {HEIGHT}x{WIDTH}x{FRAMES}, strength {NANO_STRENGTH}, 4 steps, "
-        f"cfg {STAGE2_SCALE:g}; kept, 1072x1920x49, of spatial tiles: {TILE} pixels",
+        "quality": f"Nano, {options.clips} clips of {' x '.join(map(str, options.clip))} (frames, height, width), "
+        f"strength {NANO_STRENGTH}, 4 steps, cfg {STAGE2_SCALE:g}; kept, 1072x1920x49, of spatial tiles: {TILE} pixels",
         "large": f"{' x '.join(map(str, grid))} patches, {math.prod(grid) + TEXT_TOKENS} tokens, width {options.width}",
         "dtype": name,
         "rounds": options.rounds,
@@ -147,9 +150,12 @@ def grid_of(frames: int, height: int, width: int) -> Grid:
 
 @torch.inference_mode()
 def measure_quality(
-    methods: Mapping[str, Method], clips: int, dtype: torch.dtype, device: str
+    methods: Mapping[str, Method], clips: int, size: Sequence[int], dtype: torch.dtype, device: str
 ) -> dict[str, tuple[float, float, float]]:
-    """PSNR of latents, of frames, and of the worst clip's frames, in dB, for each method but the exact one."""
+    """PSNR of latents, of frames, and of the worst clip's frames, in dB, for each method but the exact one.
+
+    `size` is the clips' frames, height and width.
+    """
     dit = load_dit(nano_state("stage2"), device=device, dtype=dtype).eval()
     vae = load_vae(nano_state("vae"), device=device, dtype=dtype).eval()
     encoder = load_encoder(NANO_FOLDER / "text_encoder.safetensors", torch.device("cpu"), torch.float32)
@@ -158,14 +164,14 @@ def measure_quality(
         scene, generator = random_scene(seed, "test"), torch.Generator().manual_seed(SEED + seed)
         words = with_motion(caption(scene, seed), "medium")
         context = contexts(encoder, T5Tokens(""), [words]).to(device, dtype)
-        draft = F.avg_pool2d(render(scene, FRAMES, HEIGHT, WIDTH).transpose(0, 1), ENLARGED)
+        draft = F.avg_pool2d(render(scene, *size).transpose(0, 1), ENLARGED)
         enlarged = F.interpolate(draft, scale_factor=ENLARGED, mode="bilinear").transpose(0, 1)[None]
         latent = vae.encode(enlarged.to(device, dtype)).mean.float() * STAGE2_LATENT_SCALE
         noise = torch.randn(latent.shape, generator=generator).to(device)
         start = degrade_latent(latent, noise, NANO_STRENGTH)
         results = {}
         for label, method in methods.items():
-            network = method.network(dit, grid_of(FRAMES, HEIGHT, WIDTH))
+            network = method.network(dit, grid_of(*size))
             refined = sample_stage2(network, start, context, torch.zeros_like(context), degradation_step=NANO_STRENGTH)
             latents = refined / STAGE2_LATENT_SCALE
             results[label] = latents, to_frames(vae.decode(latents.to(dtype)).float().cpu())

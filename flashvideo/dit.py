@@ -26,7 +26,7 @@ SINUSOID_BASE = 10000.0
 # Without autograd a layer goes over the sequence in pieces, so that its activations take memory for keys, values and
 # one piece. A piece's largest tensor has batch * tokens * ff_dim elements:
 PIECE_ELEMENTS = 2**26  # 8,738 tokens of stage II, enough to fill any card's matrix units
-PIECE_TOKENS_CPU = 1024  # enough for the matrix products' speed; the pieces stay near the caches
+PIECE_BYTES_CPU = 2**24  # of that tensor: enough rows for the matrix products' speed, and near the caches
 PIECE_MULTIPLE = 128  # tokens; attention kernels and matrix products work in such tiles
 
 # attention(q, k, v, heads, start) on [B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads *
@@ -102,14 +102,22 @@ class Stretch(NamedTuple):
     rope: tuple[Tensor, Tensor]  # of its video tokens
 
 
+def piece_tokens(count: int, row: int, itemsize: int, device: str) -> int:
+    """Tokens of each of the equal pieces that `count` tokens are cut into, at most `count`.
+
+    `row` is how many elements of `itemsize` bytes their largest tensor has a token, `device` a device's type.
+    """
+    limit = max(1, PIECE_BYTES_CPU // (row * itemsize) if device == "cpu" else PIECE_ELEMENTS // row)
+    return min(count, math.ceil(count / math.ceil(count / limit) / PIECE_MULTIPLE) * PIECE_MULTIPLE)
+
+
 def stretches(tokens: Tensor, rope: tuple[Tensor, Tensor], expanded: int) -> list[Stretch]:
     """Cut a sequence [B, N, hidden] into pieces of equal size. `expanded` is the feed-forward network's width."""
     batch, count = tokens.shape[:2]
     text = count - rope[0].shape[0]
     if not may_overwrite():
         return [Stretch(slice(None), text, rope)]
-    limit = PIECE_TOKENS_CPU if tokens.device.type == "cpu" else max(1, PIECE_ELEMENTS // (batch * expanded))
-    step = math.ceil(count / math.ceil(count / limit) / PIECE_MULTIPLE) * PIECE_MULTIPLE
+    step = piece_tokens(count, batch * expanded, tokens.element_size(), tokens.device.type)
     cut = []
     for start in range(0, count, step):
         stop = min(start + step, count)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from .config import TEXT_TOKENS, DiTConfig, VAEConfig
-from .dit import PIECE_ELEMENTS, PIECE_TOKENS_CPU, FlashVideoDiT
+from .dit import FlashVideoDiT, piece_tokens
 from .nano import T5Config, t5_shapes
 from .planner_flops import dit_tokens
 from .vae import VideoVAE
@@ -47,8 +47,7 @@ def dit_bytes(config: DiTConfig, shape: tuple[int, int, int], dtype: torch.dtype
     `device` is a device's type; a processor works in smaller pieces.
     """
     tokens = dit_tokens(config, shape) + TEXT_TOKENS
-    limit = PIECE_TOKENS_CPU if device == "cpu" else PIECE_ELEMENTS // config.ff_dim
-    piece = tokens / math.ceil(tokens / limit)
+    piece = piece_tokens(tokens, config.ff_dim, dtype.itemsize, device)
     layer = LAYER_SEQUENCES * tokens * config.hidden_size + LAYER_EXPANDED * piece * config.ff_dim
     rope = dit_tokens(config, shape) * config.head_dim * FLOAT32_BYTES  # a cosine and a sine for every second number
     return layer * dtype.itemsize + rope

@@ -33,13 +33,15 @@ def vae_loss(
     kl: float = 1e-6,
     gradient: float = 0.5,
     texture: float = 0.0,
+    motion: float = 0.0,
 ) -> dict[str, Tensor]:
     """Distance of a reconstruction [B, 3, T, H, W] from its video, and of the posterior from a standard normal.
 
-    "loss" = "reconstruction" + `gradient` * "gradient" + `texture` * "texture" + `kl` * "kl", where "reconstruction"
-    is the mean absolute error, "gradient" that of the differences between neighbouring frames, rows and columns, which
-    keeps edges sharp and stills steady, "texture" see `texture_distance`, and "kl" the mean over the posterior's
-    elements, [B, 16, T', h, w] each. The names hold scalars.
+    "loss" = "reconstruction" + `gradient` * "gradient" + `texture` * "texture" + `motion` * "motion" + `kl` * "kl",
+    where "reconstruction" is the mean absolute error, "gradient" that of the differences between neighbouring frames,
+    rows and columns, which keeps edges sharp and stills steady, "texture" see `texture_distance`, "motion" the frames'
+    part of "gradient" once more, and "kl" the mean over the posterior's elements, [B, 16, T', h, w] each. The names
+    hold scalars; terms without a weight are left out where they aren't free.
     """
     error = reconstruction.float() - video.float()
     logvar = logvar.float().clamp(*LOGVAR_RANGE)
@@ -52,6 +54,9 @@ def vae_loss(
     if texture:
         terms["texture"] = texture_distance(reconstruction.float(), video.float())
         loss = loss + texture * terms["texture"]
+    if motion:
+        terms["motion"] = error.diff(dim=2).abs().mean() if error.shape[2] > 1 else error.new_zeros(())
+        loss = loss + motion * terms["motion"]
     return {"loss": loss, **terms}
 
 
@@ -130,15 +135,27 @@ def flow_loss(
     degradation_step: Tensor,
     *,
     shift: float = STAGE2_SHIFT,
+    motion: float = 0.0,
 ) -> Tensor:
-    """Stage II's mean squared error of the flow's velocity, a scalar.
+    """Stage II's mean squared error of the flow's velocity, see `velocity_error`, a scalar.
 
     `degraded` and `clean` are latents [B, C, T, H, W] in the model's scaled space, `degradation_step` [B] how far each
     was degraded, `uniform` [B] drawn evenly from [0, 1].
     """
     point = flow_point(degraded, clean, uniform, shift)
     v = dit(point.latent.to(clean.dtype), point.timestep, context, degradation_step=degradation_step)
-    return F.mse_loss(v.float(), point.velocity)
+    return velocity_error(v.float() - point.velocity, motion)
+
+
+def velocity_error(error: Tensor, motion: float = 0.0) -> Tensor:
+    """Mean square of an error [B, C, T, H, W], and `motion` times that of its change from latent frame to frame.
+
+    FlashVideo's loss is the former alone. An error that stays where it is hardly shows; one that changes twinkles.
+    """
+    loss = error.square().mean()
+    if motion and error.shape[2] > 1:
+        loss = loss + motion * error.diff(dim=2).square().mean()
+    return loss
 
 
 def drop_captions(context: Tensor, generator: torch.Generator, probability: float = CAPTION_DROPOUT) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..architecture import MAX_NORM_GROUPS
-from ..checkpoints import STAGE_METADATA
+from ..checkpoints import STAGE_METADATA, load_vae
 from ..config import TEMPORAL_FACTOR, VAEConfig
 from ..nano import PREVIEW_METADATA
 from ..vae import VideoVAE
@@ -47,6 +47,11 @@ class VAENumbers:
         """Return the whole architecture."""
         widths = (self.base_channels * multiplier for multiplier in self.channel_multipliers)
         return VAEConfig(**dataclasses.asdict(self), norm_groups=math.gcd(MAX_NORM_GROUPS, *widths))
+
+    @classmethod
+    def of(cls, config: VAEConfig) -> VAENumbers:
+        """Return the sizes of an architecture."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class VAELossSettings:
     kl: float = 1e-6
     gradient: float = 0.5
     texture: float = 0.0
+    motion: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,9 @@ class VAESettings:
     loss: VAELossSettings
     crops: tuple[Crop, ...]
     validation: tuple[ValidationClip, ...]
-    start: str = ""  # folder of a run whose best weights to start from; empty for fresh ones
+    start: str = ""  # a file of weights, or a run's folder for its best ones, to start from; empty for fresh ones
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
+    latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
 
 
 class CropData(Dataset):
@@ -144,23 +151,27 @@ class VAETask:
         """Build the network with fresh weights."""
         self.settings = settings
         self.model = VideoVAE(settings.model.config())
+        self.description = _describe(settings.model)
+        self._exported = False  # whether it starts from weights whose latents have a deviation of one already
         initialise(self.model, settings.seed)
         if settings.start:
-            self._start_from(Path(settings.start) / BEST)
+            self._start_from(Path(settings.start))
         self.model.encoder.requires_grad_(not settings.decoder_only)
         self.model.to(device)
         self.data = CropData(settings.crops, settings.seed)
-        self.description = self._sizes()
         self._held_out: dict[str, list[Tensor]] = {}
 
     def _start_from(self, path: Path) -> None:
-        state = load_state(path)
-        if state["description"] != self._sizes():
-            raise TrainingError(f"{path} holds {state['description']}, the config asks for {self._sizes()}.")
-        self.model.load_state_dict(state["mean"])
-
-    def _sizes(self) -> dict[str, Any]:
-        return {"network": "vae", **_plain(self.settings.model)}
+        if path.is_dir():
+            state = load_state(path / BEST)
+            found, weights = state["description"], state["mean"]
+        else:
+            vae = load_vae(path, dtype=torch.float32)
+            found, weights = _describe(VAENumbers.of(vae.config)), vae.state_dict()
+            self._exported = True
+        if found != self.description:
+            raise TrainingError(f"{path} holds {found}, the config asks for {self.description}.")
+        self.model.load_state_dict(weights)
 
     def prepare(self) -> None:
         """Clips are made as they are needed."""
@@ -168,8 +179,12 @@ class VAETask:
     def loss(self, batch: Tensor, index: int) -> dict[str, Tensor]:
         """Encode, draw a latent, decode, compare."""
         posterior = self.model.encode(batch)
-        noise = normal_like(posterior.mean, generator_for(self.settings.seed, "latent", index))
-        video = self.model.decode(posterior.sample(noise))
+        generator = generator_for(self.settings.seed, "latent", index)
+        latent = posterior.sample(normal_like(posterior.mean, generator))
+        if self.settings.latent_noise:
+            strength = self.settings.latent_noise * torch.rand(len(latent), 1, 1, 1, 1, generator=generator)
+            latent = latent + strength.to(latent) * normal_like(latent, generator)
+        video = self.model.decode(latent)
         return vae_loss(
             video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss)
         )
@@ -196,9 +211,8 @@ class VAETask:
 
     def _distance(self, video: Tensor, clip: Tensor) -> float:
         """The loss of a reconstruction but for its latent's part."""
-        nothing, loss = torch.zeros(1, device=clip.device), self.settings.loss
-        terms = vae_loss(video, clip, nothing, nothing, kl=0.0, gradient=loss.gradient, texture=loss.texture)
-        return terms["loss"].item()
+        nothing, weights = torch.zeros(1, device=clip.device), dataclasses.asdict(self.settings.loss)
+        return vae_loss(video, clip, nothing, nothing, **{**weights, "kl": 0.0})["loss"].item()
 
     def sheet(self) -> Image.Image:
         """A held-out clip of each size above its reconstruction."""
@@ -221,7 +235,8 @@ class VAETask:
     def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
         """Write vae.safetensors with normalised latents in half precision; returns the metrics of what it holds."""
         with torch.no_grad():
-            fold_latent_scale(self.model, self._latent_deviation())
+            if not (self._exported and self.settings.decoder_only):
+                fold_latent_scale(self.model, self._latent_deviation())
             self.model.load_state_dict({name: value.half() for name, value in self.model.state_dict().items()})
             scores = self.validate()
         metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
@@ -290,9 +305,10 @@ def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
     return torch.linalg.lstsq(inputs, torch.cat(colours)).solution
 
 
-def _plain(settings: Any) -> Mapping[str, Any]:
-    """Return a settings dataclass as a checkpoint holds it: tuples as lists."""
-    return {
+def _describe(numbers: VAENumbers) -> dict[str, Any]:
+    """Return a network's sizes as a checkpoint holds them: tuples as lists."""
+    plain = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(settings).items()
+        for name, value in dataclasses.asdict(numbers).items()
     }
+    return {"network": "vae", **plain}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from flashvideo import dit as dit_module
 from flashvideo.checkpoints import load_dit
-from flashvideo.dit import FlashVideoDiT
+from flashvideo.dit import PIECE_BYTES_CPU, PIECE_ELEMENTS, PIECE_MULTIPLE, FlashVideoDiT, piece_tokens
 from flashvideo.nano import NANO_STAGE1, build_nano
 from flashvideo.rope import rope_table, rotate, rotate_
 
@@ -29,6 +30,11 @@ def inputs(frames: int = 2, rows: int = 16, columns: int = 24, batch: int = 2) -
     return latent, torch.full((batch,), 700.0), context
 
 
+def cut(monkeypatch: pytest.MonkeyPatch, piece: int, network: FlashVideoDiT, batch: int = 2) -> None:
+    """Let pieces be of at most so many tokens, in float32."""
+    monkeypatch.setattr(dit_module, "PIECE_BYTES_CPU", piece * batch * network.config.ff_dim * torch.float32.itemsize)
+
+
 @pytest.mark.parametrize("piece", [128, 256, 10_000])
 def test_pieces_give_what_the_whole_sequence_gives(
     nano: FlashVideoDiT, monkeypatch: pytest.MonkeyPatch, piece: int
@@ -37,7 +43,7 @@ def test_pieces_give_what_the_whole_sequence_gives(
     arguments = inputs()
     with torch.enable_grad():
         whole = nano(*arguments, degradation_step=675).detach()
-    monkeypatch.setattr(dit_module, "PIECE_TOKENS_CPU", piece)
+    cut(monkeypatch, piece, nano)
     with torch.inference_mode():
         assert (nano(*arguments, degradation_step=675) - whole).abs().max() <= TOLERANCE
 
@@ -46,7 +52,7 @@ def test_a_border_between_pieces_may_lie_inside_the_text(nano: FlashVideoDiT, mo
     latent, timestep, _ = inputs()
     context = torch.randn(2, 150, NANO_STAGE1.text_dim, generator=torch.Generator().manual_seed(4))
     whole = nano(latent, timestep, context, degradation_step=675).detach()
-    monkeypatch.setattr(dit_module, "PIECE_TOKENS_CPU", 128)
+    cut(monkeypatch, 128, nano)
     with torch.no_grad():
         assert (nano(latent, timestep, context, degradation_step=675) - whole).abs().max() <= TOLERANCE
 
@@ -59,6 +65,25 @@ def test_inputs_and_weights_stay_as_they_are(nano: FlashVideoDiT) -> None:
         second = nano(*arguments, degradation_step=675)
     assert torch.equal(first, second)
     assert all(map(torch.equal, before, (*arguments, *nano.state_dict().values())))
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "dtype"),
+    [("cpu", 1, torch.float32), ("cpu", 2, torch.float32), ("cpu", 1, torch.bfloat16), ("cuda", 2, torch.bfloat16)],
+)
+@pytest.mark.parametrize("width", [512, 1024, 7680, 12288])
+@pytest.mark.parametrize("count", [1, 127, 1024, 6466, 104_746])
+def test_pieces_are_even_and_within_their_limit(
+    count: int, width: int, device: str, batch: int, dtype: torch.dtype
+) -> None:
+    """The limit may be passed by rounding up to what kernels like, and by no more."""
+    size = piece_tokens(count, batch * width, dtype.itemsize, device)
+    assert size == count or size % PIECE_MULTIPLE == 0
+    pieces = math.ceil(count / size)
+    assert size - count / pieces < PIECE_MULTIPLE * (1 + 1 / pieces)
+    rounded_off = max(1, size - PIECE_MULTIPLE) * batch * width
+    limit = PIECE_BYTES_CPU / dtype.itemsize if device == "cpu" else PIECE_ELEMENTS
+    assert rounded_off <= limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,7 +118,7 @@ def test_activations_take_three_units_and_a_piece(monkeypatch: pytest.MonkeyPatc
     """Bytes a token fall to those of the residual stream, keys and values as the sequence grows."""
     config = replace(NANO_STAGE1, num_layers=2, patch_size=2)
     network = FlashVideoDiT(config).eval()
-    monkeypatch.setattr(dit_module, "PIECE_TOKENS_CPU", 128)
+    cut(monkeypatch, 128, network, batch=1)
     peaks = [peak(network, *inputs(frames, 32, 32, batch=1)) for frames in (4, 12)]
     unit = config.hidden_size * 4  # bytes of one float32 vector
     units = (peaks[1] - peaks[0]) / (8 * 256 * unit)

@@ -185,17 +185,15 @@ def test_a_stopped_chain_goes_on_where_it_was(two_parts: Callable, tmp_path: Pat
     assert (folder / "vae.safetensors").is_file()
 
 
-def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Path) -> None:
-    first = tmp_path / "first.toml"
-    first.write_text(VAE.format(out=(tmp_path / "first").as_posix()))
-    assert main(["train", "vae", "--config", str(first), "--device", "cpu"]) == 0
-    second = tmp_path / "second.toml"
-    start = f'start = "{(tmp_path / "first").as_posix()}"\ndecoder_only = true\n'
-    second.write_text(start + VAE.format(out=(tmp_path / "second").as_posix()))
-    assert main(["train", "vae", "--config", str(second), "--device", "cpu"]) == 0
+@pytest.mark.parametrize("start", ["first", "first-export/vae.safetensors"])
+def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Path, start: str) -> None:
+    """It may start from a run or from weights that were exported."""
+    alone = f'start = "{(tmp_path / start).as_posix()}"\ndecoder_only = true\nlatent_noise = 0.1\n'
     files = []
-    for config in (first, second):
-        folder = tmp_path / f"{config.stem}-export"
+    for name, first_lines in (("first", ""), ("second", alone)):
+        config, folder = tmp_path / f"{name}.toml", tmp_path / f"{name}-export"
+        config.write_text(first_lines + VAE.format(out=(tmp_path / name).as_posix()))
+        assert main(["train", "vae", "--config", str(config), "--device", "cpu"]) == 0
         assert main(["train", "vae", "--config", str(config), "--device", "cpu", "--export", str(folder)]) == 0
         files.append(load_file(folder / "vae.safetensors"))
     encoder = [name for name in files[0] if name.startswith("encoder.")]

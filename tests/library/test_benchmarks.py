@@ -1,0 +1,48 @@
+"""The benchmarks' programs run, on small inputs, and print a table of numbers. How fast anything is is not asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+# Program, its options, the first column, and a part of what stands there.
+RUNS = [
+    ("dit", "--width 64 --rounds 1 --sizes 1 --dtypes float32", "dtype", {"float32"}),
+    ("scaling", "--width 64 --rounds 1", "latent frames x rows x columns", {"exponent"}),
+    ("attention", "--clips 1 --clip 5 64 64 --grid 2 6 8 --width 64 --rounds 1", "attention", {"exact", "wide"}),
+    ("full_size", "--small", "work", set()),
+    ("long_memory", "--minutes 1 --rate 1 --height 64 --width 96", "phase", {"encode", "refine", "decode"}),
+]
+
+
+@pytest.mark.parametrize(("program", "options", "heading", "expected"), RUNS, ids=[run[0] for run in RUNS])
+def test_a_benchmark_runs_and_reports(
+    program: str, options: str, heading: str, expected: set[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "result.json"
+    command = [sys.executable, FOLDER / f"{program}.py", *options.split(), "--device", "cpu", "--json", target]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(target.read_text(encoding="utf-8"))["rows"]
+    assert {row[heading] for row in rows} >= expected
+    assert f"| {heading} |" in result.stdout
+    numbers = [value for row in rows for value in row.values() if isinstance(value, int | float)]
+    assert numbers
+    assert not any(math.isnan(value) for value in numbers)
+
+
+@pytest.mark.parametrize(
+    "program", sorted({path.stem for path in FOLDER.glob("*.py")} - {"common"} - {run[0] for run in RUNS})
+)
+def test_a_benchmark_says_what_it_asks(program: str) -> None:
+    """Those that need minutes, tens of gigabytes or a peer: at least their imports and options hold."""
+    command = [sys.executable, FOLDER / f"{program}.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    needs_peer = "diffusers" in result.stderr  # no package of ours
+    assert result.returncode == 0 or needs_peer, result.stderr
