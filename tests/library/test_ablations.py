@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -120,6 +121,28 @@ def test_the_document_tells_which_tables_are_of_other_weights(tmp_path: Path) ->
     for one, told in ((before, 1), (now, 0)):
         text = write_document(tmp_path, [one], [], weights).read_text(encoding="utf-8")
         assert text.count(said) == text.count("Measured with another") == told
+
+
+def test_tables_that_are_not_at_hand_stay_on_the_page(tmp_path: Path) -> None:
+    old = dataclasses.replace(
+        table(four_steps={"psnr": 24.0}, one_step={"psnr": 25.0}),
+        claims=[Claim("psnr", "one step", "four steps")],
+        facts={"training": "long; strengths 1 to 2", "stage II": "0123abcd"},
+    )
+    page = write_document(tmp_path, [old], [Note("table8", "\nA note;\n\nand another.")], {"stage II": "0123abcd"})
+    first = page.read_text(encoding="utf-8")
+    write_document(tmp_path, [], [], {"stage II": "0123abcd"})
+    assert page.read_text(encoding="utf-8") == first
+    titles = {"table10": "Table 10: b", "other": "Held out"}
+    others = [dataclasses.replace(old, key=key, title=title) for key, title in titles.items()]
+    write_document(tmp_path, others, [], {"stage II": "4567cdef"})
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Held out", "Table 8: evaluations", "Table 10: b"]
+    assert "| [Table 8: evaluations](#table-8-evaluations) | 1 | 1 |" in text
+    assert text.count("Measured with another stage II (0123abcd)") == 3
+    assert "\n\nA note;\n\nand another.\n" in text
+    write_document(tmp_path, [], [], {"stage II": "0123abcd"})
+    assert "Measured with another" not in page.read_text(encoding="utf-8")
 
 
 def test_the_document_says_what_came_out_and_what_did_not(tmp_path: Path) -> None:
@@ -320,13 +343,14 @@ def test_the_command_measures_once_and_goes_on_where_it_stopped(
 
 
 def test_a_table_names_the_stage_that_it_measured() -> None:
-    shipped = SimpleNamespace(**{part: NANO_FOLDER / f"{part}.safetensors" for part in ("stage1", "stage2")})
+    parts = ("stage1", "stage2", "vae")
+    shipped = SimpleNamespace(**{part: NANO_FOLDER / f"{part}.safetensors" for part in parts})
     lab = SimpleNamespace(settings=SimpleNamespace(shipped=shipped), device=torch.device("cpu"))
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in (shipped.stage1, shipped.stage2)]
+    digests = [hashlib.sha256(getattr(shipped, part).read_bytes()).hexdigest()[:8] for part in parts]
     drafts, refined = Lab.facts(lab, "stage I", size="small"), Lab.facts(lab, drafts="coded")
-    assert [drafts["stage I"], refined["stage II"]] == digests
-    assert [*drafts] == ["size", "stage I", "device", "date"]
-    assert [*refined] == ["drafts", "stage II", "device", "date"]
+    assert [drafts["stage I"], refined["stage II"], drafts["VAE"]] == digests
+    assert [*drafts] == ["size", "stage I", "VAE", "device", "date"]
+    assert [*refined] == ["drafts", "stage II", "VAE", "device", "date"]
 
 
 def test_an_unknown_table_and_a_missing_model_are_named(ablate: Callable[..., int], tmp_path: Path) -> None:

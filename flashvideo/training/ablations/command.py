@@ -113,5 +113,5 @@ def _write(settings: AblationSettings, docs: Path) -> None:
     if tables:
         page = write_document(docs, tables, settings.notes, shipped_weights(settings.shipped))
         missing = [path.stem for path in paths if not path.is_file()]
-        rest = f"; not measured yet: {', '.join(missing)}" if missing else ""
+        rest = f"; not measured here, left as they stand: {', '.join(missing)}" if missing else ""
         sys.stdout.write(f"{page}: {len(tables)} tables{rest}\n")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpointing import write_whole
 from .acceptance import Check, checks, other_drafts
@@ -15,6 +17,9 @@ from .settings import Note
 
 DOCUMENT, PICTURES = "ablations.md", "ablations"
 ACCEPTANCE = "acceptance"
+OUTDATED = "Measured with another"
+TABLE_NUMBER = re.compile(r"Table (\d+)")
+SUMMARY_LINE = re.compile(r"^\| \[(.+?)\]\(#\S*\) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 INTRODUCTION = """# Ablations on FlashVideo-Nano
 
 The paper's tables (FlashVideo, arXiv 2502.05179), repeated with the miniature: not its numbers, which belong to models
@@ -37,35 +42,67 @@ wrong. Seconds are of the whole chain for one clip.
 """
 
 
+class Section(NamedTuple):
+    """One table's part of the page."""
+
+    title: str
+    came_out: int
+    asked: int
+    text: str
+
+
 def write_document(
     folder: Path, tables: Sequence[TableResult], notes: Sequence[Note], weights: Mapping[str, str] | None = None
 ) -> Path:
     """Write the page and its pictures into a folder; returns the page's path.
 
-    `weights` are the facts about the weights that are shipped now: a table that says otherwise of its own gets a word
-    about it.
+    Sections of other tables that the page has already stay in it. `weights` are the facts about the weights that are
+    shipped now: a table that says otherwise of its own gets a word about it.
     """
-    parts = [INTRODUCTION, _summary(tables)]
+    path, weights = folder / DOCUMENT, weights or {}
+    sections = {each.title: each for each in kept_sections(path, weights)}
     for table in tables:
         own = [note.text for note in notes if note.table == table.key]
-        parts.append(section(table, [*outdated(table, weights or {}), *own]))
+        text = section(table, own, weights)
         picture = folder / PICTURES / f"{table.key}.jpg"
         if save_page(table, picture, whole=table.key == ACCEPTANCE):
-            parts.append(f"![{table.title}]({PICTURES}/{picture.name})\n")
-    path = folder / DOCUMENT
-    text = "\n".join(parts)
+            text += f"\n![{table.title}]({PICTURES}/{picture.name})\n"
+        sections[table.title] = Section(table.title, *_outcome(table), text)
+    ordered = sorted(sections.values(), key=lambda each: int((TABLE_NUMBER.match(each.title) or [0, 0])[1]))
+    text = "\n".join([INTRODUCTION, _summary(ordered), *(each.text for each in ordered)])
     write_whole(path, lambda file: file.write(text.encode()))
     return path
 
 
-def _summary(tables: Sequence[TableResult]) -> str:
+def kept_sections(path: Path, weights: Mapping[str, str]) -> list[Section]:
+    """The sections of a page as it stands, if there is one, which say whether they are of other weights than these."""
+    if not path.is_file():
+        return []
+    head, *bodies = path.read_text(encoding="utf-8").split("\n## ")
+    outcomes = {title: (int(came_out), int(of)) for title, came_out, of in SUMMARY_LINE.findall(head)}
+    sections = []
+    for body in bodies:
+        title, about, facts, *rest = body.strip().split("\n\n")
+        rest = [paragraph for paragraph in rest if not paragraph.startswith(OUTDATED)]
+        found = {name: re.search(rf"(?:^|; ){re.escape(name)}: (\w+)", facts) for name in weights}
+        known = {name: match[1] for name, match in found.items() if match}
+        text = "\n\n".join([f"## {title}", about, facts, *outdated(known, weights), *rest])
+        sections.append(Section(title, *outcomes.get(title, (0, 0)), text + "\n"))
+    return sections
+
+
+def _outcome(table: TableResult) -> tuple[int, int]:
+    """How many of the checks or orderings came out, and of how many."""
+    if table.key == ACCEPTANCE:
+        outcome = [check.passed for check in checks(table, table.procedural)]
+    else:
+        outcome = [finding.holds for finding in table.findings(table.procedural)]
+    return sum(outcome), len(outcome)
+
+
+def _summary(sections: Sequence[Section]) -> str:
     lines = ["| | came out | of |", "|---|---|---|"]
-    for table in tables:
-        if table.key == ACCEPTANCE:
-            outcome = [check.passed for check in checks(table, table.procedural)]
-        else:
-            outcome = [finding.holds for finding in table.findings(table.procedural)]
-        lines.append(f"| [{table.title}](#{_anchor(table.title)}) | {sum(outcome)} | {len(outcome)} |")
+    lines += [f"| [{each.title}](#{_anchor(each.title)}) | {each.came_out} | {each.asked} |" for each in sections]
     return "\n".join(lines) + "\n"
 
 
@@ -74,24 +111,25 @@ def _anchor(title: str) -> str:
     return "".join(letter for letter in title.lower().replace(" ", "-") if letter.isalnum() or letter in "-_")
 
 
-def outdated(table: TableResult, weights: Mapping[str, str]) -> list[str]:
+def outdated(facts: Mapping[str, str], weights: Mapping[str, str]) -> list[str]:
     """What must be said of a table that was measured with other weights than these, if it was."""
     return [
-        f"Measured with another {name} ({table.facts[name]}) than the one that is shipped now ({now})."
+        f"{OUTDATED} {name} ({facts[name]}) than the one that is shipped now ({now})."
         for name, now in weights.items()
-        if table.facts.get(name, now) != now
+        if facts.get(name, now) != now
     ]
 
 
-def section(table: TableResult, notes: Sequence[str] = ()) -> str:
+def section(table: TableResult, notes: Sequence[str] = (), weights: Mapping[str, str] | None = None) -> str:
     """One table in Markdown: what it compares, its numbers, and what became of its orderings."""
     parts = [f"## {table.title}\n", f"{table.about}\n"]
     parts.append("; ".join(f"{name}: {fact}" for name, fact in table.facts.items()) + ".\n")
+    parts += [f"{word}\n" for word in outdated(table.facts, weights or {})]
     parts.append(number_table(table, table.procedural))
     if table.real:
         parts += [f"The real clip, {', '.join(table.real)}:\n", number_table(table, table.real)]
     parts.append(_checks(table) if table.key == ACCEPTANCE else _findings(table))
-    parts += [f"{note}\n" for note in notes]
+    parts += [f"{note.strip()}\n" for note in notes]
     return "\n".join(parts)
 
 

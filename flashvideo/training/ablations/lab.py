@@ -27,7 +27,7 @@ from .settings import AblationSettings, Preference, Shipped, Variants
 from .variants import Deadline, VariantTask, train_once
 
 LARGER = 1.5  # times the training resolution, in table 5
-STAGE1, STAGE2 = "stage I", "stage II"
+STAGE1, STAGE2, AUTOENCODER = "stage I", "stage II", "VAE"
 SIDE = 16  # sides are multiples of so many pixels
 
 
@@ -139,11 +139,12 @@ class Lab:
     # What the document says of a measurement
 
     def facts(self, stage: str = STAGE2, /, **more: str) -> dict[str, str]:
-        """Sha256 of the shipped `stage`, device, date, and whatever a table adds."""
+        """Sha256 of the shipped `stage` and the VAE, device, date, and whatever a table adds."""
         cpu = f"CPU, {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else "CPU, one thread"
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
-        weights = shipped_weights(self.settings.shipped)[stage]
-        return {**more, stage: weights, "device": device, "date": datetime.date.today().isoformat()}
+        weights = shipped_weights(self.settings.shipped)
+        shipped = {name: weights[name] for name in (stage, AUTOENCODER)}
+        return {**more, **shipped, "device": device, "date": datetime.date.today().isoformat()}
 
     def clip_facts(self, suite: Suite) -> dict[str, str]:
         """How many clips of which size, and with which drafts."""
@@ -160,8 +161,8 @@ class Lab:
 
 
 def shipped_weights(shipped: Shipped) -> dict[str, str]:
-    """How facts name the two stages that are shipped: the beginnings of their files' sha256."""
-    files = {STAGE1: shipped.stage1, STAGE2: shipped.stage2}
+    """How facts name what is shipped: the beginnings of the files' sha256."""
+    files = {STAGE1: shipped.stage1, STAGE2: shipped.stage2, AUTOENCODER: shipped.vae}
     return {name: sha256(path, lambda *_: None)[:8] for name, path in files.items() if path.is_file()}
 
 
