@@ -135,27 +135,15 @@ def flow_loss(
     degradation_step: Tensor,
     *,
     shift: float = STAGE2_SHIFT,
-    motion: float = 0.0,
 ) -> Tensor:
-    """Stage II's mean squared error of the flow's velocity, see `velocity_error`, a scalar.
+    """Stage II's mean squared error of the flow's velocity, a scalar.
 
     `degraded` and `clean` are latents [B, C, T, H, W] in the model's scaled space, `degradation_step` [B] how far each
     was degraded, `uniform` [B] drawn evenly from [0, 1].
     """
     point = flow_point(degraded, clean, uniform, shift)
     v = dit(point.latent.to(clean.dtype), point.timestep, context, degradation_step=degradation_step)
-    return velocity_error(v.float() - point.velocity, motion)
-
-
-def velocity_error(error: Tensor, motion: float = 0.0) -> Tensor:
-    """Mean square of an error [B, C, T, H, W], and `motion` times that of its change from latent frame to frame.
-
-    FlashVideo's loss is the former alone. An error that stays where it is hardly shows; one that changes twinkles.
-    """
-    loss = error.square().mean()
-    if motion and error.shape[2] > 1:
-        loss = loss + motion * error.diff(dim=2).square().mean()
-    return loss
+    return F.mse_loss(v.float(), point.velocity)
 
 
 def drop_captions(context: Tensor, generator: torch.Generator, probability: float = CAPTION_DROPOUT) -> Tensor:

@@ -29,7 +29,7 @@ from .latents import (
     load_frozen_vae,
     sample_uncut,
 )
-from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_loss, velocity_error
+from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_loss
 from .metrics import psnr, sheet
 from .networks import (
     FrozenText,
@@ -124,7 +124,6 @@ class Stage2Settings:
     tokenizer: str = ""
     shift: float = STAGE2_SHIFT
     caption_dropout: float = CAPTION_DROPOUT
-    motion: float = 0.0  # weight of the velocity's change in time, see `velocity_error`
     short_text: ShortText = field(default_factory=ShortText)
     degradation: DegradationSettings = field(default_factory=DegradationSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
@@ -239,8 +238,7 @@ class Stage2Task:
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         network = self.called(reference)
         uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
-        how = {"shift": settings.shift, "motion": settings.motion}
-        return {"loss": flow_loss(network, degraded, clean, context, uniform, steps, **how)}
+        return {"loss": flow_loss(network, degraded, clean, context, uniform, steps, shift=settings.shift)}
 
     def validate(self) -> dict[str, float]:
         """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references."""
@@ -255,9 +253,8 @@ class Stage2Task:
             steps = torch.full((1,), self._step, device=self.device)
             place = torch.full((1,), (row + 0.5) / len(batch["clean"]), device=self.device)
             network = self.called(reference * STAGE2_LATENT_SCALE)
-            motion = self.settings.motion
-            loss = flow_loss(network, start, clean, context, place, steps, shift=self.settings.shift, motion=motion)
-            explained.append(1 - (loss / velocity_error(clean - start, motion)).item())
+            loss = flow_loss(network, start, clean, context, place, steps, shift=self.settings.shift)
+            explained.append(1 - (loss / (clean - start).square().mean()).item())
         scores = {"explained": sum(explained) / len(explained)}
         refined = self.refine(batch)
         for name, videos in (("refined", refined), ("reference", [low for low, _ in self._pairs()])):

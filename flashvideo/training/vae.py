@@ -101,6 +101,11 @@ class VAESettings:
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
 
+    def __post_init__(self) -> None:
+        """Refuse noise on latents that are still being learnt: there is no telling how much of it would be left."""
+        if self.latent_noise and not self.decoder_only:
+            raise TrainingError("latent_noise is for a decoder that learns alone: add decoder_only = true.")
+
 
 class CropData(Dataset):
     """data[i] is a batch of crops [B, 3, T, H, W], all of one kind."""
@@ -160,6 +165,7 @@ class VAETask:
         self.model.to(device)
         self.data = CropData(settings.crops, settings.seed)
         self._held_out: dict[str, list[Tensor]] = {}
+        self._noise = settings.latent_noise * self._latent_deviation() if settings.latent_noise else None
 
     def _start_from(self, path: Path) -> None:
         if path.is_dir():
@@ -181,9 +187,9 @@ class VAETask:
         posterior = self.model.encode(batch)
         generator = generator_for(self.settings.seed, "latent", index)
         latent = posterior.sample(normal_like(posterior.mean, generator))
-        if self.settings.latent_noise:
-            strength = self.settings.latent_noise * torch.rand(len(latent), 1, 1, 1, 1, generator=generator)
-            latent = latent + strength.to(latent) * normal_like(latent, generator)
+        if self._noise is not None:
+            share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator).to(latent)
+            latent = latent + share * self._noise[:, None, None, None] * normal_like(latent, generator)
         video = self.model.decode(latent)
         return vae_loss(
             video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss)
@@ -254,6 +260,7 @@ class VAETask:
         latents = [self.model.encode(clip.to(device)).mode()[0].cpu() for clip in clips]
         return fit_preview(latents, [clip[0] for clip in clips])
 
+    @torch.no_grad()
     def _latent_deviation(self) -> Tensor:
         """Standard deviation of each latent channel over held-out clips, the posterior's own noise included: [16]."""
         device = next(self.model.parameters()).device

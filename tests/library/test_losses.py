@@ -20,7 +20,6 @@ from flashvideo.training.losses import (
     stage1_loss,
     texture_distance,
     vae_loss,
-    velocity_error,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
@@ -157,17 +156,6 @@ def test_motion_is_the_error_of_what_changes_and_counts_no_still_error() -> None
     assert float(terms["loss"]) == pytest.approx(0.3 * 2 + 2 * 0.3, rel=1e-5)  # the ramp's mean, and its motion
     picture = video[:, :, :1]
     assert float(vae_loss(picture + 1, picture, zeros, zeros, motion=2.0)["motion"]) == 0
-
-
-def test_an_error_of_velocity_that_changes_counts_more_than_one_that_stays() -> None:
-    error = drawn(2, 4, 1, 6, 6)
-    stays, twinkles = error.expand(-1, -1, 3, -1, -1), error * torch.tensor([1.0, -1.0, 1.0])[:, None, None]
-    square = error.square().mean()
-    for each in (stays, twinkles, error):
-        torch.testing.assert_close(velocity_error(each), square)
-    torch.testing.assert_close(velocity_error(stays, motion=3.0), square)
-    torch.testing.assert_close(velocity_error(error, motion=3.0), square)  # a single latent frame
-    torch.testing.assert_close(velocity_error(twinkles, motion=3.0), square + 3 * 4 * square)
 
 
 def test_texture_asks_how_strong_detail_is_and_not_where() -> None:

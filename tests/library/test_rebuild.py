@@ -202,6 +202,13 @@ def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Pa
     assert not all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+def test_noise_on_latents_is_for_a_decoder_that_learns_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tmp_path / "vae.toml"
+    config.write_text("latent_noise = 0.1\n" + VAE.format(out=(tmp_path / "run").as_posix()))
+    assert main(["train", "vae", "--config", str(config), "--device", "cpu"]) == 1
+    assert "add decoder_only = true" in capsys.readouterr().err
+
+
 def test_the_preview_finds_the_map_from_latents_to_colours() -> None:
     generator = torch.Generator().manual_seed(4)
     factors = torch.randn(17, 3, generator=generator) * 0.1
