@@ -1,8 +1,8 @@
 """The two-stage graph through ComfyUI's server beside the library alone: `python benchmarks/pipeline.py`.
 
 Run with the Python that runs ComfyUI; COMFYUI_PATH (or FLASHVIDEO_COMFYUI) names its folder. FlashVideo-Nano drafts
-and refines a clip; "cold" is the first run with loading, "warm" a run with another seed. On a CPU with one thread
-both sides are seconds of processor time, the server's read from the kernel (Linux); else wall time.
+and refines a clip; "cold" is the first run with loading, "warm" a run with another seed, server and library in turn.
+On a CPU with one thread both are seconds of processor time, the server's read from the kernel (Linux); else wall time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,9 @@ def main() -> None:
         ComfyServer(bed, Path(base), options=["--use-pytorch-cross-attention"]) as server,
     ):
         clock = _server_clock(server.pid) if is_single_thread(options.device) else time.perf_counter
-        through_server = [run_server(server, seed, clock) for seed in range(options.rounds + 1)]
-    alone = run_library(options.rounds + 1, options.device)
+        library = run_library(options.device)
+        pairs = [(run_server(server, seed, clock), next(library)) for seed in range(options.rounds + 1)]
+    through_server, alone = zip(*pairs, strict=True)
     rows = []
     for name, pick in (("cold", lambda runs: runs[0]), ("warm", lambda runs: statistics.median(runs[1:]))):
         server_seconds, library_seconds = pick(through_server), pick(alone)
@@ -127,10 +128,10 @@ def graph(seed: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def run_library(rounds: int, device: str) -> list[float]:
+def run_library(device: str) -> Iterator[float]:
     """Seconds of each run; the first one loads the models. The text's vectors are random: warm runs keep them."""
     clock = time.process_time if is_single_thread(device) else time.perf_counter
-    start, seconds = clock(), []
+    start = clock()
     dits = [load_dit(nano_state(part), device=device, dtype=torch.float32) for part in ("stage1", "stage2")]
     vae = load_vae(nano_state("vae"), device=device, dtype=torch.float32)
     generator = torch.Generator().manual_seed(SEED)
@@ -140,7 +141,7 @@ def run_library(rounds: int, device: str) -> list[float]:
 
     text, no_text = (normal((1, TEXT_TOKENS, NANO_STAGE1.text_dim)) for _ in "pn")
     shape = (1, 16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
-    for _ in range(rounds):
+    while True:
         draft = sample_stage1(dits[0], normal(shape), text, no_text, steps=STEPS1, step_noise=lambda _: normal(shape))
         images = to_frames(vae.decode(draft / STAGE1_LATENT_SCALE))
         prepared = prepare(images, TargetSize("scale", scale=SCALE), "bilinear")
@@ -150,9 +151,8 @@ def run_library(rounds: int, device: str) -> list[float]:
         )
         finish(to_frames(vae.decode(refined / STAGE2_LATENT_SCALE)), prepared.reference)
         synchronize(device)
-        seconds.append(clock() - start)
+        yield clock() - start
         start = clock()
-    return seconds
 
 
 if __name__ == "__main__":
