@@ -21,7 +21,7 @@ load_library()
 from flashvideo.config import STAGE2, TEXT_TOKENS  # noqa: E402
 from flashvideo.dit import FlashVideoDiT, attention_sdpa  # noqa: E402
 
-# Latent frames, rows and columns of patches: a 16-fold range of tokens, by length and by area in turn.
+# Latent frames, rows and columns of patches: a 17-fold range of tokens, by length and by area in turn.
 SIZES = [(2, 16, 24), (4, 16, 24), (4, 16, 48), (8, 16, 48), (8, 32, 48), (11, 32, 48)]
 
 

@@ -141,8 +141,11 @@ def test_tables_that_are_not_at_hand_stay_on_the_page(tmp_path: Path) -> None:
     assert "| [Table 8: evaluations](#table-8-evaluations) | 1 | 1 |" in text
     assert text.count("Measured with another stage II (0123abcd)") == 3
     assert "\n\nA note;\n\nand another.\n" in text
+    page.write_text(text + "\n## Somebody's words\n\nof no table.\n", encoding="utf-8")
     write_document(tmp_path, [], [], {"stage II": "0123abcd"})
-    assert "Measured with another" not in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Measured with another" not in text
+    assert "## Somebody's words\n\nof no table.\n" in text
 
 
 def test_the_document_says_what_came_out_and_what_did_not(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .settings import Note
 DOCUMENT, PICTURES = "ablations.md", "ablations"
 ACCEPTANCE = "acceptance"
 OUTDATED = "Measured with another"
+FACTS = 2  # paragraphs of a section, its facts the last of them, before such a word
 TABLE_NUMBER = re.compile(r"Table (\d+)")
 SUMMARY_LINE = re.compile(r"^\| \[(.+?)\]\(#\S*\) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 INTRODUCTION = """# Ablations on FlashVideo-Nano
@@ -82,11 +83,11 @@ def kept_sections(path: Path, weights: Mapping[str, str]) -> list[Section]:
     outcomes = {title: (int(came_out), int(of)) for title, came_out, of in SUMMARY_LINE.findall(head)}
     sections = []
     for body in bodies:
-        title, about, facts, *rest = body.strip().split("\n\n")
-        rest = [paragraph for paragraph in rest if not paragraph.startswith(OUTDATED)]
-        found = {name: re.search(rf"(?:^|; ){re.escape(name)}: (\w+)", facts) for name in weights}
+        title, *paragraphs = (part for part in body.strip().split("\n\n") if not part.startswith(OUTDATED))
+        found = {name: re.search(rf"(?:^|; ){re.escape(name)}: (\w+)", body, re.MULTILINE) for name in weights}
         known = {name: match[1] for name, match in found.items() if match}
-        text = "\n\n".join([f"## {title}", about, facts, *outdated(known, weights), *rest])
+        paragraphs[FACTS:FACTS] = outdated(known, weights)
+        text = "\n\n".join([f"## {title}", *paragraphs])
         sections.append(Section(title, *outcomes.get(title, (0, 0)), text + "\n"))
     return sections
 
