@@ -31,7 +31,7 @@ from .nano import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, T5Confi
 from .planner_flops import Flops, decode_flops, dit_flops, dit_tokens, encode_flops, t5_flops, tiling_factor
 from .planner_memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
 from .schedule import stage2_times
-from .vae_memory import decode_bytes, encode_bytes, plan_tiles
+from .vae_memory import MOVE, decode_bytes, encode_bytes, plan_tiles
 from .windows import WINDOW, plan_windows
 
 GB = 2**30  # as ComfyUI, drivers and the names of cards count
@@ -251,7 +251,8 @@ def _vae_phase(name: str, video: tuple[int, int, int], setting: Setting, *, enco
     if setting.memory is None or weights + held <= setting.memory:
         return Phase(name, 0, flops, weights, held)
     half = outline.encoder if encode else outline.decoder
-    cut = plan_tiles(half, latent, dtype, setting.memory - weights, setting.store)
+    move = 0.0 if setting.device == "cpu" else MOVE
+    cut = plan_tiles(half, latent, dtype, setting.memory - weights, setting.store, move=move)
     side = cut.side * SPATIAL_FACTOR
     return Phase(name, 0, flops * tiling_factor(cut, *latent), weights, cut.device_bytes, side)
 

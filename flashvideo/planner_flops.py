@@ -12,13 +12,9 @@ from itertools import pairwise
 
 from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, DiTConfig, VAEConfig
 from .nano import T5Config
-from .vae import LEVELS, MID_BLOCKS, TIME_LEVELS
-from .vae_layers import KERNEL_SIZE
-from .vae_memory import TilePlan, reaches
+from .vae import AREA, DOUBLED, LEVELS, MID_BLOCKS, TIME_LEVELS, VOLUME
+from .vae_memory import TilePlan, passes, reaches
 from .vae_tiles import Tile
-
-VOLUME, AREA = KERNEL_SIZE**3, KERNEL_SIZE**2
-DOUBLED = 16  # of the convolution that doubles a picture, for a pixel of the small one: four kernels of 2 x 2
 
 
 @dataclass(frozen=True)
@@ -122,20 +118,13 @@ def tiling_factor(plan: TilePlan, latents: int, rows: int, columns: int) -> floa
     whole = Tile(0, rows, 0, columns)
     tiles = whole.split(plan.side)
     work = untiled = 0.0
-    scale, time = 0, 0  # of what the unit before gave
     for group in plan.groups:
-        runs = sum(unit.norms for unit in group) if len(tiles) > 1 else 0
-        for unit, reach in zip(group, reaches(group), strict=True):
+        runs = passes(group) if len(tiles) > 1 else [1] * len(group)
+        for unit, reach, times in zip(group, reaches(group), runs, strict=True):
             area = sum(_area(tile.grown(reach, whole)) for tile in tiles) / _area(whole)
-            enlarged = DOUBLED / 4 * unit.inputs**2 if 0 < scale < unit.scale else 0  # stands before the first norm
-            costs = [(enlarged * ((latents - 1) * time + 1), runs + 1)]
-            # Behind each norm stands a convolution: the first of two changes the channels.
-            for inputs in (unit.inputs, unit.channels)[: unit.norms]:
-                costs.append((VOLUME * inputs * unit.channels * ((latents - 1) * unit.time + 1), max(runs, 1)))
-                runs -= 1
-            untiled += unit.scale**2 * sum(cost for cost, _ in costs)
-            work += unit.scale**2 * sum(cost * times for cost, times in costs) * area
-            scale, time = unit.out_scale, unit.out_time
+            cost = unit.work * unit.scale**2 * ((latents - 1) * unit.time + 1)
+            untiled += cost
+            work += cost * times * area
     return work / untiled
 
 

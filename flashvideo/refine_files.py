@@ -31,7 +31,7 @@ from .work_folder import WorkFolder
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
-FORMAT = 2  # of the work folder; another one's can't be gone on with. 2: windows move between evaluations
+FORMAT = 3  # of the work folder; another one can't be gone on with. 3: the VAE leaves other things by tile
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
 _SPARE_SPACE = 2**28
 _JPEG_QUALITY = 95

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .streaming import VAEStream
-from .vae import DECODE_CHUNK, ENCODE_CHUNK, Decoder, Encoder, Unit
-from .vae_layers import ChunkContext, Statistics
-from .vae_memory import TilePlan, plan_tiles
-from .vae_tiles import Moments, Tile, TiledRun
+from .vae import DECODE_CHUNK, ENCODE_CHUNK, Decoder, Encoder
+from .vae_memory import MOVE, TilePlan, plan_tiles
+from .vae_tiles import Tile, TiledRun
 
 STORE_SHARE = 4  # a quarter of the budget is for the whole picture between two groups of layers
 
@@ -26,7 +25,7 @@ class TiledVAEStream(VAEStream):
 
     def __init__(self, network: Encoder | Decoder, sizes: Sequence[int], plan: TilePlan, device: torch.device) -> None:
         super().__init__(network, sizes)
-        self._run = _OneChunk(plan, device, next(network.parameters()).dtype)
+        self._run = TiledRun(plan, device, next(network.parameters()).dtype)
 
     def _evaluate(self, chunk: Tensor) -> Tensor:
         decodes = isinstance(self.network, Decoder)
@@ -62,47 +61,6 @@ class TiledVAEStream(VAEStream):
             self._run.past.setdefault((group, Tile(*tile)), {})[self.network.get_submodule(layer)] = tensor
 
 
-class _OneChunk(TiledRun):
-    """One chunk over all tiles, with what the chunks before it have left."""
-
-    first = last = False
-    group = 0
-
-    def __init__(self, plan: TilePlan, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(plan, device, dtype)
-        self.past: dict[tuple[int, Tile], dict[nn.Module, Tensor]] = {}
-
-    def _storage(self, unit: Unit, device: torch.device, sizes: Sequence[int]) -> list[Tensor]:
-        if self.first:
-            return super()._storage(unit, device, sizes)
-        rows, columns = (length * unit.out_scale for length in (self.whole.bottom, self.whole.right))
-        shape = (1, unit.channels, sizes[0] * unit.out_time, rows, columns)
-        return [torch.empty(shape, device=device, dtype=self.dtype)]
-
-    def _run_group(self, index: int, *work: object) -> None:
-        self.group = index
-        super()._run_group(index, *work)
-
-    def _run_tile(
-        self,
-        group: Sequence[Unit],
-        tile: Tile,
-        known: Sequence[Sequence[Statistics]],
-        chunks: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        latents: Sequence[Tensor] | None,
-    ) -> list[Moments]:
-        """Run the chunk to its first unknown norm, and return the tile's moments; or write the result."""
-        before = self.past.get((self.group, tile), {})
-        context = ChunkContext(self.first, self.last, past={key: past.to(self.device) for key, past in before.items()})
-        latent = None if latents is None else latents[0]
-        moments = self._run_piece(group, tile, known[0], chunks[0], targets[0], latent, context)
-        if moments is not None:
-            return [moments]
-        self.past[self.group, tile] = {key: past.cpu() for key, past in context.past.items()}
-        return []
-
-
 def stream_within(
     network: Encoder | Decoder, sizes: Sequence[int], grid: tuple[int, int], budget: float | None, device: torch.device
 ) -> VAEStream:
@@ -112,7 +70,8 @@ def stream_within(
     chunk = (DECODE_CHUNK if isinstance(network, Decoder) else ENCODE_CHUNK // TEMPORAL_FACTOR) + 1
     latents = min(len(sizes), 2) * chunk  # more than one chunk: what they leave for each other counts
     dtype = next(network.parameters()).dtype
-    plan = plan_tiles(network, (latents, *grid), dtype, budget, budget / STORE_SHARE)
+    move = 0.0 if torch.device(device).type == "cpu" else MOVE
+    plan = plan_tiles(network, (latents, *grid), dtype, budget, budget / STORE_SHARE, move=move, by_chunk=True)
     if plan.side >= max(grid):
         return VAEStream(network, sizes)
     return TiledVAEStream(network, sizes, plan, device)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
 from .vae_layers import (
+    KERNEL_SIZE,
     CausalConv3d,
     ChunkContext,
     DownBlock,
@@ -29,6 +30,7 @@ from .vae_layers import (
     UpBlock,
     Upsample,
     activate,
+    norm_groups,
     normalise,
 )
 
@@ -38,6 +40,8 @@ LEVELS = SPATIAL_FACTOR.bit_length()  # resolutions, 1 to 1/8
 TIME_LEVELS = TEMPORAL_FACTOR.bit_length() - 1  # how many of the steps between them also change time
 MID_BLOCKS = 2
 LOGVAR_RANGE = (-30.0, 20.0)
+VOLUME, AREA = KERNEL_SIZE**3, KERNEL_SIZE**2
+DOUBLED = 16  # of the convolution that doubles a picture, for a pixel of the small one: four kernels of 2 x 2
 HALF_OVERLAP = 16  # latent columns by which each half reaches over the cut in `decode_in_halves`
 
 OnChunk = Callable[[int, int], None]
@@ -88,49 +92,120 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the encoder or decoder that can run by itself: about one residual block.
+    """A step of the encoder or decoder that can run by itself: a norm, if any, and the convolution behind it.
 
-    `run(x, latent, context)` takes what the unit before gave, and in the decoder the latent. A position of the block
-    stands for 1/scale of a latent pixel a side, and a frame for 1/time of a latent frame; `out_scale` and `out_time`
-    tell the same of the result.
+    `run(held, beside, latent, context)` takes what the unit before gave out of the list `held`, so that its memory can
+    be freed early; in the decoder also the latent; and where it `joins`, the input of the unit before, to be added up.
+    A position of the input stands for 1/scale of a latent pixel a side, and a frame for 1/time of a latent frame;
+    `out_scale` and `out_time` tell the same of the result.
     """
 
-    run: Callable[[Tensor, Tensor | None, ChunkContext], Tensor]
+    run: Callable[[list[Tensor], Tensor | None, Tensor | None, ChunkContext], Tensor]
     inputs: int  # channels
     channels: int  # of the result
-    norms: int
+    groups: int  # of the norm at its beginning; 0: there is none
+    joins: int  # channels of the input of the unit before, which is added up; 0 where nothing is
     reach: int  # video pixels by which the result looks beyond its own place
+    keeps: int  # channels of the frames that it keeps for the next chunk
+    holds: int  # channels that are in memory at its peak, at the input's scale
+    work: float  # multiplications for a position of the input
     scale: int
     time: int
     out_scale: int
     out_time: int
 
+    @property
+    def norms(self) -> int:
+        """How many norms are in it: one or none."""
+        return int(self.groups > 0)
 
-def _resnet_unit(
-    resnet: ResnetBlock, scale: int, time: int, before: Sequence[nn.Module] = (), after: Sequence[nn.Module] = ()
-) -> Unit:
-    """A residual block with the convolution or step between resolutions `before` or `after` it."""
 
-    def run(x: Tensor, latent: Tensor | None, context: ChunkContext) -> Tensor:
-        for layer in before:
-            x = layer(x, context)
-        x = resnet(x, context, latent)
-        for layer in after:
-            x = layer(x, context)
-        return x
+def run_units(units: Sequence[Unit], x: Tensor, latent: Tensor | None, context: ChunkContext) -> Tensor:
+    """Run units one after the other over one chunk."""
+    beside = None
+    for unit, follower in zip(units, [*units[1:], None], strict=True):
+        held = [x]
+        kept = x if follower is not None and follower.joins else None
+        del x
+        x = unit.run(held, beside, latent, context)
+        beside = kept
+    return x
+
+
+def _resnet_units(resnet: ResnetBlock, scale: int, time: int) -> list[Unit]:
+    """The two halves of a residual block."""
+
+    def opening(held: list[Tensor], _: Tensor | None, latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return resnet.opening(held.pop(), context, latent)
+
+    def closing(held: list[Tensor], x: Tensor | None, latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return resnet.closing(held, x, context, latent)
 
     inputs, channels = resnet.conv1.conv.in_channels, resnet.conv1.conv.out_channels
-    reach = (2 + len(before) + len(after)) * (SPATIAL_FACTOR // scale)
-    out_scale = scale // 2 if after else scale
-    out_time = time // 2 if after and time > 1 else time
-    return Unit(run, inputs, channels, 2, reach, scale, time, out_scale, out_time)
+    groups = norm_groups(resnet.norm1)
+    place = {"reach": SPATIAL_FACTOR // scale, "scale": scale, "time": time, "out_scale": scale, "out_time": time}
+    first = {"joins": 0, "keeps": inputs, "holds": 2 * inputs + channels, "work": VOLUME * inputs * channels}
+    shortcut = inputs * channels if resnet.conv_shortcut is not None else 0
+    second = {"joins": inputs, "keeps": channels, "holds": inputs + 2 * channels}
+    return [
+        Unit(opening, inputs, channels, groups, **first, **place),
+        Unit(closing, channels, channels, groups, **second, work=VOLUME * channels**2 + shortcut, **place),
+    ]
+
+
+def _first_unit(layer: CausalConv3d, scale: int, time: int) -> Unit:
+    def run(held: list[Tensor], _: Tensor | None, _latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return layer(held.pop(), context)
+
+    inputs, channels, reach = layer.conv.in_channels, layer.conv.out_channels, SPATIAL_FACTOR // scale
+    work, holds = VOLUME * inputs * channels, inputs + channels
+    return Unit(run, inputs, channels, 0, 0, reach, inputs, holds, work, scale, time, scale, time)
 
 
 def _last_unit(
-    run: Callable[[Tensor, Tensor | None, ChunkContext], Tensor], layer: CausalConv3d, scale: int, time: int
+    finish: Callable[[Tensor, Tensor | None, ChunkContext], Tensor],
+    norm: nn.Module,
+    layer: CausalConv3d,
+    scale: int,
+    time: int,
 ) -> Unit:
-    conv = layer.conv
-    return Unit(run, conv.in_channels, conv.out_channels, 1, SPATIAL_FACTOR // scale, scale, time, scale, time)
+    def run(held: list[Tensor], _: Tensor | None, latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return finish(held.pop(), latent, context)
+
+    inputs, channels, reach = layer.conv.in_channels, layer.conv.out_channels, SPATIAL_FACTOR // scale
+    work, holds = VOLUME * inputs * channels, 2 * inputs + channels
+    return Unit(run, inputs, channels, norm_groups(norm), 0, reach, inputs, holds, work, scale, time, scale, time)
+
+
+def _step_unit(layer: Downsample | Upsample, scale: int, time: int) -> Unit:
+    """The step from one resolution to the next."""
+
+    def run(held: list[Tensor], _: Tensor | None, _latent: Tensor | None, context: ChunkContext) -> Tensor:
+        return layer(held.pop(), context)
+
+    width, reach = layer.conv.out_channels, SPATIAL_FACTOR // scale
+    if isinstance(layer, Upsample):
+        out_scale, out_time = 2 * scale, time * (2 if layer.in_time else 1)
+        growth = (out_scale // scale) ** 2 * (out_time // time)
+        # Its input, the four pictures of the quarters, and the result.
+        return Unit(
+            run,
+            width,
+            width,
+            0,
+            0,
+            reach,
+            0,
+            (1 + 4 + growth) * width,
+            DOUBLED * width**2,
+            scale,
+            time,
+            out_scale,
+            out_time,
+        )
+    out_scale, out_time = scale // 2, time // 2 if layer.in_time else time
+    work = AREA * width**2 / (4 * (time // out_time))
+    return Unit(run, width, width, 0, 0, reach, 0, 3 * width, work, scale, time, out_scale, out_time)
 
 
 class Encoder(nn.Module):
@@ -152,28 +227,19 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
         """Encode one chunk; see the class."""
-        for unit in self.units():
-            x = unit.run(x, None, context)
-        return x
+        return run_units(self.units(), x, None, context)
 
     def units(self) -> list[Unit]:
         """The network in pieces, to be run one after the other."""
-        units: list[Unit] = []
+        units = [_first_unit(self.conv_in, SPATIAL_FACTOR, TEMPORAL_FACTOR)]
         for level, block in enumerate(self.down_blocks):
-            scale, time = SPATIAL_FACTOR >> level, max(1, TEMPORAL_FACTOR >> level)
+            place = SPATIAL_FACTOR >> level, max(1, TEMPORAL_FACTOR >> level)
             for resnet in block.resnets:
-                last = resnet is block.resnets[-1]
-                units.append(
-                    _resnet_unit(
-                        resnet,
-                        scale,
-                        time,
-                        before=[] if units else [self.conv_in],
-                        after=block.downsamplers if last else [],
-                    )
-                )
-        units += [_resnet_unit(resnet, 1, 1) for resnet in self.mid_block.resnets]
-        return [*units, _last_unit(self._finish, self.conv_out, 1, 1)]
+                units += _resnet_units(resnet, *place)
+            units += [_step_unit(sampler, *place) for sampler in block.downsamplers]
+        for resnet in self.mid_block.resnets:
+            units += _resnet_units(resnet, 1, 1)
+        return [*units, _last_unit(self._finish, self.norm_out, self.conv_out, 1, 1)]
 
     def _finish(self, x: Tensor, _latent: Tensor | None, context: ChunkContext) -> Tensor:
         return self.conv_out(activate(normalise(self.norm_out, x, context)), context)
@@ -198,23 +264,19 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, context: ChunkContext) -> Tensor:
         """Decode one chunk; see the class."""
-        x = latent
-        for unit in self.units():
-            x = unit.run(x, latent, context)
-        return x
+        return run_units(self.units(), latent, latent, context)
 
     def units(self) -> list[Unit]:
         """The network in pieces, to be run one after the other."""
-        first, *others = self.mid_block.resnets
-        units = [_resnet_unit(first, 1, 1, before=[self.conv_in]), *(_resnet_unit(resnet, 1, 1) for resnet in others)]
-        to_this: list[nn.Module] = []
+        units = [_first_unit(self.conv_in, 1, 1)]
+        for resnet in self.mid_block.resnets:
+            units += _resnet_units(resnet, 1, 1)
         for level, block in enumerate(self.up_blocks):
-            scale, time = 1 << level, min(TEMPORAL_FACTOR, 1 << level)
+            place = 1 << level, min(TEMPORAL_FACTOR, 1 << level)
             for resnet in block.resnets:
-                units.append(_resnet_unit(resnet, scale, time, before=to_this))
-                to_this = []
-            to_this = list(block.upsamplers)
-        return [*units, _last_unit(self._finish, self.conv_out, SPATIAL_FACTOR, TEMPORAL_FACTOR)]
+                units += _resnet_units(resnet, *place)
+            units += [_step_unit(sampler, *place) for sampler in block.upsamplers]
+        return [*units, _last_unit(self._finish, self.norm_out, self.conv_out, SPATIAL_FACTOR, TEMPORAL_FACTOR)]
 
     def _finish(self, x: Tensor, latent: Tensor | None, context: ChunkContext) -> Tensor:
         return self.conv_out(activate(self.norm_out(x, context, latent)), context)

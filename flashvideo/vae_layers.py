@@ -216,6 +216,11 @@ class SpatialNorm(nn.Module):
         return x if _free(*parts) else torch.cat(parts, dim=2)
 
 
+def norm_groups(norm: nn.Module) -> int:
+    """How many groups a norm of either side of the VAE has."""
+    return norm.norm_layer.num_groups if isinstance(norm, SpatialNorm) else norm.num_groups
+
+
 def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Scale and shift x, each number standing for a box of x; in place where autograd allows."""
     frames, rows, columns = scale.shape[2:]
@@ -241,12 +246,16 @@ class ResnetBlock(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels, make)
         self.conv_shortcut = make.conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, context: ChunkContext, latent: Tensor | None) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T, H, W]."""
-        # Bound to h step by step, so that each result is freed before the next but one needs its memory.
-        h = activate(self._norm(self.norm1, x, context, latent))
-        h = self.conv1(h, context)
-        h = activate(self._norm(self.norm2, h, context, latent))
+    def opening(self, x: Tensor, context: ChunkContext, latent: Tensor | None) -> Tensor:
+        """The first step, [B, C, T, H, W] -> [B, C', T, H, W]."""
+        return self.conv1(activate(self._norm(self.norm1, x, context, latent)), context)
+
+    def closing(self, held: list[Tensor], x: Tensor, context: ChunkContext, latent: Tensor | None) -> Tensor:
+        """The second step and the sum with the block's input x, [B, C, T, H, W] -> [B, C', T, H, W].
+
+        The first step's result is taken out of the list `held`: its memory is free as soon as it is normed.
+        """
+        h = activate(self._norm(self.norm2, held.pop(), context, latent))
         h = self.conv2(h, context)
         if self.conv_shortcut is not None:
             x = convolve(self.conv_shortcut, x)

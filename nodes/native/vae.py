@@ -21,14 +21,14 @@ from ...flashvideo.checkpoints import read_vae
 from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
 from ...flashvideo.nano import nano_state
 from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE, video_shape
-from ...flashvideo.vae_memory import TilePlan, decode_bytes, encode_bytes, plan_tiles
+from ...flashvideo.vae_memory import MOVE, TilePlan, decode_bytes, encode_bytes, plan_tiles
 from ...flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 GIGABYTE = 2**30
 USED_SHARE = 0.9  # of free memory: what the formulas and the allocator miss by
-STORE_SHARE = 0.5  # of free main memory, when the work is done on a card
+STORE_SHARE = 0.7  # of free main memory, when the work is done on a card; the rest is for what comes out
 _NO_WEIGHTS = "No VAE weights detected"  # part of comfy.sd.VAE's warning about an empty state dict
 
 
@@ -104,7 +104,8 @@ class NativeVideoVAE(VideoVAE):
             # Outside of the except block, or the exception would keep the tensors of the first try alive.
             logging.warning("The VAE ran out of memory and goes on in smaller tiles; the result is the same.")
             comfy.model_management.soft_empty_cache()
-        plan = plan_tiles(network, size, self.dtype, budget, store, side)
+        move = 0.0 if comfy.model_management.is_device_cpu(self.device) else MOVE
+        plan = plan_tiles(network, size, self.dtype, budget, store, side, move)
         if plan.device_bytes > budget:
             logging.warning(
                 "The VAE's smallest tiles need %.1f GB, more than the %.1f GB that it may use.",

@@ -169,7 +169,7 @@ def test_out_of_memory_falls_back_to_smaller_tiles_with_the_same_result(
 
     given = latent_of(1, 24, 20)["samples"] if way == "decode" else clip_of(1, 192, 160)
     whole = getattr(vae, way)(given)
-    layer = getattr(vae.first_stage_model, f"{way}r").mid_block.resnets[0]
+    layer = getattr(vae.first_stage_model, f"{way}r").mid_block.resnets[0].conv1
     sizes = []
 
     def full(_module: object, args: tuple) -> None:
@@ -243,9 +243,9 @@ def test_a_file_that_is_gone_is_named(in_comfy: Callable) -> None:
     [
         ("VAEEncode", {"pixels": clip_of(37, 16, 16)}, 3),
         ("VAEDecode", {"samples": latent_of(8, 2, 2)}, 4),
-        # Two tiles of two chunks; one pass for each norm of each residual block, and one for its result.
-        ("VAEDecodeTiled", {"samples": latent_of(4, 12, 4), **TILES}, 2 * 2 * ((2 + 4 * 2) * 3 + 2)),
-        ("VAEEncodeTiled", {"pixels": clip_of(21, 96, 32), **TILES}, 2 * 2 * ((2 + 4) * 3 + 2)),
+        # Two tiles of two chunks; the first and last convolution, the halves of residual blocks, the steps in size.
+        ("VAEDecodeTiled", {"samples": latent_of(4, 12, 4), **TILES}, 2 * 2 * (2 + (2 + 4 * 2) * 2 + 3)),
+        ("VAEEncodeTiled", {"pixels": clip_of(21, 96, 32), **TILES}, 2 * 2 * (2 + (2 + 4) * 2 + 3)),
     ],
 )
 def test_progress_moves_with_every_chunk(
