@@ -7,6 +7,7 @@ place on the flow, which captions are dropped) is an argument.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,40 +25,48 @@ TEXTURE_FLOOR = 1e-5  # of mean squares: below it, differences are nothing, and 
 Network = Callable[..., Tensor]
 
 
-def vae_loss(
-    reconstruction: Tensor,
-    video: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
-    *,
-    kl: float = 1e-6,
-    gradient: float = 0.5,
-    texture: float = 0.0,
-    motion: float = 0.0,
-) -> dict[str, Tensor]:
-    """Distance of a reconstruction [B, 3, T, H, W] from its video, and of the posterior from a standard normal.
+@dataclass(frozen=True)
+class PixelWeights:
+    """Weights of the terms of `pixel_loss`."""
 
-    "loss" = "reconstruction" + `gradient` * "gradient" + `texture` * "texture" + `motion` * "motion" + `kl` * "kl",
-    where "reconstruction" is the mean absolute error, "gradient" that of the differences between neighbouring frames,
-    rows and columns, which keeps edges sharp and stills steady, "texture" see `texture_distance`, "motion" the frames'
-    part of "gradient" once more, and "kl" the mean over the posterior's elements, [B, 16, T', h, w] each. The names
-    hold scalars; terms without a weight are left out where they aren't free.
+    gradient: float = 0.5
+    texture: float = 0.0
+    motion: float = 0.0
+
+
+def pixel_loss(
+    prediction: Tensor, video: Tensor, *, gradient: float = 0.5, texture: float = 0.0, motion: float = 0.0
+) -> dict[str, Tensor]:
+    """Distance of a video [B, 3, T, H, W] from what it should be.
+
+    "loss" = "reconstruction" + `gradient` * "gradient" + `texture` * "texture" + `motion` * "motion", where
+    "reconstruction" is the mean absolute error, "gradient" that of the differences between neighbouring frames, rows
+    and columns, which keeps edges sharp and stills steady, "texture" see `texture_distance`, and "motion" the frames'
+    part of "gradient" once more. The names hold scalars; terms without a weight are left out where they aren't free.
     """
-    error = reconstruction.float() - video.float()
-    logvar = logvar.float().clamp(*LOGVAR_RANGE)
-    terms = {
-        "reconstruction": error.abs().mean(),
-        "gradient": _gradient(error),
-        "kl": 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean(),
-    }
-    loss = terms["reconstruction"] + gradient * terms["gradient"] + kl * terms["kl"]
+    error = prediction.float() - video.float()
+    terms = {"reconstruction": error.abs().mean(), "gradient": _gradient(error)}
+    loss = terms["reconstruction"] + gradient * terms["gradient"]
     if texture:
-        terms["texture"] = texture_distance(reconstruction.float(), video.float())
+        terms["texture"] = texture_distance(prediction.float(), video.float())
         loss = loss + texture * terms["texture"]
     if motion:
         terms["motion"] = error.diff(dim=2).abs().mean() if error.shape[2] > 1 else error.new_zeros(())
         loss = loss + motion * terms["motion"]
     return {"loss": loss, **terms}
+
+
+def vae_loss(
+    reconstruction: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, *, kl: float = 1e-6, **weights: float
+) -> dict[str, Tensor]:
+    """`pixel_loss` of a reconstruction [B, 3, T, H, W], with `weights`, and the posterior's distance from a normal.
+
+    "loss" has `kl` * "kl" more, the mean over the posterior's elements, `mean` and `logvar` [B, 16, T', h, w].
+    """
+    logvar = logvar.float().clamp(*LOGVAR_RANGE)
+    divergence = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
+    terms = pixel_loss(reconstruction, video, **weights)
+    return {**terms, "loss": terms["loss"] + kl * divergence, "kl": divergence}
 
 
 def texture_distance(reconstruction: Tensor, video: Tensor) -> Tensor:
@@ -115,6 +124,17 @@ class FlowPoint(NamedTuple):
     timestep: Tensor  # [B], 1000 at the degraded end and 0 at the clean one
     velocity: Tensor  # [B, C, T, H, W], clean - degraded
 
+    def end(self, velocity: Tensor) -> Tensor:
+        """The clean latent that a velocity leads to from here, in one straight step."""
+        return self.latent + _over_latent(self.timestep / TRAIN_STEPS) * velocity
+
+
+class FlowStep(NamedTuple):
+    """What the network says at a place of the flow."""
+
+    loss: Tensor  # mean squared error of the velocity, a scalar
+    clean: Tensor  # where that velocity leads, [B, C, T, H, W]
+
 
 def flow_point(degraded: Tensor, clean: Tensor, uniform: Tensor, shift: float = STAGE2_SHIFT) -> FlowPoint:
     """Go from `degraded` to `clean` [B, C, T, H, W] as far as the uniform numbers [B] in [0, 1], shifted, say."""
@@ -126,7 +146,7 @@ def flow_point(degraded: Tensor, clean: Tensor, uniform: Tensor, shift: float = 
     return FlowPoint((1 - t) * degraded + t * clean, TRAIN_STEPS - TRAIN_STEPS * times, clean - degraded)
 
 
-def flow_loss(
+def flow_step(
     dit: Network,
     degraded: Tensor,
     clean: Tensor,
@@ -135,15 +155,15 @@ def flow_loss(
     degradation_step: Tensor,
     *,
     shift: float = STAGE2_SHIFT,
-) -> Tensor:
-    """Stage II's mean squared error of the flow's velocity, a scalar.
+) -> FlowStep:
+    """Ask stage II's network at one place of the flow from `degraded` to `clean`.
 
-    `degraded` and `clean` are latents [B, C, T, H, W] in the model's scaled space, `degradation_step` [B] how far each
-    was degraded, `uniform` [B] drawn evenly from [0, 1].
+    Both are latents [B, C, T, H, W] in the model's scaled space, `degradation_step` [B] is how far each was degraded,
+    `uniform` [B] drawn evenly from [0, 1].
     """
     point = flow_point(degraded, clean, uniform, shift)
-    v = dit(point.latent.to(clean.dtype), point.timestep, context, degradation_step=degradation_step)
-    return F.mse_loss(v.float(), point.velocity)
+    v = dit(point.latent.to(clean.dtype), point.timestep, context, degradation_step=degradation_step).float()
+    return FlowStep(F.mse_loss(v, point.velocity), point.end(v))
 
 
 def drop_captions(context: Tensor, generator: torch.Generator, probability: float = CAPTION_DROPOUT) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
+from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from ..degradation import DEGRADATION_STEP, degrade_latent
 from ..dit import FlashVideoDiT
 from ..samplers import sample_stage2
@@ -29,7 +31,7 @@ from .latents import (
     load_frozen_vae,
     sample_uncut,
 )
-from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_loss
+from .losses import CAPTION_DROPOUT, Network, PixelWeights, drop_captions, flow_step, pixel_loss
 from .metrics import psnr, sheet
 from .networks import (
     FrozenText,
@@ -58,12 +60,21 @@ class Phase:
 
     def __post_init__(self) -> None:
         """Refuse pieces larger than the clips, and lengths of nothing."""
-        sides = (self.clips.height // SPATIAL_FACTOR, self.clips.width // SPATIAL_FACTOR)
+        sides = self._whole
         if any(self.window) and not all(0 < part <= side for part, side in zip(self.window, sides, strict=True)):
             raise TrainingError(
                 f"[[phases]] window must be 1 to {sides[0]} by 1 to {sides[1]} latent pixels; got {list(self.window)}."
             )
         check_lengths(self.lengths, "[[phases]]")
+
+    @property
+    def _whole(self) -> tuple[int, int]:
+        return self.clips.height // SPATIAL_FACTOR, self.clips.width // SPATIAL_FACTOR
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Latent rows and columns of a piece."""
+        return self.window if any(self.window) else self._whole
 
     def piece(self, latent: Tensor, generator: torch.Generator) -> tuple[slice, ...]:
         """Where a random piece of latents [B, 16, T', h, w] is, the same of all of them.
@@ -71,8 +82,7 @@ class Phase:
         It may begin anywhere in time too, as a long video's windows do.
         """
         length = draw_length(self.lengths, latent.shape[2], generator)
-        window = self.window if any(self.window) else latent.shape[3:]
-        sides = zip(latent.shape[2:], (length, *window), strict=True)
+        sides = zip(latent.shape[2:], (length, *self.sides), strict=True)
         starts = [(randint(generator, 0, side - part), part) for side, part in sides]
         return (..., *(slice(start, start + part) for start, part in starts))
 
@@ -101,6 +111,27 @@ class DegradationSettings:
 
 
 @dataclass(frozen=True)
+class PixelSettings:
+    """How much pixels count beside latents, where a batch's pieces begin with their clips.
+
+    The network's velocity is followed to the clean end, and a part of what comes out is decoded and compared. The VAE
+    doesn't learn, but tells which errors of a latent show.
+    """
+
+    weight: float = 0.0  # of `pixel_loss` beside the velocity's error; 0: latents alone count
+    window: int = 12  # latent pixels of the part that is decoded, rows and columns
+    edge: int = 1  # latent pixels around it that are decoded, but not compared: their neighbours are missing
+    terms: PixelWeights = field(default_factory=PixelWeights)
+
+    def __post_init__(self) -> None:
+        """Refuse parts with nothing in them."""
+        if not 0 <= 2 * self.edge < self.window:
+            raise TrainingError(
+                f"[pixels] edge must be 0 or more, and leave something of a window of {self.window}; got {self.edge}."
+            )
+
+
+@dataclass(frozen=True)
 class SheetSettings:
     """How the refiner is run on held-out clips while training."""
 
@@ -126,6 +157,7 @@ class Stage2Settings:
     caption_dropout: float = CAPTION_DROPOUT
     short_text: ShortText = field(default_factory=ShortText)
     degradation: DegradationSettings = field(default_factory=DegradationSettings)
+    pixels: PixelSettings = field(default_factory=PixelSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
 
@@ -135,13 +167,24 @@ class Stage2Settings:
         if not ends or ends != sorted(set(ends)) or ends[-1] != self.loop.steps:
             last = self.loop.steps
             raise TrainingError(f"[[phases]] must end one after the other, the last at step {last}; got {ends}.")
+        seen = min(side for phase in self.phases for side in phase.sides)
+        if self.pixels.weight and self.pixels.window > seen:
+            raise TrainingError(
+                f"[pixels] window must be at most {seen}, the shortest side of a phase's pieces in latent pixels; got "
+                f"{self.pixels.window}."
+            )
 
 
 class PairData(Dataset):
-    """data[i]: clean and reference latents in raw scale, and contexts, of the phase that batch i is in."""
+    """data[i]: clean and reference latents in raw scale, and contexts, of the phase that batch i is in.
+
+    Where pixels count, and the batch's pieces begin with their clips, also "video", part of each clip [B, 3, F, h, w],
+    and "place", the latent row and column where that part begins in the piece.
+    """
 
     def __init__(self, settings: Stage2Settings, caches: list[LatentCache]) -> None:
         self.settings, self.caches = settings, caches
+        self.sources = [phase.clips.open("train", settings.seed) for phase in settings.phases]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Draw batch `index`."""
@@ -149,11 +192,28 @@ class PairData(Dataset):
         step = index // settings.loop.accumulate
         number = next((i for i, phase in enumerate(settings.phases) if step < phase.until), len(settings.phases) - 1)
         cache, phase = self.caches[number], settings.phases[number]
-        entries = cache.batch(cache.draw(phase.batch, settings.seed, "clips", index))
+        clips = cache.draw(phase.batch, settings.seed, "clips", index)
+        entries = cache.batch(clips)
         chance = torch.rand(phase.batch, generator=generator_for(settings.seed, "strong", index))
         batch = choose_reference(entries, settings.degradation, chance)
         piece = phase.piece(batch["clean"], generator_for(settings.seed, "piece", index))
-        return {name: latent if name == "context" else latent[piece] for name, latent in batch.items()}
+        batch = {name: latent if name == "context" else latent[piece] for name, latent in batch.items()}
+        if settings.pixels.weight and piece[1].start == 0:
+            batch |= self._pixels([self.sources[number].sample(clip)[0] for clip in clips], piece, index)
+        return batch
+
+    def _pixels(self, videos: list[Tensor], piece: tuple[Any, ...], index: int) -> dict[str, Tensor]:
+        """Part of what pieces of latents show: "video" and "place"."""
+        generator, window = generator_for(self.settings.seed, "pixels", index), self.settings.pixels.window
+        _, time, *sides = piece
+        place = [randint(generator, 0, side.stop - side.start - window) for side in sides]
+        starts = [side.start + offset for side, offset in zip(sides, place, strict=True)]
+        rows, columns = (slice(SPATIAL_FACTOR * start, SPATIAL_FACTOR * (start + window)) for start in starts)
+        frames = TEMPORAL_FACTOR * (time.stop - 1) + 1
+        return {
+            "video": torch.stack([video[:, :frames, rows, columns] for video in videos]),
+            "place": torch.tensor(place),
+        }
 
 
 def choose_reference(entries: dict[str, Tensor], settings: DegradationSettings, chance: Tensor) -> dict[str, Tensor]:
@@ -229,7 +289,7 @@ class Stage2Task:
         self.text.release()
 
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """Mean squared error of the velocity at a random place of the flow."""
+        """Mean squared error of the velocity at a random place of the flow, and the pixels' where they count."""
         settings = self.settings
         clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
         degrade = LatentDegradation(settings.degradation.latent_steps, settings.degradation.latent_power)
@@ -238,10 +298,28 @@ class Stage2Task:
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         network = self.called(reference)
         uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
-        return {"loss": flow_loss(network, degraded, clean, context, uniform, steps, shift=settings.shift)}
+        step = flow_step(network, degraded, clean, context, uniform, steps, shift=settings.shift)
+        if "video" not in batch:
+            return {"loss": step.loss}
+        pixels = self._pixel_loss(step.clean, batch["video"], batch["place"])
+        return {"loss": step.loss + settings.pixels.weight * pixels, "velocity": step.loss, "pixels": pixels}
+
+    def _pixel_loss(self, latent: Tensor, video: Tensor, place: Tensor) -> Tensor:
+        """Compare what part of the scaled `latent` shows with the truth."""
+        settings = self.settings.pixels
+        rows, columns = (slice(start, start + settings.window) for start in place.tolist())
+        shown = self.vae.decode(latent[..., rows, columns] / STAGE2_LATENT_SCALE)
+        edge = settings.edge * SPATIAL_FACTOR
+        inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
+        shown, video = shown[..., inner, inner], video[..., inner, inner]
+        return pixel_loss(shown, video, **dataclasses.asdict(settings.terms))["loss"]
 
     def validate(self) -> dict[str, float]:
-        """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references."""
+        """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references.
+
+        Where pixels count, first what is left of their error, with the other sign: a velocity that shows in pixels may
+        explain less of the whole.
+        """
         entries = held_out_batch(self.held_out, 8)
         batch = choose_reference(entries, self.settings.degradation, torch.ones(len(entries["clean"])))
         explained = []
@@ -253,10 +331,15 @@ class Stage2Task:
             steps = torch.full((1,), self._step, device=self.device)
             place = torch.full((1,), (row + 0.5) / len(batch["clean"]), device=self.device)
             network = self.called(reference * STAGE2_LATENT_SCALE)
-            loss = flow_loss(network, start, clean, context, place, steps, shift=self.settings.shift)
+            loss = flow_step(network, start, clean, context, place, steps, shift=self.settings.shift).loss
             explained.append(1 - (loss / (clean - start).square().mean()).item())
         scores = {"explained": sum(explained) / len(explained)}
         refined = self.refine(batch)
+        if self.settings.pixels.weight:
+            terms = dataclasses.asdict(self.settings.pixels.terms)
+            pairs = zip(refined, self._pairs(), strict=True)
+            losses = [pixel_loss(video.cpu()[None], clean[None], **terms)["loss"].item() for video, (_, clean) in pairs]
+            scores = {"score": -sum(losses) / len(losses), **scores}
         for name, videos in (("refined", refined), ("reference", [low for low, _ in self._pairs()])):
             values = [psnr(video.cpu(), clean) for video, (_, clean) in zip(videos, self._pairs(), strict=True)]
             scores[f"psnr_{name}"] = sum(values) / len(values)

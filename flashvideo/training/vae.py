@@ -25,7 +25,7 @@ from ..vae_layers import SpatialNorm
 from .checkpointing import BEST, export_weights, load_state
 from .config import LoopSettings
 from .errors import TrainingError
-from .losses import vae_loss
+from .losses import PixelWeights, vae_loss
 from .metrics import psnr, sheet
 from .randomness import generator_for, normal_like, randint
 from .scenes import SceneStream
@@ -77,13 +77,10 @@ class ValidationClip:
 
 
 @dataclass(frozen=True)
-class VAELossSettings:
+class VAELossSettings(PixelWeights):
     """Weights of the loss terms."""
 
     kl: float = 1e-6
-    gradient: float = 0.5
-    texture: float = 0.0
-    motion: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,9 +188,7 @@ class VAETask:
             share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator).to(latent)
             latent = latent + share * self._noise[:, None, None, None] * normal_like(latent, generator)
         video = self.model.decode(latent)
-        return vae_loss(
-            video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss)
-        )
+        return vae_loss(video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss))
 
     def validate(self) -> dict[str, float]:
         """What is minimised, of held-out clips and with the other sign, first; their PSNR; the latents' deviation.
@@ -315,7 +310,6 @@ def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
 def _describe(numbers: VAENumbers) -> dict[str, Any]:
     """Return a network's sizes as a checkpoint holds them: tuples as lists."""
     plain = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(numbers).items()
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(numbers).items()
     }
     return {"network": "vae", **plain}

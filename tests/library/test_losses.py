@@ -15,8 +15,8 @@ from flashvideo.samplers import v_to_clean
 from flashvideo.schedule import shift_times, stage2_times, zero_snr_signal
 from flashvideo.training.losses import (
     drop_captions,
-    flow_loss,
     flow_point,
+    flow_step,
     stage1_loss,
     texture_distance,
     vae_loss,
@@ -51,7 +51,7 @@ def test_place_on_the_flow_equals_the_official_one(golden: dict[str, Tensor], se
 
 @torch.inference_mode()
 def test_flow_loss_equals_the_official_one(golden: dict[str, Tensor], setting: dict) -> None:
-    loss = flow_loss(
+    step = flow_step(
         load_dit(load_file(GOLDEN / setting["weights"])),
         golden["flow.x0"],
         golden["flow.x1"],
@@ -60,7 +60,15 @@ def test_flow_loss_equals_the_official_one(golden: dict[str, Tensor], setting: d
         torch.tensor([setting["degradation_step"]]),
         shift=setting["shift"],
     )
-    assert float(loss) == pytest.approx(float(golden["flow.loss"]), abs=GOLDEN_TOLERANCE)
+    assert float(step.loss) == pytest.approx(float(golden["flow.loss"]), abs=GOLDEN_TOLERANCE)
+
+
+def test_a_right_velocity_leads_to_the_clean_latent_from_anywhere(golden: dict[str, Tensor]) -> None:
+    uniform = torch.tensor([0.0, 0.4, 1.0])
+    degraded, clean = drawn(3, *LATENT[1:]), drawn(3, *LATENT[1:], seed=1)
+    point = flow_point(degraded, clean, uniform)
+    torch.testing.assert_close(point.end(point.velocity), clean)
+    assert not torch.allclose(point.end(0.9 * point.velocity)[:2], clean[:2])
 
 
 def test_training_times_follow_the_samplers_grid() -> None:
@@ -75,9 +83,9 @@ def test_flow_loss_of_a_batch_is_the_mean_of_its_samples(golden: dict[str, Tenso
     dit = load_dit(load_file(GOLDEN / setting["weights"]))
     degraded, clean, context = drawn(*LATENT), drawn(*LATENT, seed=1), golden["flow.context"].repeat(2, 1, 1)
     uniform, steps = torch.tensor([0.1, 0.8]), torch.tensor([600, 750])
-    whole = flow_loss(dit, degraded, clean, context, uniform, steps)
+    whole = flow_step(dit, degraded, clean, context, uniform, steps).loss
     parts = [
-        flow_loss(dit, degraded[i, None], clean[i, None], context[i, None], uniform[i, None], steps[i, None])
+        flow_step(dit, degraded[i, None], clean[i, None], context[i, None], uniform[i, None], steps[i, None]).loss
         for i in range(2)
     ]
     torch.testing.assert_close(whole, sum(parts) / 2, rtol=1e-5, atol=1e-6)  # float32 sums in another order

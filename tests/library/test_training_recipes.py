@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashvideo.__main__ import main
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.config import VAEConfig
+from flashvideo.config import STAGE2_LATENT_SCALE, VAEConfig
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
 from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_FOLDER, NANO_STAGE1, NANO_TEXT_ENCODER
@@ -30,7 +30,14 @@ from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile, psnr
 from flashvideo.training.networks import NetworkSettings, as_called, attention_products, make_network
 from flashvideo.training.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
-from flashvideo.training.stage2 import DegradationSettings, Phase, Stage2Settings, Stage2Task, choose_reference
+from flashvideo.training.stage2 import (
+    DegradationSettings,
+    Phase,
+    PixelSettings,
+    Stage2Settings,
+    Stage2Task,
+    choose_reference,
+)
 from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
@@ -228,6 +235,7 @@ def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Pat
         "text": f'seed = 1\nout = "unused"\nbatch = 2\nvocabulary_captions = 300\nvalidation_captions = 4\n{LOOP}',
         "stage1": f"{head}train_text = true\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n",
         "stage2": f"{head}{LOOP}[network]\ncheckpoint_blocks = true\n[degradation]\ncoded_probability = 0.5\n"
+        "[pixels]\nweight = 0.5\nwindow = 1\nedge = 0\n[pixels.terms]\nmotion = 1.0\n"
         f"[[phases]]\nuntil = 1\nbatch = 1\nwindow = [1, 3]\nlengths = [1, 2]\n"
         f"[phases.clips]\n{CLIPS.replace('32', '16')}scene = [32, 64]\n"
         f"[[phases]]\nuntil = 3\nbatch = 2\n[phases.clips]\n{CLIPS}",
@@ -242,6 +250,7 @@ def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Pat
         rows = MetricsFile(run / "metrics.jsonl").rows()
         assert rows[-1]["step"] == 3
         assert all(math.isfinite(value) for row in rows for value in row.values())
+        assert any("pixels" in row for row in rows) == (kind == "stage2")
     assert load_vae(models / "vae.safetensors").config.norm_groups == 8
     for stage in (1, 2):
         assert load_dit(models / f"stage{stage}.safetensors", stage=stage).config.stage == stage
@@ -424,6 +433,75 @@ def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path:
         assert psnr(coded[index], weak[index]) > own  # what it lacks is what the weak degradation takes
         moved = psnr(coded[index][..., 8:, 8:], clean[index][..., :-8, :-8])
         assert moved < own
+
+
+@pytest.fixture
+def pixel_task(tokenizer: Path, tmp_path: Path) -> Stage2Task:
+    """Stage II on pieces of two clips, with Nano's VAE."""
+    pytest.importorskip("transformers")
+    clips = ClipSettings(64, 80, 9, clips=2, validation_clips=1)
+    settings = Stage2Settings(
+        seed=1,
+        out=tmp_path,
+        cache=tmp_path / "cache",
+        vae=NANO_FOLDER / "vae.safetensors",
+        text=str(NANO_FOLDER / "text_encoder.safetensors"),
+        tokenizer=str(tokenizer),
+        loop=LoopSettings(1, 1e-3),
+        phases=(Phase(1, 2, clips, window=(7, 8), lengths=(2, 3)),),
+        pixels=PixelSettings(1.0, window=6, edge=1),
+    )
+    task = Stage2Task(settings, torch.device("cpu"))
+    task.clips[0].fill()
+    return task
+
+
+def test_pixels_are_of_the_place_that_their_latents_show(pixel_task: Stage2Task) -> None:
+    """Only where a piece begins with its clip: the VAE's first latent frame is one frame, all others are four."""
+    found = set()
+    for index in range(30):
+        batch = pixel_task.data[index]
+        frames = batch["clean"].shape[2]
+        begins = any(
+            torch.equal(batch["clean"][0], entry["clean"][:, :frames, row : row + 7, column : column + 8].float())
+            for entry in (pixel_task.clips[0][clip] for clip in range(2))
+            for row in range(2)
+            for column in range(3)
+        )
+        assert ("video" in batch) == begins
+        found.add((frames, begins))
+    assert found == {(3, True), (2, True), (2, False)}
+    batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
+    row, column = batch["place"].tolist()
+    shown = pixel_task.vae.decode(batch["clean"])[..., 8 * row :, 8 * column :][..., :48, :48]
+    assert shown.shape == batch["video"].shape
+    assert psnr(shown, batch["video"]) > psnr(shown[..., 8:, 8:], batch["video"][..., :-8, :-8]) + 3
+
+
+def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pixel_task: Stage2Task) -> None:
+    batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
+    clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
+    shown = batch["video"], batch["place"]
+    guess = reference.clone().requires_grad_()
+    worse = pixel_task._pixel_loss(guess, *shown)
+    assert pixel_task._pixel_loss(clean, *shown).item() < worse.item()
+    worse.backward()
+    row, column = batch["place"].tolist()
+    touched = guess.grad.abs().sum((0, 1, 2)) > 0
+    assert touched[row : row + 6, column : column + 6].all()
+    assert int(touched.sum()) == 36
+    terms = pixel_task.loss(batch, 0)
+    assert terms["loss"].item() == pytest.approx((terms["velocity"] + terms["pixels"]).item())
+    assert "score" in pixel_task.validate()
+
+
+def test_pixels_beyond_a_piece_are_refused() -> None:
+    phases = (Phase(1, 1, ClipSettings(64, 80, 9, clips=2), window=(7, 8)),)
+    loop = LoopSettings(1, 1e-3)
+    with pytest.raises(TrainingError, match="window must be at most 7, .* got 8"):
+        Stage2Settings(1, Path(), Path(), Path(), "", loop, phases, pixels=PixelSettings(1.0, window=8))
+    with pytest.raises(TrainingError, match="leave something of a window of 4; got 2"):
+        PixelSettings(1.0, window=4, edge=2)
 
 
 def test_learning_attention_is_the_exact_one() -> None:
