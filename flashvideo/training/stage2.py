@@ -119,6 +119,7 @@ class PixelSettings:
     """
 
     weight: float = 0.0  # of `pixel_loss` beside the velocity's error; 0: latents alone count
+    since: int = 0  # the first step in which it counts
     window: int = 12  # latent pixels of the part that is decoded, rows and columns
     edge: int = 1  # latent pixels around it that are decoded, but not compared: their neighbours are missing
     terms: PixelWeights = field(default_factory=PixelWeights)
@@ -167,8 +168,9 @@ class Stage2Settings:
         if not ends or ends != sorted(set(ends)) or ends[-1] != self.loop.steps:
             last = self.loop.steps
             raise TrainingError(f"[[phases]] must end one after the other, the last at step {last}; got {ends}.")
-        seen = min(side for phase in self.phases for side in phase.sides)
-        if self.pixels.weight and self.pixels.window > seen:
+        shown = [phase for phase in self.phases if self.pixels.weight and phase.until > self.pixels.since]
+        seen = min((side for phase in shown for side in phase.sides), default=self.pixels.window)
+        if self.pixels.window > seen:
             raise TrainingError(
                 f"[pixels] window must be at most {seen}, the shortest side of a phase's pieces in latent pixels; got "
                 f"{self.pixels.window}."
@@ -198,7 +200,7 @@ class PairData(Dataset):
         batch = choose_reference(entries, settings.degradation, chance)
         piece = phase.piece(batch["clean"], generator_for(settings.seed, "piece", index))
         batch = {name: latent if name == "context" else latent[piece] for name, latent in batch.items()}
-        if settings.pixels.weight and piece[1].start == 0:
+        if settings.pixels.weight and step >= settings.pixels.since and piece[1].start == 0:
             batch |= self._pixels([self.sources[number].sample(clip)[0] for clip in clips], piece, index)
         return batch
 

@@ -32,6 +32,7 @@ from flashvideo.training.networks import NetworkSettings, as_called, attention_p
 from flashvideo.training.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
 from flashvideo.training.stage2 import (
     DegradationSettings,
+    PairData,
     Phase,
     PixelSettings,
     Stage2Settings,
@@ -471,6 +472,10 @@ def test_pixels_are_of_the_place_that_their_latents_show(pixel_task: Stage2Task)
         assert ("video" in batch) == begins
         found.add((frames, begins))
     assert found == {(3, True), (2, True), (2, False)}
+    later = dataclasses.replace(pixel_task.settings, pixels=dataclasses.replace(pixel_task.settings.pixels, since=10))
+    data = PairData(later, pixel_task.clips)
+    assert not any("video" in data[index] for index in range(10))
+    assert any("video" in data[index] for index in range(10, 30))
     batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
     row, column = batch["place"].tolist()
     shown = pixel_task.vae.decode(batch["clean"])[..., 8 * row :, 8 * column :][..., :48, :48]
@@ -500,6 +505,7 @@ def test_pixels_beyond_a_piece_are_refused() -> None:
     loop = LoopSettings(1, 1e-3)
     with pytest.raises(TrainingError, match="window must be at most 7, .* got 8"):
         Stage2Settings(1, Path(), Path(), Path(), "", loop, phases, pixels=PixelSettings(1.0, window=8))
+    Stage2Settings(1, Path(), Path(), Path(), "", loop, phases, pixels=PixelSettings(1.0, since=1, window=8))
     with pytest.raises(TrainingError, match="leave something of a window of 4; got 2"):
         PixelSettings(1.0, window=4, edge=2)
 
