@@ -240,16 +240,21 @@ class TiledRun:
         is_written, measured = False, []
         for number in range(len(job.chunks)):
             context.last = self.last and number == len(job.chunks) - 1
-            is_written, moments = self._run_piece(job, tile, number, known[number], context)
+            result, moments = self._run_piece(job, tile, number, known[number], context)
+            is_written = result is not None
             if moments is not None:
                 measured.append(moments)
+            if is_written:
+                target = tile.cut(job.targets[number], self.whole)
+                left = {layer: past.to(target.device) for layer, past in context.past.items() if not self.last}
+                # Memory has run out by now if it does: what is overwritten may be what a second try would read.
+                target.copy_(result)
+                if not self.last:
+                    self.past[job.index, tile] = left
             context.first = False
             self.done += 1
             if self.on_step is not None:
                 self.on_step(self.done, max(self.done, self.total))
-        if is_written and not self.last:
-            where = job.targets[0].device
-            self.past[job.index, tile] = {layer: past.to(where) for layer, past in context.past.items()}
         return is_written, measured
 
     def _past(self, index: int, tile: Tile) -> dict[nn.Module, Tensor]:
@@ -271,18 +276,17 @@ class TiledRun:
 
     def _run_piece(
         self, job: _Job, tile: Tile, number: int, known: Sequence[Statistics], context: ChunkContext
-    ) -> tuple[bool, Moments | None]:
-        """Run a chunk of a tile to its first unknown norm, or write its result; see `_run_tile`."""
+    ) -> tuple[Tensor | None, Moments | None]:
+        """Run a chunk of a tile to its first unknown norm, or to the end; returns the result and what was measured."""
         norms = _Norms(known, tile)
         context.statistics = None if tile == self.whole else norms  # the only tile measures for itself
         try:
             result = self._run_chunk(job, number, norms, context)
         except _Measured as found:
-            return False, found.moments
-        tile.cut(job.targets[number], self.whole).copy_(result)
+            return None, found.moments
         followers = self.plan.groups[job.index + 1 :]
         asked = followers and followers[0][0].groups
-        return True, measure(result, asked) if asked and tile != self.whole else None
+        return result, measure(result, asked) if asked and tile != self.whole else None
 
     def _run_chunk(self, job: _Job, number: int, norms: _Norms, context: ChunkContext) -> Tensor:
         group = self.plan.groups[job.index]

@@ -12,7 +12,7 @@ from flashvideo.nano import nano_state
 from flashvideo.training.scenes import SceneStream
 from flashvideo.vae import VideoVAE
 from flashvideo.vae_memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
-from flashvideo.vae_tiles import Tile, decode_in_tiles, encode_in_tiles
+from flashvideo.vae_tiles import Moments, Tile, decode_in_tiles, encode_in_tiles, measure
 
 TINY = VAEConfig(4, (1, 1, 2, 2), encoder_blocks=1, decoder_blocks=2, latent_channels=4, norm_groups=2)
 SIZE = (6, 8, 14)  # latents, rows, columns: three chunks to decode and two to encode
@@ -147,6 +147,32 @@ def test_out_of_memory_halves_the_tiles_and_keeps_what_others_have_done(
     assert error(tiled, whole) <= ROUNDING
     assert max(areas[moment:]) < areas[0] if side == 8 else min(areas[moment:]) < areas[0]
     assert steps[-1][0] == steps[-1][1]
+
+
+@pytest.mark.parametrize("moment", range(1, 20))
+def test_out_of_memory_after_a_result_was_made_spoils_nothing(
+    tiny: VideoVAE, latent: Tensor, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """A sum may take the place of what was added up: a second try must still find that."""
+
+    class MemoryGoneError(Exception):
+        pass
+
+    calls = []
+
+    def fail(x: Tensor, groups: int) -> Moments:
+        calls.append(groups)
+        if len(calls) == moment:
+            raise MemoryGoneError
+        return measure(x, groups)
+
+    latent = latent[:1, :, :3]
+    whole = tiny.decode(latent)
+    monkeypatch.setattr("flashvideo.vae_tiles.measure", fail)
+    options = {"is_out_of_memory": lambda found: isinstance(found, MemoryGoneError)}
+    tiled = decode_in_tiles(tiny, latent, plan(tiny.decoder, 8), torch.empty_like(whole), "cpu", **options)
+    assert len(calls) > 20
+    assert error(tiled, whole) <= ROUNDING
 
 
 def test_other_errors_and_a_cancel_pass_through(tiny: VideoVAE, latent: Tensor) -> None:
