@@ -143,6 +143,7 @@ class TiledRun:
         self.first = self.last = True
         self.past: dict[tuple[int, Tile], dict[nn.Module, Tensor]] = {}  # by group and tile
         self.whole = Tile(0, 0, 0, 0)
+        self.tiles: list[Tile] = []  # halved ones are parts of those before: what these have left can be cut for them
         self.done = self.total = 0
         self._reach: dict[nn.Module, int] = {}  # how far beyond its tile a layer's past goes
 
@@ -153,10 +154,12 @@ class TiledRun:
 
         `latents` are the decoder's chunks again, which its norms look at; `sizes` are the chunks' latent frames.
         """
-        if self.first:
-            self.past = {}
         smaller = min((chunks[0], results[0]), key=lambda x: x.shape[-1])
         self.whole = Tile(0, smaller.shape[-2], 0, smaller.shape[-1])
+        if self.first:
+            self.past = {}
+        if self.first or not self.tiles:
+            self.tiles = self.whole.split(self.side)
         groups, beside, statistics = self.plan.groups, None, None
         for index, (group, follower) in enumerate(zip(groups, [*groups[1:], None], strict=True)):
             if follower is None:
@@ -188,12 +191,13 @@ class TiledRun:
         for sweep in count():
             self.total = self.done + self._steps_left(job, sweep, statistics is not None)
             sums: list[Moments] | None = None
-            waiting, is_written = deque(self.whole.split(self.side)), False
+            waiting, is_written = deque(self.tiles), False
             while waiting:
                 tile = waiting.popleft()
                 outcome = self._try_tile(job, tile, known)
                 if outcome is None:
                     waiting = deque(part for larger in (tile, *waiting) for part in larger.split(self.side))
+                    self.tiles = [part for larger in self.tiles for part in larger.split(self.side)]
                     continue
                 is_written, measured = outcome
                 if measured:
@@ -205,10 +209,9 @@ class TiledRun:
                 each.append(new)
 
     def _steps_left(self, job: _Job, sweep: int, is_measured: bool) -> int:
-        tiles = len(self.whole.split(self.side))
         ahead = [self._sweeps(index, index > 0) for index in range(len(self.plan.groups))]
         left = sum(ahead[job.index + 1 :]) + self._sweeps(job.index, is_measured) - sweep
-        return (left + sum(ahead) * (self.calls - 1)) * len(job.chunks) * tiles
+        return (left + sum(ahead) * (self.calls - 1)) * len(job.chunks) * len(self.tiles)
 
     def _sweeps(self, index: int, is_measured: bool) -> int:
         group = self.plan.groups[index]

@@ -175,6 +175,31 @@ def test_out_of_memory_after_a_result_was_made_spoils_nothing(
     assert error(tiled, whole) <= ROUNDING
 
 
+def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(tiny: VideoVAE) -> None:
+    """20 latent pixels in tiles of 9 are cut at 6 and 13, which tiles of 4 over the whole picture would straddle."""
+
+    class MemoryGoneError(Exception):
+        pass
+
+    calls = []
+
+    def fail(_module: object, _args: tuple) -> None:
+        calls.append(1)
+        if len(calls) == 5:  # of three tiles, in the second chunk
+            raise MemoryGoneError
+
+    latent = torch.randn(1, 4, 5, 4, 20, generator=torch.Generator().manual_seed(3))
+    whole = tiny.decode(latent)
+    cut = plan_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
+    handle = tiny.decoder.up_blocks[1].resnets[0].conv2.register_forward_pre_hook(fail)
+    options = {"is_out_of_memory": lambda found: isinstance(found, MemoryGoneError)}
+    try:
+        tiled = decode_in_tiles(tiny, latent, cut, torch.empty_like(whole), "cpu", **options)
+    finally:
+        handle.remove()
+    assert error(tiled, whole) <= ROUNDING
+
+
 def test_other_errors_and_a_cancel_pass_through(tiny: VideoVAE, latent: Tensor) -> None:
     class CancelledError(Exception):
         pass
