@@ -183,29 +183,18 @@ def _step_unit(layer: Downsample | Upsample, scale: int, time: int) -> Unit:
     def run(held: list[Tensor], _: Tensor | None, _latent: Tensor | None, context: ChunkContext) -> Tensor:
         return layer(held.pop(), context)
 
-    width, reach = layer.conv.out_channels, SPATIAL_FACTOR // scale
+    width = layer.conv.out_channels
+    same = {"inputs": width, "channels": width, "groups": 0, "joins": 0, "keeps": 0, "scale": scale, "time": time}
+    same["reach"] = SPATIAL_FACTOR // scale
     if isinstance(layer, Upsample):
         out_scale, out_time = 2 * scale, time * (2 if layer.in_time else 1)
         growth = (out_scale // scale) ** 2 * (out_time // time)
-        # Its input, the four pictures of the quarters, and the result.
-        return Unit(
-            run,
-            width,
-            width,
-            0,
-            0,
-            reach,
-            0,
-            (1 + 4 + growth) * width,
-            DOUBLED * width**2,
-            scale,
-            time,
-            out_scale,
-            out_time,
-        )
-    out_scale, out_time = scale // 2, time // 2 if layer.in_time else time
-    work = AREA * width**2 / (4 * (time // out_time))
-    return Unit(run, width, width, 0, 0, reach, 0, 3 * width, work, scale, time, out_scale, out_time)
+        holds = (1 + 4 + growth) * width  # its input, the four pictures of the quarters, and the result
+        work = DOUBLED * width**2
+    else:
+        out_scale, out_time = scale // 2, time // 2 if layer.in_time else time
+        holds, work = 3 * width, AREA * width**2 / (4 * (time // out_time))
+    return Unit(run, holds=holds, work=work, out_scale=out_scale, out_time=out_time, **same)
 
 
 class Encoder(nn.Module):

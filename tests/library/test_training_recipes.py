@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -407,21 +408,27 @@ def test_a_piece_is_cut_where_a_degraded_whole_is() -> None:
     assert torch.equal(pieces.cut(whole, 3), piece)
 
 
-@torch.no_grad()
-def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path: Path) -> None:
-    """Blurred as a draft is, and at its place: nearer to its own clean piece than to any other."""
+def on_nano(tokenizer: Path, folder: Path, phase: Phase, **settings: Any) -> Stage2Settings:
+    """Settings of a stage II that learns with Nano's VAE and text encoder."""
     pytest.importorskip("transformers")
-    settings = Stage2Settings(
+    return Stage2Settings(
         seed=1,
-        out=tmp_path,
-        cache=tmp_path / "cache",
+        out=folder,
+        cache=folder / "cache",
         vae=NANO_FOLDER / "vae.safetensors",
         text=str(NANO_FOLDER / "text_encoder.safetensors"),
         tokenizer=str(tokenizer),
         loop=LoopSettings(1, 1e-3),
-        phases=(Phase(1, 1, ClipSettings(64, 64, 5, clips=4, validation_clips=1, scene=(128, 192))),),
-        degradation=DegradationSettings(coded_probability=0.5),
+        phases=(phase,),
+        **settings,
     )
+
+
+@torch.no_grad()
+def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path: Path) -> None:
+    """Blurred as a draft is, and at its place: nearer to its own clean piece than to any other."""
+    phase = Phase(1, 1, ClipSettings(64, 64, 5, clips=4, validation_clips=1, scene=(128, 192)))
+    settings = on_nano(tokenizer, tmp_path, phase, degradation=DegradationSettings(coded_probability=0.5))
     task = Stage2Task(settings, torch.device("cpu"))
     clips = task.clips[0]
     clips.fill()
@@ -439,19 +446,8 @@ def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path:
 @pytest.fixture
 def pixel_task(tokenizer: Path, tmp_path: Path) -> Stage2Task:
     """Stage II on pieces of two clips, with Nano's VAE."""
-    pytest.importorskip("transformers")
-    clips = ClipSettings(64, 80, 9, clips=2, validation_clips=1)
-    settings = Stage2Settings(
-        seed=1,
-        out=tmp_path,
-        cache=tmp_path / "cache",
-        vae=NANO_FOLDER / "vae.safetensors",
-        text=str(NANO_FOLDER / "text_encoder.safetensors"),
-        tokenizer=str(tokenizer),
-        loop=LoopSettings(1, 1e-3),
-        phases=(Phase(1, 2, clips, window=(7, 8), lengths=(2, 3)),),
-        pixels=PixelSettings(1.0, window=6, edge=1),
-    )
+    phase = Phase(1, 2, ClipSettings(64, 80, 9, clips=2, validation_clips=1), window=(7, 8), lengths=(2, 3))
+    settings = on_nano(tokenizer, tmp_path, phase, pixels=PixelSettings(1.0, window=6, edge=1))
     task = Stage2Task(settings, torch.device("cpu"))
     task.clips[0].fill()
     return task
