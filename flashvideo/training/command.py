@@ -6,14 +6,15 @@ import argparse
 import dataclasses
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..devices import open_device
 from .errors import TrainingError
 
-WHOLE = "nano"  # all four, with the configs that come with the library
-NANO_FOLDER = Path("models/nano")
+WHOLE = "nano"  # all four, each with its config
 SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
@@ -29,7 +30,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("train", help="train FlashVideo-Nano, or fine-tune the official weights")
     parser.add_argument("kind", choices=(*KINDS, WHOLE), help="which network; nano: all four, from nothing")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with all settings")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE",
+        help="TOML file with all settings; for nano, a folder of them (default: the library's own)",
+    )  # fmt: skip
+    parser.add_argument("--only", metavar="PARTS", help="of nano: these trainings alone, such as vae_decoder,stage2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     parser.add_argument("--steps", type=_count, metavar="N", help="do at most N steps now (the schedule stays)")
@@ -37,8 +42,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the one in ComfyUI)")
     parser.add_argument(
-        "--export", type=Path, metavar="DIR", help="don't train: write the best weights so far to this folder"
-    )
+        "--export", type=Path, metavar="DIR",
+        help="don't train: write the best weights so far to this folder; of nano, all four when they are done",
+    )  # fmt: skip
     parser.set_defaults(run=_train)
 
 
@@ -52,14 +58,16 @@ def _count(text: str) -> int:
 def _train(options: argparse.Namespace) -> int:
     # Imported here, so that the other commands start at once.
     from .loop import Limits, Trainer
-    from .rebuild import export, rebuild
+    from .rebuild import export
 
     if options.kind == WHOLE:
-        folder = options.export or NANO_FOLDER
-        return _exit_code(rebuild(lambda *part: _open(*part, options), folder, options.minutes))
+        return _train_nano(options)
+    if options.only:
+        raise TrainingError("--only is for train nano, which trains several networks.")
     if options.config is None:
         raise TrainingError(f"train {options.kind} needs a config: add --config FILE.")
-    settings, task = _open(options.kind, options.config, options)
+    settings = _settings(options.kind, options.config, options)
+    task = _task(options.kind, settings, options)
     folder = options.out or settings.out
     if options.export is not None:
         export(task, folder, options.export)
@@ -76,20 +84,58 @@ def _train(options: argparse.Namespace) -> int:
     return _exit_code(ended_by)
 
 
-def _open(kind: str, config: Path, options: argparse.Namespace) -> tuple[Any, Any]:
-    """A config's settings and its task, on the device that was asked for."""
-    import torch
+def _train_nano(options: argparse.Namespace) -> int:
+    """All networks, or some of their trainings."""
+    from . import rebuild
 
+    configs = options.config or rebuild.CONFIGS
+
+    class Configs:
+        def settings(self, part: rebuild.Part) -> Any:
+            return _settings(part.kind, configs / f"{part.name}.toml", options)
+
+        def task(self, part: rebuild.Part, settings: Any) -> Any:
+            return _task(part.kind, settings, options)
+
+    if options.only:
+        names = options.only.split(",")
+        unknown = [name for name in names if name not in rebuild.PARTS]
+        if unknown:
+            raise TrainingError(f"--only takes {', '.join(rebuild.PARTS)}; got {', '.join(unknown)}.")
+        return _exit_code(rebuild.train_parts([rebuild.PARTS[name] for name in names], Configs(), options.minutes))
+
+    def command(parts: Sequence[rebuild.Part], minutes: float | None) -> list[str]:
+        given = {"--only": ",".join(part.name for part in parts), "--config": configs, "--minutes": minutes}
+        given |= {"--device": options.device, "--tokenizer": options.tokenizer}
+        words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
+        return [sys.executable, "-m", "flashvideo", "train", WHOLE, *words]
+
+    return _exit_code(rebuild.rebuild(Configs(), options.export or rebuild.WEIGHTS, options.minutes, command))
+
+
+def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
+    """A config's settings."""
     from .config import build, load_toml
 
-    module_name, settings_name, task_name = KINDS[kind]
-    module = importlib.import_module(f".{module_name}", __package__)
-    settings = build(getattr(module, settings_name), load_toml(config), config.name)
+    module_name, settings_name, _ = KINDS[kind]
+    settings = build(getattr(_module(module_name), settings_name), load_toml(config), config.name)
     if options.tokenizer and hasattr(settings, "tokenizer"):
         settings = dataclasses.replace(settings, tokenizer=options.tokenizer)
+    return settings
+
+
+def _task(kind: str, settings: Any, options: argparse.Namespace) -> Any:
+    """What the loop trains, on the device that was asked for."""
+    import torch
+
+    module_name, _, task_name = KINDS[kind]
     if settings.loop.threads:
         torch.set_num_threads(settings.loop.threads)
-    return settings, getattr(module, task_name)(settings, open_device(options.device))
+    return getattr(_module(module_name), task_name)(settings, open_device(options.device))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _exit_code(ended_by: int | None) -> int:

@@ -1,72 +1,220 @@
-"""All of FlashVideo-Nano from nothing: its trainings one after the other, each network exported when it is done.
+"""All of FlashVideo-Nano from nothing: its trainings, side by side where neither waits for the other, then its files.
 
 May be stopped at any time and started again: what is done is skipped, what was begun goes on.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .checkpointing import BEST, LAST, load_state
-from .loop import MINUTE, Limits, Trainer, check_description
+import torch
+from tqdm import tqdm
+
+from .checkpointing import BEST, LAST, load_state, whole_file
+from .errors import TrainingError
+from .loop import METRICS, MINUTE, Interrupts, Limits, Trainer, check_description
+from .metrics import MetricsFile
 from .optimise import trainable
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "nano"
+WEIGHTS = Path("runs/nano/weights")  # never the built-in ones, which may be better than what is learnt here
+LOG = "training.log"
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Part:
     """One training: of a network, or of a part of it."""
 
+    name: str  # of its config file
     kind: str  # as `train` calls it
-    config: str
-    file: str  # what its export writes; empty if the next training goes on from its run
+    file: str  # what its export writes into its run's folder
     what: str
 
 
-PARTS = (  # each needs those before it
-    Part("vae", "vae", "", "the video VAE"),
-    Part("vae", "vae_decoder", "vae.safetensors", "the VAE's decoder once more, for texture"),
-    Part("text", "text", "text_encoder.safetensors", "the text encoder"),
-    Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts"),
-    Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them"),
-)
+TEXT = Part("text", "text", "text_encoder.safetensors", "the text encoder")
+VAE = Part("vae", "vae", "vae.safetensors", "the video VAE")
+DECODER = Part("vae_decoder", "vae", "vae.safetensors", "the VAE's decoder once more, for texture")
+STAGE1 = Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts")
+STAGE2 = Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them")
+PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2)}
+# One round after the other; a round's chains side by side, a chain's parts one after the other. Stage I needs the
+# VAE's encoder alone, stage II learns from decoded pixels, too.
+ROUNDS = (((TEXT,),), ((VAE,),), ((STAGE1,), (DECODER, STAGE2)))
+NANO = (TEXT, DECODER, STAGE1, STAGE2)  # those whose files FlashVideo-Nano consists of
 
-# open_task(kind, config) reads a config: its settings and its task
-OpenTask = Callable[[str, Path], tuple[Any, Any]]
+
+class Opener(Protocol):
+    """Reads a part's config."""
+
+    def settings(self, part: Part) -> Any:
+        """Its settings."""
+        ...
+
+    def task(self, part: Part, settings: Any) -> Any:
+        """What the loop trains, with these settings."""
+        ...
 
 
-def rebuild(open_task: OpenTask, folder: Path, minutes: float | None) -> int | None:
-    """Train and export what isn't done yet, for at most so many minutes; returns a signal's number if one ended it."""
-    deadline = None if minutes is None else time.monotonic() + minutes * MINUTE
-    for part in PARTS:
-        settings, task = open_task(part.kind, CONFIGS / f"{part.config}.toml")
-        if not _finished(settings):
-            sys.stdout.write(f"FlashVideo-Nano: {part.what}\n")
+# command(parts, minutes) is a command line that calls `train_parts` with these in a process of its own
+Command = Callable[[Sequence[Part], float | None], list[str]]
+
+
+def rebuild(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
+    """Train what isn't done yet, for at most so many minutes; put the four files into `folder` when all is done.
+
+    Returns a signal's number if one ended it. Raises TrainingError where a training can't go on.
+    """
+    deadline = _deadline(minutes)
+    for chains in ROUNDS:
+        left = [chain for chain in chains if not _all_done(chain, opener)]
+        if len(left) > 1:
+            ended_by = _side_by_side(left, opener, deadline, command)
+        else:
+            ended_by = train_parts([part for chain in left for part in chain], opener, _minutes_left(deadline))
+        if ended_by is not None or not all(_all_done(chain, opener) for chain in left):
+            sys.stdout.write("Stopped; the same command goes on from here.\n")
+            return ended_by
+    for part in NANO:
+        with whole_file(folder / part.file) as copy:
+            shutil.copyfile(opener.settings(part).out / part.file, copy)
+    sys.stdout.write(f"{folder}: FlashVideo-Nano is complete. Copied to models/nano, it is the built-in one.\n")
+    return None
+
+
+def train_parts(parts: Sequence[Part], opener: Opener, minutes: float | None) -> int | None:
+    """Train and export what isn't done yet of parts, in their order; returns a signal's number if one ended it."""
+    deadline = _deadline(minutes)
+    for part in parts:
+        settings = opener.settings(part)
+        if _is_done(part, settings.out, settings.loop.steps):
+            continue
+        sys.stdout.write(f"FlashVideo-Nano: {part.what}\n")
+        task = opener.task(part, settings)
+        if not _is_trained(settings.out, settings.loop.steps):
             trainer = Trainer(task, settings.loop, settings.out)
             if (settings.out / LAST).is_file():
                 trainer.resume()
             else:
                 trainer.start_anew()
-            left = None if deadline is None else (deadline - time.monotonic()) / MINUTE
-            ended_by = trainer.run(Limits(minutes=left))
+            ended_by = trainer.run(Limits(minutes=_minutes_left(deadline)))
             if ended_by is not None or trainer.step < settings.loop.steps:
-                sys.stdout.write("Stopped; the same command goes on from here.\n")
                 return ended_by
-        if part.file and not (folder / part.file).is_file():
-            export(task, settings.out, folder)
-    sys.stdout.write(f"{folder}: FlashVideo-Nano is complete.\n")
+        export(task, settings.out, settings.out)
     return None
 
 
-def _finished(settings: Any) -> bool:
-    last = settings.out / LAST
-    return last.is_file() and load_state(last)["step"] >= settings.loop.steps
+def _deadline(minutes: float | None) -> float | None:
+    return None if minutes is None else time.monotonic() + minutes * MINUTE
+
+
+def _minutes_left(deadline: float | None) -> float | None:
+    return None if deadline is None else (deadline - time.monotonic()) / MINUTE
+
+
+def _all_done(parts: Sequence[Part], opener: Opener) -> bool:
+    for part in parts:
+        settings = opener.settings(part)
+        if not _is_done(part, settings.out, settings.loop.steps):
+            return False
+    return True
+
+
+def _is_done(part: Part, run: Path, steps: int) -> bool:
+    """Whether a run has ended and its weights were exported since."""
+    file = run / part.file
+    return _is_trained(run, steps) and file.is_file() and file.stat().st_mtime_ns >= (run / LAST).stat().st_mtime_ns
+
+
+def _is_trained(run: Path, steps: int) -> bool:
+    last = run / LAST
+    return last.is_file() and load_state(last)["step"] >= steps
+
+
+class _Chain:
+    """A process that trains parts one after the other, and its bar."""
+
+    def __init__(self, parts: Sequence[Part], opener: Opener, place: int) -> None:
+        self.parts = parts
+        runs = [opener.settings(part) for part in parts]
+        self._metrics = [MetricsFile(run.out / METRICS) for run in runs]
+        self._log = runs[0].out / LOG
+        total = sum(run.loop.steps for run in runs)
+        self._bar = tqdm(total=total, initial=self._steps(), desc=parts[-1].name, position=place, unit="step")
+        self._process: subprocess.Popen | None = None
+
+    def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        """Start the process; what it says goes to a file beside its first run."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def _steps(self) -> int:
+        return sum(int(rows[-1]["step"]) for metrics in self._metrics if (rows := metrics.rows()))
+
+    def show(self) -> None:
+        """Move the bar to where the trainings are."""
+        self._bar.update(self._steps() - self._bar.n)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Have it save what it has and end."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def end(self) -> None:
+        """Wait for its end."""
+        self._process.wait()
+        self.show()
+        self._bar.close()
+
+    def last_words(self) -> str:
+        """The last line that the process said."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing.")
+
+
+def _side_by_side(
+    left: Sequence[Sequence[Part]], opener: Opener, deadline: float | None, command: Command
+) -> int | None:
+    """Train chains of parts in a process each, which share the processor's cores."""
+    threads = max(1, torch.get_num_threads() // len(left))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    chains = [_Chain(parts, opener, place) for place, parts in enumerate(left)]
+    failed = None
+    with Interrupts() as interrupts:
+        for chain in chains:
+            chain.start(command(chain.parts, _minutes_left(deadline)), environment)
+        stopped = False
+        while any(chain.exit_code is None for chain in chains):
+            time.sleep(POLL_SECONDS)
+            for chain in chains:
+                chain.show()
+            failed = failed or next((chain for chain in chains if chain.exit_code), None)
+            # Ctrl+C reaches every process of the terminal by itself.
+            if (failed or interrupts.received == signal.SIGTERM) and not stopped:
+                stopped = True
+                for chain in chains:
+                    chain.stop()
+        for chain in chains:
+            chain.end()
+    if failed and interrupts.received is None:
+        what = ", then ".join(part.what for part in failed.parts)
+        raise TrainingError(f"The training of {what}, ended: {failed.last_words()}")
+    return interrupts.received
 
 
 def export(task: Any, run: Path, folder: Path) -> None:

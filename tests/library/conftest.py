@@ -6,6 +6,8 @@ import importlib.machinery
 import sys
 from pathlib import Path
 
+import pytest
+
 
 class _FlashVideoFinder:
     """Finds the package `flashvideo` and nothing else.
@@ -17,11 +19,21 @@ class _FlashVideoFinder:
     ROOT = str(Path(__file__).resolve().parents[2])
 
     @classmethod
-    def find_spec(
-        cls, name: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         """The package's spec; None for every other module (submodules are found through the package)."""
         return importlib.machinery.PathFinder.find_spec(name, [cls.ROOT]) if name == "flashvideo" else None
 
 
 sys.meta_path.insert(0, _FlashVideoFinder)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small tokenizer in T5's format: words of the procedural captions, </s> at the end, padding 0."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    from small_models import write_tokenizer
+
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return tmp_path / "tokenizer.json"

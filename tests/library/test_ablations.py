@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib.util
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +36,6 @@ from flashvideo.training.networks import NetworkSettings, make_network
 from flashvideo.training.positions import AbsolutePositionsDiT, sinusoidal_positions
 from flashvideo.training.stage2 import Stage2Settings
 
-TESTS = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 LOOP = "learning_rate = 1e-3\nwarmup = 1\nema = 0.5\nvalidate_every = 2\ncheckpoint_every = 1"
 CLIPS = "height = 32\nwidth = 48\nframes = 5\nclips = 2\nvalidation_clips = 1"
@@ -74,15 +72,6 @@ lora_learning_rate = 1e-2
 clips = {{ {clips} }}
 loop = {{ steps = 2, {loop} }}
 """
-
-
-def small_models() -> ModuleType:
-    """The helper that writes models for tests."""
-    pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("small_models", TESTS / "small_models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def table(**rows: dict[str, float]) -> TableResult:
@@ -198,7 +187,7 @@ def test_acceptance_asks_for_detail_and_for_nothing_else_to_change() -> None:
 
 
 def test_both_configs_can_be_read_and_learn_from_clips_like_those_of_the_miniatures_training() -> None:
-    """The large one from the same ones, whose latents are there; the small one from fewer."""
+    """The large one from the same ones; the small one from fewer."""
     nano = build(Stage2Settings, load_toml(CONFIGS.parent / "nano" / "stage2.toml"), "stage2.toml")
     for name in ("small.toml", "full.toml"):
         settings = build(AblationSettings, load_toml(CONFIGS / name), name)
@@ -206,7 +195,6 @@ def test_both_configs_can_be_read_and_learn_from_clips_like_those_of_the_miniatu
         few = dataclasses.replace(nano.phases[0].clips, clips=512)
         assert settings.variants.clips == (few if name == "small.toml" else nano.phases[0].clips)
         assert (settings.seed, settings.cache) == (nano.seed, nano.cache)
-        assert Path(settings.shipped.text) == Path(nano.text)
     assert set(NAMES) == {*TABLES, "acceptance"}
 
 
@@ -308,8 +296,11 @@ def test_a_cascade_sees_the_draft_beside_the_noise() -> None:
 def ablate(tmp_path: Path) -> Callable[..., int]:
     """The command on small untrained models and clips."""
     pytest.importorskip("skimage")
+    pytest.importorskip("transformers")
+    from small_models import write_models
+
     models = tmp_path / "models"
-    small_models().write_models(models)
+    write_models(models)
     config = tmp_path / "tiny.toml"
     inline = {name: ", ".join(lines.splitlines()) for name, lines in (("clips", CLIPS), ("loop", LOOP))}
     config.write_text(RECIPE.format(folder=tmp_path, models=models, **inline))

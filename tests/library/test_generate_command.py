@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,18 +19,7 @@ from flashvideo.nano import nano_state
 from flashvideo.samplers import sample_stage1
 from flashvideo.t5 import T5Tokens, contexts, load_encoder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from small_models import write_tokenizer
-
 WORDS = "a red circle moves left over a green hill"
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    """A small tokenizer in T5's format."""
-    pytest.importorskip("transformers")
-    write_tokenizer(tmp_path / "tokenizer.json")
-    return tmp_path / "tokenizer.json"
 
 
 @pytest.fixture

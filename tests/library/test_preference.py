@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from flashvideo.training.randomness import generator_for, normal_like
 from flashvideo.training.stage2 import Phase
 
 CPU = torch.device("cpu")
-HELPER = Path(__file__).resolve().parents[1] / "small_models.py"
 LOOP = LoopSettings(steps=2, learning_rate=1e-3, warmup=1, validate_every=2, checkpoint_every=1)
 
 
@@ -65,10 +63,9 @@ def settings(folder: Path, **changes: object) -> PreferenceSettings:
 
 def test_tuning_learns_the_best_of_n(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("small_models", HELPER)
-    helper = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(helper)
-    helper.write_models(tmp_path / "models")
+    from small_models import write_models
+
+    write_models(tmp_path / "models")
     given = settings(tmp_path)
     task = PreferenceTask(given, CPU)
     task.prepare()

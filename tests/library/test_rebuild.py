@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import filecmp
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_recipes import VAE, head, write_nano_recipes
 from torch import nn
 
 from flashvideo.__main__ import main
+from flashvideo.checkpoints import load_dit
 from flashvideo.training import rebuild
 from flashvideo.training.captions import caption, parse_prompt
-from flashvideo.training.config import LoopSettings, build, load_toml
+from flashvideo.training.config import LoopSettings
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import ClipSettings
 from flashvideo.training.optimise import Together, make_optimiser, orthogonal
 from flashvideo.training.prompts import HELD_OUT_PROMPTS, judge_prompts
 from flashvideo.training.scenes import HELD_OUT, SceneStream
-from flashvideo.training.vae import VAESettings, VAETask, fit_preview
+from flashvideo.training.vae import fit_preview
 from flashvideo.training.vocabulary import contrasts
 
 # Muon
@@ -115,74 +122,96 @@ def test_a_prompt_in_other_words_cannot_be_judged() -> None:
 
 # The chain
 
-VAE = """
-seed = 1
-out = "{out}"
-[model]
-base_channels = 8
-channel_multipliers = [1, 1, 1, 1]
-encoder_blocks = 1
-decoder_blocks = 1
-[loop]
-steps = 4
-learning_rate = 1e-3
-validate_every = 2
-checkpoint_every = 1
-[loss]
-[[crops]]
-render = [16, 24]
-size = [16, 16]
-frames = 1
-clips = 2
-[[validation]]
-name = "small"
-size = [16, 24]
-frames = 1
-clips = 2
+
+@pytest.fixture
+def train_nano(tokenizer: Path, tmp_path: Path) -> Callable[..., int]:
+    """`train nano` on five recipes that end in seconds; returns its exit code."""
+    configs = tmp_path / "configs"
+    write_nano_recipes(configs, tmp_path / "runs")
+    fixed = ("--config", configs, "--export", tmp_path / "weights", "--tokenizer", tokenizer, "--device", "cpu")
+
+    def run(*options: str) -> int:
+        return main(["train", "nano", *map(str, fixed), *options])
+
+    return run
+
+
+def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
+    train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    runs, weights = tmp_path / "runs", tmp_path / "weights"
+    assert train_nano("--minutes", "0") == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert [path.name for path in runs.iterdir()] == ["text"]
+    assert train_nano() == 0
+    assert f"{weights}: FlashVideo-Nano is complete" in capsys.readouterr().out
+    assert sorted(path.name for path in weights.iterdir()) == sorted(part.file for part in rebuild.NANO)
+    assert filecmp.cmp(weights / "vae.safetensors", runs / "vae_decoder" / "vae.safetensors", shallow=False)
+    assert not filecmp.cmp(weights / "vae.safetensors", runs / "vae" / "vae.safetensors", shallow=False)
+    assert load_dit(weights / "stage2.safetensors", stage=2).config.stage == 2
+    assert "stage1.safetensors: step 3" in (runs / "stage1" / rebuild.LOG).read_text()
+    ends = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
+    assert train_nano() == 0
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == ends
+
+    (runs / "stage2" / "stage2.safetensors").unlink()  # an export that a crash left out
+    assert train_nano() == 0
+    assert load_dit(runs / "stage2" / "stage2.safetensors", stage=2).config.stage == 2
+
+
+def test_a_training_that_fails_is_named_and_the_one_beside_it_is_kept(
+    train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "configs" / "vae_decoder.toml"
+    config.write_text(config.read_text().replace("render = [16, 24]", "render = [8, 24]"))
+    assert train_nano() == 1
+    told = capsys.readouterr().err
+    assert "The training of the VAE's decoder once more, for texture, then stage II, which refines them, ended:" in told
+    assert not (tmp_path / "weights").exists()
+    assert (tmp_path / "runs" / "stage1" / "last.pt").is_file()
+
+
+def test_only_some_of_nanos_trainings(
+    train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_nano("--only", "text,refiner") == 1
+    assert "--only takes text, vae, vae_decoder, stage1, stage2; got refiner." in capsys.readouterr().err
+    assert train_nano("--only", "vae") == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["vae"]
+    assert main(["train", "vae", "--config", str(tmp_path / "configs" / "vae.toml"), "--only", "vae"]) == 1
+    assert "--only is for train nano" in capsys.readouterr().err
+
+
+WAITS = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path(sys.argv[1]).write_text("stopped")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).write_text("runs")
+time.sleep(60)
 """
 
 
-@pytest.fixture
-def two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], tuple[Any, Any]]:
-    """The chain with two tiny VAEs instead of the four networks; they differ in nothing but their folder."""
-    parts = (rebuild.Part("first", "first", "", "one"), rebuild.Part("second", "second", "vae.safetensors", "two"))
-    monkeypatch.setattr(rebuild, "PARTS", parts)
-    opened = []
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_who_ends_the_whole_ends_both_trainings_and_each_saves(tmp_path: Path) -> None:
+    class Opener:
+        def settings(self, part: rebuild.Part) -> SimpleNamespace:
+            return SimpleNamespace(out=tmp_path / part.name, loop=SimpleNamespace(steps=5))
 
-    def open_task(kind: str, _config: Path) -> tuple[Any, Any]:
-        opened.append(kind)
-        config = tmp_path / f"{kind}.toml"
-        config.write_text(VAE.format(out=(tmp_path / kind).as_posix()))
-        settings = build(VAESettings, load_toml(config), config.name)
-        return settings, VAETask(settings, torch.device("cpu"))
+    def command(parts: Sequence[rebuild.Part], minutes: float | None) -> list[str]:
+        marks = [tmp_path / name for name in ("one", "two")]
+        mark = marks[parts[0] is rebuild.DECODER]
+        return [sys.executable, "-c", WAITS, str(mark)]
 
-    open_task.opened = opened
-    return open_task
+    def end_when_both_run() -> None:
+        while not all((tmp_path / name).is_file() for name in ("one", "two")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-
-def test_the_chain_trains_exports_and_then_has_nothing_left_to_do(
-    two_parts: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder = tmp_path / "models"
-    assert rebuild.rebuild(two_parts, folder, None) is None
-    assert (tmp_path / "second" / "last.pt").is_file()
-    written = (folder / "vae.safetensors").stat().st_mtime_ns
-    capsys.readouterr()
-    assert rebuild.rebuild(two_parts, folder, None) is None
-    assert (folder / "vae.safetensors").stat().st_mtime_ns == written
-    assert "complete" in capsys.readouterr().out
-
-
-def test_a_stopped_chain_goes_on_where_it_was(two_parts: Callable, tmp_path: Path) -> None:
-    folder = tmp_path / "models"
-    assert rebuild.rebuild(two_parts, folder, 0.0) is None
-    assert two_parts.opened == ["first"]
-    assert not folder.exists()
-    assert rebuild.rebuild(two_parts, folder, None) is None
-    assert (folder / "vae.safetensors").is_file()
-    shutil.rmtree(folder)
-    assert rebuild.rebuild(two_parts, folder, None) is None  # exports again without training again
-    assert (folder / "vae.safetensors").is_file()
+    threading.Thread(target=end_when_both_run, daemon=True).start()
+    assert rebuild._side_by_side(rebuild.ROUNDS[-1], Opener(), None, command) == signal.SIGTERM
+    assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["stopped", "stopped"]
 
 
 @pytest.mark.parametrize("start", ["first", "first-export/vae.safetensors"])
@@ -192,7 +221,7 @@ def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Pa
     files = []
     for name, first_lines in (("first", ""), ("second", alone)):
         config, folder = tmp_path / f"{name}.toml", tmp_path / f"{name}-export"
-        config.write_text(first_lines + VAE.format(out=(tmp_path / name).as_posix()))
+        config.write_text(head(tmp_path / name) + first_lines + VAE)
         assert main(["train", "vae", "--config", str(config), "--device", "cpu"]) == 0
         assert main(["train", "vae", "--config", str(config), "--device", "cpu", "--export", str(folder)]) == 0
         files.append(load_file(folder / "vae.safetensors"))
@@ -204,7 +233,7 @@ def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Pa
 
 def test_noise_on_latents_is_for_a_decoder_that_learns_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = tmp_path / "vae.toml"
-    config.write_text("latent_noise = 0.1\n" + VAE.format(out=(tmp_path / "run").as_posix()))
+    config.write_text(head(tmp_path / "run") + "latent_noise = 0.1\n" + VAE)
     assert main(["train", "vae", "--config", str(config), "--device", "cpu"]) == 1
     assert "add decoder_only = true" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_recipes import CLIPS, LOOP, STAGE1, STAGE2, TEXT, VAE, head
 from torch import Tensor, nn
 
 from flashvideo.__main__ import main
@@ -43,38 +44,6 @@ from flashvideo.training.stage2 import (
 from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
-
-LOOP = """
-[loop]
-steps = 3
-learning_rate = 1e-3
-warmup = 1
-log_every = 1
-validate_every = 3
-checkpoint_every = 2
-"""
-CLIPS = "height = 32\nwidth = 48\nframes = 5\nclips = 2\nvalidation_clips = 1\n"
-VAE = f"""
-seed = 1
-out = "unused"
-[model]
-base_channels = 8
-channel_multipliers = [1, 1, 1, 1]
-encoder_blocks = 1
-decoder_blocks = 1
-{LOOP}
-[loss]
-[[crops]]
-render = [16, 24]
-size = [16, 16]
-frames = 5
-clips = 2
-[[validation]]
-name = "small"
-size = [16, 24]
-frames = 5
-clips = 2
-"""
 
 
 def train(kind: str, recipe: str, folder: Path, *options: str) -> None:
@@ -160,20 +129,6 @@ def test_a_latent_cache_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(made) == SHARD + 8
 
 
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    """A small tokenizer in T5's format: words of the procedural captions, </s> at the end, padding 0."""
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("transformers")
-    words = ("a", "an", "red", "blue", "circle", "moves", "left", "right", "over", "green", "hill")
-    vocabulary = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *words))}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    made.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
-
-
 def test_tokens_are_padded_and_cut_to_226(tokenizer: Path) -> None:
     tokens = T5Tokens(str(tokenizer))(["a red circle", "red " * 300])
     assert tokens.shape == (2, 226)
@@ -230,17 +185,13 @@ def test_timesteps_are_spread_over_a_batch_by_their_power(power: float) -> None:
 
 def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Path) -> None:
     models, extra = tmp_path / "models", ("--tokenizer", str(tokenizer))
-    head = f'seed = 1\nout = "unused"\nvae = "{models}/vae.safetensors"\ncache = "{tmp_path}/cache"\n'
-    head += f'text = "{models}/text_encoder.safetensors"\n'
+    vae, text = models / "vae.safetensors", models / "text_encoder.safetensors"
+    shown = {"vae": vae, "text": text, "cache": tmp_path / "cache"}
     recipes = {
-        "vae": VAE,
-        "text": f'seed = 1\nout = "unused"\nbatch = 2\nvocabulary_captions = 300\nvalidation_captions = 4\n{LOOP}',
-        "stage1": f"{head}train_text = true\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n",
-        "stage2": f"{head}{LOOP}[network]\ncheckpoint_blocks = true\n[degradation]\ncoded_probability = 0.5\n"
-        "[pixels]\nweight = 0.5\nwindow = 1\nedge = 0\n[pixels.terms]\nmotion = 1.0\n"
-        f"[[phases]]\nuntil = 1\nbatch = 1\nwindow = [1, 3]\nlengths = [1, 2]\n"
-        f"[phases.clips]\n{CLIPS.replace('32', '16')}scene = [32, 64]\n"
-        f"[[phases]]\nuntil = 3\nbatch = 2\n[phases.clips]\n{CLIPS}",
+        "vae": head("unused") + VAE,
+        "text": head("unused") + TEXT,
+        "stage1": head("unused", **shown) + "train_text = true\n" + STAGE1,
+        "stage2": head("unused", **shown) + STAGE2,
     }
     for kind, recipe in recipes.items():
         train(kind, recipe, tmp_path, "--steps", "2", *extra)

@@ -1,0 +1,66 @@
+"""Training recipes that end in seconds: config files for every network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LOOP = """
+[loop]
+steps = 3
+learning_rate = 1e-3
+warmup = 1
+log_every = 1
+validate_every = 3
+checkpoint_every = 2
+"""
+CLIPS = "height = 32\nwidth = 48\nframes = 5\nclips = 2\nvalidation_clips = 1\n"
+VAE = f"""
+[model]
+base_channels = 8
+channel_multipliers = [1, 1, 1, 1]
+encoder_blocks = 1
+decoder_blocks = 1
+{LOOP}
+[loss]
+[[crops]]
+render = [16, 24]
+size = [16, 16]
+frames = 5
+clips = 2
+[[validation]]
+name = "small"
+size = [16, 24]
+frames = 5
+clips = 2
+"""
+TEXT = f"batch = 2\nvocabulary_captions = 300\nvalidation_captions = 4\n{LOOP}"
+STAGE1 = f"batch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n"
+STAGE2 = (
+    f"{LOOP}[network]\ncheckpoint_blocks = true\n[degradation]\ncoded_probability = 0.5\n"
+    "[pixels]\nweight = 0.5\nwindow = 1\nedge = 0\n[pixels.terms]\nmotion = 1.0\n"
+    "[[phases]]\nuntil = 1\nbatch = 1\nwindow = [1, 3]\nlengths = [1, 2]\n"
+    f"[phases.clips]\n{CLIPS.replace('32', '16')}scene = [32, 64]\n"
+    f"[[phases]]\nuntil = 3\nbatch = 2\n[phases.clips]\n{CLIPS}"
+)
+
+
+def head(out: Path | str, **values: Path | str) -> str:
+    """The first lines of a config: its run's folder, and more."""
+    values = {"out": out, **values}
+    return "seed = 1\n" + "".join(f'{name} = "{Path(value).as_posix()}"\n' for name, value in values.items())
+
+
+def write_nano_recipes(folder: Path, runs: Path) -> None:
+    """Write the five configs of `train nano`, whose runs are folders of `runs`."""
+    folder.mkdir(parents=True)
+    text, vae = runs / "text" / "text_encoder.safetensors", runs / "vae" / "vae.safetensors"
+    shared = {"cache": runs / "latents", "text": text}
+    recipes = {
+        "text": head(runs / "text") + TEXT,
+        "vae": head(runs / "vae") + VAE,
+        "vae_decoder": head(runs / "vae_decoder", start=vae) + "decoder_only = true\nlatent_noise = 0.1\n" + VAE,
+        "stage1": head(runs / "stage1", vae=vae, **shared) + STAGE1,
+        "stage2": head(runs / "stage2", vae=runs / "vae_decoder" / "vae.safetensors", **shared) + STAGE2,
+    }
+    for name, recipe in recipes.items():
+        (folder / f"{name}.toml").write_text(recipe, encoding="utf-8")
