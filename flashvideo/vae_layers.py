@@ -302,7 +302,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
         """[B, C, T, H, W] -> [B, C, 2T, 2H, 2W], 2T - 1 frames in a video's first chunk."""
-        kernels, bias = quarter_kernels(self.conv.weight).to(x.dtype), self.conv.bias.to(x.dtype).repeat(4)
+        # Where layers fetch their weights as they run, this one does too.
+        kernels, bias = quarter_kernels(self.conv.weight.to(x.device)).to(x.dtype), self.conv.bias.to(x).repeat(4)
         # Time is doubled after the convolution: it works frame by frame, so the copies would come out equal anyway.
         repeat = 2 if self.in_time else 1
         drop = 1 if self.in_time and context.first else 0

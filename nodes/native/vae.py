@@ -149,6 +149,7 @@ class FlashVideoVAE(comfy.sd.VAE):
         self.working_dtypes = WORKING_DTYPES
         self.vae_dtype = dtype
         self.device = device
+        self.disable_offload = True  # else all weights stay in main memory where a picture is larger than the card
         self.output_device = comfy.model_management.intermediate_device()
         offload_device = comfy.model_management.vae_offload_device()
         self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=offload_device)

@@ -204,6 +204,60 @@ def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any
 
 @pytest.mark.parametrize("node", ["VAEEncode", "VAEEncodeTiled"])
 @pytest.mark.parametrize(("frames", "needed"), [(20, 21), (2, 5), (16, 17)])
+class OnOneDevice(torch.overrides.TorchFunctionMode):
+    """Fails where an operation meets tensors of several devices, as a graphics card would."""
+
+    MOVES = ("to", "copy_", "__get__", "__set__")
+
+    def __torch_function__(self, call: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        devices = {each.device.type for each in args if isinstance(each, Tensor) and each.dim()}
+        assert len(devices) < 2 or call.__name__ in self.MOVES, call.__name__
+        return call(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_layers_whose_weights_wait_in_main_memory_fetch_them(vae: Any) -> None:
+    """As with --novram. The meta device stands for a card: only where results are is looked at."""
+    network, card = vae.first_stage_model, torch.device("meta")
+    vae.patcher.partially_load(torch.device("cpu"), 0.1)
+    layers = [module for module in network.modules() if hasattr(module, "comfy_cast_weights")]
+    assert layers
+    assert all(layer.comfy_cast_weights for layer in layers)
+    with OnOneDevice():
+        latent = type(network).__base__.encode(network, torch.empty(1, 3, 9, 64, 96, device=card)).mode()
+        video = type(network).__base__.decode(network, torch.empty(1, 16, 3, 8, 12, device=card))
+    assert (latent.device, video.device) == (card, card)
+
+
+def test_weights_go_to_the_card_though_the_whole_picture_would_not_fit_it(
+    vae: Any, in_comfy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI's own loading, with a pretended card (meta) of 22 GB and its rules for NVIDIA's."""
+    import comfy.model_management as management
+
+    module, planner, card = in_comfy("nodes.native.vae"), in_comfy("flashvideo.planner"), torch.device("meta")
+    free_elsewhere, room = management.get_free_memory, 22 * 2**30
+
+    def free(device: torch.device | None = None, torch_free_too: bool = False) -> Any:
+        if device == card:
+            return (room, room) if torch_free_too else room
+        return free_elsewhere(device, torch_free_too)
+
+    monkeypatch.setattr(management, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(management, "lowvram_available", True)
+    monkeypatch.setattr(management, "get_free_memory", free)
+    monkeypatch.setattr(management, "soft_empty_cache", lambda *_: None)
+    monkeypatch.setattr(management, "current_loaded_models", [])
+    with card:
+        network = type(vae.first_stage_model)(planner.OFFICIAL.vae, device=card, budget=None, dtype=torch.float16)
+    official = module.FlashVideoVAE(network.to_empty(device="cpu").requires_grad_(False), torch.float16, card)
+    needed = official.memory_used_decode((1, 16, 13, 136, 240), torch.float16)
+    assert needed > room
+    management.load_models_gpu([official.patcher], memory_required=needed, force_full_load=official.disable_offload)
+    assert official.patcher.loaded_size() == official.model_size()
+
+
 def test_other_lengths_are_refused_and_lose_nothing_silently(
     apply: Callable, run_prompt: Any, node: str, frames: int, needed: int
 ) -> None:
