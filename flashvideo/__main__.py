@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import math
 import signal
 import sys
@@ -17,7 +18,7 @@ from .bench_command import add_bench
 from .checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from .config import DiTConfig
 from .convert import DTYPES, convert_file
-from .devices import return_memory
+from .devices import is_out_of_memory, return_memory
 from .errors import CommandError
 from .generate_command import add_generate
 from .models_command import add_models
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     for add_command in (*models, add_plan, add_generate, add_refine, _add_training, add_bench):
         add_command(commands)
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal can't show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         return options.run(options) or 0
     except CommandError as error:
@@ -48,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         sys.stderr.write(f"{error.filename or 'file'}: {error.strerror}\n")
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"Out of memory: {str(error).splitlines()[0] if str(error) else 'none is left'}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nCancelled; nothing was written.\n")

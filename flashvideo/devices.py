@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 M_MMAP_THRESHOLD = -3  # as glibc's malloc.h calls it
 LARGE_BLOCK = 2**20  # bytes
+# PyTorch's errors have no class of their own everywhere: Linux, Windows and macOS's CPU; MPS.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def open_device(name: str | None) -> torch.device:
@@ -24,6 +26,15 @@ def open_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch says it in one way or the other
         raise CommandError(f"There is no device {name!r} here ({str(error).splitlines()[0]}).") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no more memory, on a card or in the machine."""
+    import torch
+
+    told = str(error).lower()
+    on_card = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    return on_card or (isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY))
 
 
 def return_memory() -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .checkpoints import load_dit, load_vae
 from .config import TEXT_TOKENS
 from .degradation import DEGRADATION_STEP
-from .devices import open_device
+from .devices import is_out_of_memory, open_device
 from .errors import CommandError
 from .frames import COLOR_MATCHES, RESAMPLERS, TargetSize
 from .guidance import STAGE2_SCALE
@@ -107,7 +107,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     """Which files are read, and where the work is done."""
     group.add_argument("--model", metavar="FILE", type=Path, help="stage II (default: the built-in FlashVideo-Nano)")
     group.add_argument("--vae", metavar="FILE", type=Path, help="the VAE that goes with it")
-    group.add_argument("--text-encoder", metavar="FILE", type=Path, help="T5-XXL, needed for --prompt")
+    group.add_argument("--text-encoder", metavar="FILE", type=Path, help="T5-XXL, needed for a prompt with --model")
     group.add_argument("--tokenizer", metavar="FILE", default="", help="T5's tokenizer.json (default: ComfyUI's)")
     group.add_argument(
         "--vae-memory",
@@ -154,11 +154,10 @@ def refine(options: argparse.Namespace) -> int:
                     about=_about(options, networks),
                 )
                 refine_video(networks, job.source, job.target, settings, files, bars)
-        except (CommandError, ValueError) as error:
+        except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
             failed += 1
-            reason = error.with_hint if isinstance(error, CommandError) else error
-            sys.stderr.write(f"{job.source.name}: {reason}\n")
+            sys.stderr.write(f"{job.source.name}: {_reason(error)}\n")
         except KeyboardInterrupt:
             bars.close()
             sys.stderr.write("\nCancelled. The same command goes on with it.\n")
@@ -167,6 +166,20 @@ def refine(options: argparse.Namespace) -> int:
             bars.close()
             sys.stdout.write(f"{job.target}: refined\n")
     return 1 if failed else 0
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a file; raises what isn't known."""
+    if isinstance(error, CommandError):
+        return error.with_hint
+    if is_out_of_memory(error):
+        return (
+            "out of memory. The same command goes on with it. With a smaller --window, --tile or --vae-memory it needs "
+            "less; these are other settings, so add --anew."
+        )
+    if isinstance(error, RuntimeError | MemoryError):
+        raise error
+    return str(error)
 
 
 def _settings(options: argparse.Namespace) -> RefineSettings:
@@ -221,10 +234,13 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
     options.target.mkdir(parents=True, exist_ok=True)
     if options.target.samefile(options.source):
         raise CommandError("IN and OUT are the same folder: give another one for the refined videos.")
-    jobs = []
+    jobs, taken = [], set()
     for video in videos:
         ending = video.suffix if video.suffix.lower() in CONTAINERS else ".mp4"
         target = options.target / f"{video.stem}{ending}"
+        if target.name.lower() in taken:  # of clip.mp4 and clip.webm the second goes to clip.webm.mp4
+            target = options.target / f"{video.name}{ending}"
+        taken.add(target.name.lower())
         if target.exists() and not options.force:
             sys.stdout.write(f"{target} exists already and is left as it is\n")
         else:
@@ -233,7 +249,9 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
 
 
 def _work(options: argparse.Namespace, job: _Job) -> Path | None:
-    return None if options.work is None else options.work / job.target.name
+    from .refine_files import WORK_ENDING
+
+    return None if options.work is None else options.work / (job.target.name + WORK_ENDING)
 
 
 def _networks(options: argparse.Namespace) -> Networks:

@@ -31,10 +31,12 @@ from .work_folder import WorkFolder
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
-FORMAT = 3  # of the work folder; another one can't be gone on with. 3: the VAE leaves other things by tile
+FORMAT = 4  # of the work folder; another one can't be gone on with. 4: colours are read without rounding down
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
 _SPARE_SPACE = 2**28
 _JPEG_QUALITY = 95
+_DEEP_STEP = 257  # 65535 / 255
+_RGB_MODES = ("RGB", "RGBA", "P")
 _SEGMENTS = "segments"
 
 
@@ -135,14 +137,27 @@ def refine_picture(
 ) -> None:
     """Refine a picture file. Raises CommandError for what can't be done, and ValueError as `refine_frames` does."""
     check_paths(source, target, force=force)
-    try:
-        with Image.open(source) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise CommandError(f"{source} can't be read as a picture: {error}.") from error
+    pixels, profile = _read_picture(source)
     refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
     result = Image.fromarray(to_bytes(refined)[0].numpy())
-    write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY))
+    write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY, icc_profile=profile))
+
+
+def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:
+    """A picture upright, [height, width, 3] uint8, and its ICC profile where it is one of RGB."""
+    try:
+        with Image.open(path) as image:
+            mode, profile = image.mode, image.info.get("icc_profile")
+            deep = mode.startswith("I;16") or (mode == "I" and image.format == "PNG")  # by Pillow's version
+            upright = ImageOps.exif_transpose(image)
+            if deep:  # Pillow would cut off at 255
+                grey = (np.asarray(upright).astype(np.float32) / _DEEP_STEP).round().astype(np.uint8)
+                upright = Image.fromarray(grey)
+            elif mode in ("I", "F"):
+                raise CommandError(f"{path} has 32 bits a pixel: save it with 8 or 16.")
+            return np.array(upright.convert("RGB")), profile if mode in _RGB_MODES else None
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise CommandError(f"{path} can't be read as a picture: {error}.") from error
 
 
 def file_identity(path: Path) -> list[str | int]:

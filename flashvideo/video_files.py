@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import heapq
 import io
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -34,15 +35,23 @@ _FALLBACK_RATE = Fraction(8)  # frames a second: what the model makes
 _BT709, _BT601 = 1, 5  # FFmpeg's numbers of the colour matrices
 _MATRICES = {1: _BT709, 5: _BT601, 6: _BT601, 7: 7, 9: 9}  # by a stream's tag; what swscale knows
 _UNSPECIFIED = 2  # as a tag
+_LIMITED, _FULL = 1, 2  # FFmpeg's numbers of the ranges that brightness is stored in
 _HD_ROWS = 720  # from here on, untagged video is taken as BT.709
+# swscale's numbers: bilinear, colour for every pixel, rounding. Without the last two each channel loses 1.3 of 255.
+_EXACT = 0x2 | 0x2000 | 0x40000
+_CONTAINER_TICKS = 1_000_000  # a second, in which PyAV tells when a file's clock begins
+_JOIN = Fraction(1, 2)  # seconds: where times step back further, another recording was joined
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class VideoClip:
     """A video file whose frames can be read more than once.
 
-    `times` are the frames' timestamps in units of `time_base` seconds. `turns` is by how many quarter turns
-    (anticlockwise) the stored pictures have to be turned; `height` and `width` are those of the turned ones.
+    `times` are the frames' timestamps in units of `time_base` seconds, after `start`, the seconds at which the file's
+    clock begins where that is later than 0. `turns` is by how many quarter turns (anticlockwise) the stored pictures
+    have to be turned; `height` and `width` are those of the turned ones.
     """
 
     path: Path
@@ -55,6 +64,7 @@ class VideoClip:
     turns: int = 0
     pixel_aspect: Fraction | None = None
     tags: tuple[int, int] = (_UNSPECIFIED, _UNSPECIFIED)  # colour primaries and transfer
+    start: Fraction = Fraction(0)
 
     @property
     def count(self) -> int:
@@ -66,8 +76,15 @@ class VideoClip:
         with _opened(self.path) as container:
             for index, frame in enumerate(_decode(container)):
                 if index >= start:
-                    # PyAV takes BT.601 for granted unless the two are named and differ.
-                    frame = frame.reformat(format="rgb24", src_colorspace=self.matrix, dst_colorspace=_BT601)
+                    # PyAV takes BT.601 and limited range for granted unless the two are named and differ.
+                    frame = frame.reformat(
+                        format="rgb24",
+                        src_colorspace=self.matrix,
+                        dst_colorspace=_BT601,
+                        src_color_range=_FULL if int(frame.color_range) == _FULL else _LIMITED,
+                        dst_color_range=_LIMITED,
+                        interpolation=_EXACT,
+                    )
                     pixels = frame.to_ndarray()
                     yield torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, self.turns)))
 
@@ -90,7 +107,8 @@ def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, to
         if first is None:
             raise CommandError(f"{path} holds no pictures.")
         rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
-        time_base, steady = stream.time_base, _steady_times(times, rate, stream.time_base)
+        start = Fraction(max(0, container.start_time or 0), _CONTAINER_TICKS)
+        clock = _Clock(stream.time_base, start)
         turns = round(getattr(first, "rotation", 0) / 90) % 4
         height, width = size if turns % 2 == 0 else size[::-1]
         context = stream.codec_context
@@ -100,26 +118,49 @@ def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, to
             height=height,
             width=width,
             rate=Fraction(rate),
-            time_base=time_base,
-            times=steady,
+            time_base=stream.time_base,
+            times=tuple(clock(time, round(1 / (rate * stream.time_base))) for time in times),
             matrix=_MATRICES.get(int(first.colorspace), _BT709 if first.height >= _HD_ROWS else _BT601),
             turns=turns,
             pixel_aspect=1 / aspect if aspect and turns % 2 else aspect,
             tags=(int(context.color_primaries), int(context.color_trc)),
+            start=start,
         )
 
 
-def _steady_times(times: list[int | None], rate: Fraction, time_base: Fraction) -> tuple[int, ...]:
-    """The timestamps, or those of a constant rate where some are missing or out of order."""
-    if all(time is not None for time in times) and all(a < b for a, b in zip(times, times[1:], strict=False)):
-        return tuple(times)
-    return tuple(round(index / (rate * time_base)) for index in range(len(times)))
+class _Clock:
+    """Makes a track's times start with its file and go forward.
+
+    A time that is missing follows from the one before; one that was there already is a tick later; and where another
+    recording was joined, whose clock begins anew, it runs on.
+    """
+
+    def __init__(self, time_base: Fraction, start: Fraction) -> None:
+        self._join = max(1, int(_JOIN / time_base))
+        self._shift = -int(start / time_base)
+        self._next: int | None = None  # when what comes next is due
+        self._last = 0
+
+    def __call__(self, time: int | None, duration: int) -> int:
+        """The time of a picture or packet that lasts so long, all in ticks."""
+        duration = max(1, duration)
+        if self._next is None:
+            now = 0 if time is None else time + self._shift
+        elif time is None:
+            now = self._next
+        else:
+            if time + self._shift < self._last - self._join:
+                self._shift = self._next - time
+            now = max(time + self._shift, self._last + 1)
+        self._last, self._next = now, now + duration
+        return now
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     try:
-        with av.open(str(path)) as container:
+        # A title in a Western or Japanese Windows's characters is no reason to refuse a clip.
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise CommandError(f"{path} holds no pictures.")
             container.streams.video[0].thread_type = "AUTO"
@@ -147,7 +188,7 @@ class VideoFormat:
         # Colours at half size need even sides.
         context.pix_fmt = "yuv444p" if self.height % 2 or self.width % 2 else "yuv420p"
         context.framerate, context.time_base = self.clip.rate, 1 / self.clip.rate
-        context.colorspace, context.color_range = self.clip.matrix, 1
+        context.colorspace, context.color_range = self.clip.matrix, _LIMITED
         context.color_primaries, context.color_trc = self.clip.tags
         if self.clip.pixel_aspect is not None:
             context.sample_aspect_ratio = self.clip.pixel_aspect
@@ -167,7 +208,12 @@ def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Ten
     for chunk in frames:
         for pixels in chunk.numpy():
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = frame.reformat(format=context.pix_fmt, src_colorspace=_BT601, dst_colorspace=form.clip.matrix)
+            frame = frame.reformat(
+                format=context.pix_fmt,
+                src_colorspace=_BT601,
+                dst_colorspace=form.clip.matrix,
+                interpolation=_EXACT,
+            )
             frame.pts, frame.time_base = index, context.time_base
             packets += context.encode(frame)
             index += 1
@@ -177,21 +223,56 @@ def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Ten
     return {"data": torch.from_numpy(data.copy()), "packets": torch.tensor(rows)}
 
 
+class _Nowhere(io.RawIOBase):
+    """A file that keeps nothing but its length, to see whether a container takes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._at = self._end = 0
+
+    def writable(self) -> bool:
+        """Anything can be written."""
+        return True
+
+    def seekable(self) -> bool:
+        """Containers write their header anew at the end."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte would go."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end}[whence]
+        return self._at
+
+    def write(self, data: Any) -> int:
+        """Forget bytes."""
+        self._at += len(data)
+        self._end = max(self._end, self._at)
+        return len(data)
+
+
 def check_container(suffix: str, form: VideoFormat) -> None:
-    """Raise CommandError if a file with this ending doesn't take the pictures or the clip's sound."""
+    """Raise CommandError if a file with this ending doesn't take the pictures or all of the clip's sound.
+
+    Tracks of sound that FFmpeg can't copy are left out, with a warning.
+    """
     with _opened(form.clip.path) as source:
+        tracks = _tracks(source)
+        unknown = len(source.streams.audio) - len(tracks)
+        if unknown:
+            log.warning(
+                "%s: %d of %d tracks of sound are of a kind that can't be copied, and are left out.",
+                *(form.clip.path.name, unknown, len(source.streams.audio)),
+            )
         try:
-            with _output(io.BytesIO(), CONTAINERS[suffix.lower()], form, source) as (container, _, sound):
-                missing = set(sound.values())
-                # Some containers look at a stream only when it has a packet.
-                for packet in _sound_packets(source, sound):
-                    if packet.stream in missing:
-                        missing.remove(packet.stream)
-                        container.mux(packet)
-                    if not missing:
-                        break
+            with _output(_Nowhere(), CONTAINERS[suffix.lower()], form, source) as (container, _, sound):
+                for packet in _sound_packets(source, sound, form.clip.start):
+                    container.mux(packet)
         except (av.FFmpegError, ValueError) as error:
-            codecs = ", ".join(each.codec_context.name for each in source.streams.audio) or "none"
+            codecs = ", ".join(each.codec_context.name for each in tracks) or "none"
             raise CommandError(
                 f"A {suffix} file can't hold {CODEC} pictures and the sound of {form.clip.path.name} as it is "
                 f"({codecs}): {error}. .mkv takes any sound."
@@ -208,10 +289,10 @@ def write_video(target: Path, form: VideoFormat, segments: Iterable[dict[str, Te
             with _output(str(target), CONTAINERS[target.suffix.lower()], form, source) as (container, stream, sound):
                 pictures = _picture_packets(segments, form.clip, stream)
                 # In the order of time, so that the container has to hold back nothing.
-                for packet in heapq.merge(pictures, _sound_packets(source, sound), key=_moment):
+                for packet in heapq.merge(pictures, _sound_packets(source, sound, form.clip.start), key=_moment):
                     container.mux(packet)
         except (av.FFmpegError, ValueError) as error:
-            raise CommandError(f"{target} can't be written: {error}.") from error
+            raise CommandError(f"The refined {form.clip.path.name} can't be written: {error}.") from error
 
 
 def write_lossless(target: Path, frames: Tensor, rate: Fraction, comment: str) -> None:
@@ -241,7 +322,9 @@ def _output(
         stream = container.add_stream(CODEC, rate=form.clip.rate)
         form.prepare(stream.codec_context)
         stream.time_base = form.clip.time_base
-        sound = {each.index: container.add_stream_from_template(each) for each in source.streams.audio}
+        sound = {each.index: container.add_stream_from_template(each) for each in _tracks(source)}
+        for each in _tracks(source):
+            sound[each.index].metadata.update(each.metadata)
         container.start_encoding()
         yield container, stream, sound
 
@@ -266,12 +349,24 @@ def _picture_packets(
         offset += len(segment["packets"])
 
 
-def _sound_packets(source: av.container.InputContainer, streams: dict[int, av.AudioStream]) -> Iterator[av.Packet]:
+def _tracks(source: av.container.InputContainer) -> list[av.AudioStream]:
+    """The tracks of sound that can be copied; PyAV knows nothing of those that FFmpeg has no decoder for."""
+    return [each for each in source.streams.audio if each.codec_context is not None]
+
+
+def _sound_packets(
+    source: av.container.InputContainer, streams: dict[int, av.AudioStream], start: Fraction
+) -> Iterator[av.Packet]:
     if not streams:
         return
-    for packet in source.demux([source.streams[index] for index in streams]):
+    tracks = [source.streams[index] for index in streams]
+    clocks = {track.index: _Clock(track.time_base, start) for track in tracks}
+    for packet in source.demux(tracks):
         if packet.dts is not None:  # the last one is empty and only says that there are no more
-            packet.stream = streams[packet.stream.index]
+            index, decoded = packet.stream.index, packet.dts
+            packet.dts = clocks[index](decoded, packet.duration or 0)
+            packet.pts = packet.dts + (0 if packet.pts is None else max(0, packet.pts - decoded))
+            packet.stream = streams[index]
             yield packet
 
 

@@ -190,7 +190,11 @@ def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write(path, lambda part: save_file(plain, part))
+    try:
+        _write(path, lambda part: save_file(plain, part))
+    except (OSError, SafetensorError) as error:  # safetensors' is no OSError where the disk is full
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"{path} can't be written: {reason}. The same command goes on with it.") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -12,12 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from flashvideo import refine_files
+from flashvideo import refine_files, work_folder
 from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_STRENGTH, nano_state
 from flashvideo.refine_command import CANCELLED, add_refine
 from flashvideo.weightfiles import CheckpointError
 
+ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--keep-size", "--steps", "1", "--device", "cpu")
 
 
@@ -35,12 +39,12 @@ def clip(tmp_path: Path) -> Path:
     return make_clip(tmp_path / "in.mp4")
 
 
-def make_clip(path: Path) -> Path:
+def make_clip(path: Path, count: int = 5) -> Path:
     """Write a short video."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
         stream.height, stream.width, stream.pix_fmt = 16, 32, "yuv420p"
-        for index in range(5):
+        for index in range(count):
             pixels = np.full((16, 32, 3), 40 * index, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
@@ -90,6 +94,74 @@ def test_a_folder_of_videos_goes_to_a_folder(tmp_path: Path, capsys: pytest.Capt
     (source / "broken.mp4").unlink()
     assert refine(source, target, *FAST) == 0
     assert "a.mp4 exists already and is left as it is" in capsys.readouterr().out
+
+
+def test_two_clips_of_one_name_go_to_two_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    make_clip(source / "clip.avi")
+    make_clip(source / "clip.mp4", count=1)
+    for _ in range(2):
+        assert refine(source, target, *FAST) == 0
+        assert sorted(path.name for path in target.iterdir()) == ["clip.mp4", "clip.mp4.mp4"]
+    assert [shape_of(path)[0] for path in sorted(target.iterdir())] == [5, 1]
+    assert capsys.readouterr().out.count("exists already") == 2
+
+
+def test_the_work_folder_may_be_the_results(clip: Path, tmp_path: Path) -> None:
+    assert refine(clip, tmp_path / "out.mp4", "--work", tmp_path, *FAST) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_too_little_memory_for_one_video_is_told_and_the_next_is_done(tmp_path: Path) -> None:
+    """In a process that may have no more than it has when the work begins."""
+    source = tmp_path / "in"
+    source.mkdir()
+    make_clip(source / "a.mp4")
+    make_clip(source / "b.mp4")
+    limited = (
+        "import sys, resource, torch\n"
+        "from flashvideo import refine\n"
+        "from flashvideo.__main__ import main\n"
+        "begin, calls = refine.RefineRun.run, []\n"
+        "def run(self, *rest):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 1:\n"
+        "        torch.empty(2**50)\n"
+        "    return begin(self, *rest)\n"
+        "refine.RefineRun.run = run\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", limited, "refine", source, tmp_path / "out", *FAST]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "a.mp4: out of memory. The same command goes on with it." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "b.mp4").is_file()
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_obstacle(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "kätzchen😀.mp4")
+    command = [sys.executable, "-m", "flashvideo", "refine", clip, tmp_path / "kleiner 😀.mp4", *FAST]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "kleiner 😀.mp4").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk here that is always full")
+def test_a_disk_that_fills_up_on_the_way_is_told(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    save_file = work_folder.save_file
+    monkeypatch.setattr(work_folder, "save_file", lambda tensors, path: save_file(tensors, "/dev/full"))
+    assert refine(clip, tmp_path / "out.mp4", *FAST) == 1
+    told = capsys.readouterr().err
+    assert "can't be written" in told
+    assert "The same command goes on with it." in told
+    monkeypatch.undo()
+    assert refine(clip, tmp_path / "out.mp4", *FAST) == 0
 
 
 def test_a_picture_goes_to_a_picture(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,19 +12,19 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from small_videos import SOUND_RATE, add_sound, make_video, ramps, read
 
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
 from flashvideo.frames import TargetSize
 from flashvideo.refine import Networks, RefineSettings, refine_frames
-from flashvideo.refine_files import WORK_ENDING, FileOptions, refine_picture, refine_video
+from flashvideo.refine_files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
 from flashvideo.vae import VideoVAE
 from flashvideo.video_files import open_clip
 
 ROOT = Path(__file__).resolve().parents[2]
-SOUND_RATE = 44100
 SETTINGS = RefineSettings(TargetSize("keep"), window=17, overlap=8, steps=2)
 
 # What a child process does: refine IN to OUT with the networks of `tiny`, and tell how far it is and what it takes.
@@ -62,78 +61,6 @@ def tiny() -> Networks:
     return Networks(dit.eval(), vae.eval(), torch.randn(1, 6, 8))
 
 
-def make_video(
-    path: Path,
-    count: int,
-    rate: Fraction = Fraction(24),
-    size: tuple[int, int] = (32, 48),
-    *,
-    sound: str = "",
-    times: list[int] | None = None,
-    matrix: int = 5,
-) -> Path:
-    """Write a video of moving colour ramps; `times` in frames, where they aren't regular."""
-    height, width = size
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "1"})
-        stream.height, stream.width = height, width
-        stream.pix_fmt = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
-        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1
-        track = container.add_stream(sound, rate=SOUND_RATE) if sound else None
-        for index in range(count):
-            frame = av.VideoFrame.from_ndarray(ramps(index, height, width), format="rgb24")
-            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=matrix)
-            frame.pts, frame.time_base = index if times is None else times[index], 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        if track is not None:
-            add_sound(container, track, float(count / rate))
-    return path
-
-
-def ramps(index: int, height: int, width: int) -> np.ndarray:
-    """Frame number `index`, [height, width, 3] uint8: colours that differ from corner to corner."""
-    red = np.broadcast_to(np.linspace(30, 220, width), (height, width))
-    green = np.broadcast_to(np.linspace(20, 200, height)[:, None], (height, width))
-    return np.stack([red, green, np.full((height, width), 40 + 5 * index % 150)], axis=-1).astype(np.uint8)
-
-
-def add_sound(container: av.container.OutputContainer, track: av.AudioStream, seconds: float) -> None:
-    """Write a tone."""
-    wave = (np.sin(np.arange(int(seconds * SOUND_RATE)) / 20) * 20000).astype(np.int16)
-    resampler = av.AudioResampler(format=track.format.name, layout=track.layout.name, rate=SOUND_RATE)
-    for start in range(0, len(wave), 1024):
-        frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="s16", layout="mono")
-        frame.sample_rate, frame.pts = SOUND_RATE, start
-        for piece in resampler.resample(frame):
-            container.mux(track.encode(piece))
-    container.mux(track.encode())
-
-
-@dataclass
-class Contents:
-    """What a video file holds."""
-
-    rate: Fraction
-    times: list[Fraction]
-    frames: list[np.ndarray]
-    sound: list[tuple[bytes, Fraction, Fraction]]  # packets, when and how long
-
-
-def read(path: Path) -> Contents:
-    """Read a whole file."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        decoded = list(container.decode(stream))
-        times = [frame.pts * stream.time_base for frame in decoded]
-        frames = [frame.reformat(format="rgb24", dst_colorspace=5).to_ndarray() for frame in decoded]
-        rate = stream.average_rate
-    with av.open(str(path)) as container:
-        packets = container.demux(audio=0) if container.streams.audio else ()
-        sound = [(bytes(p), p.pts * p.time_base, p.duration * p.time_base) for p in packets if p.size]
-    return Contents(rate, times, frames, sound)
-
-
 @pytest.mark.parametrize(
     ("rate", "ending", "sound"),
     [
@@ -166,7 +93,7 @@ def test_a_file_comes_out_as_its_frames_do(tiny: Networks, tmp_path: Path) -> No
     refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS, FileOptions(crf=0, segment_chunks=2))
     clip = torch.stack(list(open_clip(source).frames()))
     expected = (refine_frames(tiny, clip, SETTINGS) * 255).round().numpy()
-    # Colours are kept at half size: what can be compared is the mean over 2x2 pixels. PyAV rounds down, both ways.
+    # Colours are kept at half size: what can be compared is the mean over 2x2 pixels. So read, PyAV rounds down.
     for frame, wanted in zip(read(tmp_path / "out.mp4").frames, expected, strict=True):
         cells = [part.reshape(16, 2, 24, 2, 3).mean((1, 3)) for part in (frame.astype(float), wanted)]
         assert np.abs(cells[0] - cells[1]).mean() < 2.5
@@ -177,13 +104,6 @@ def test_uneven_times_stay_uneven(tiny: Networks, tmp_path: Path) -> None:
     source = make_video(tmp_path / "in.mp4", len(times), times=times)
     refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS, FileOptions(segment_chunks=2))
     assert read(tmp_path / "out.mp4").times == [Fraction(time, 24) for time in times]
-
-
-@pytest.mark.parametrize("matrix", [1, 5])
-def test_colours_are_read_by_the_files_own_matrix(matrix: int, tmp_path: Path) -> None:
-    source = make_video(tmp_path / "in.mp4", 2, size=(64, 64), matrix=matrix)
-    first = next(open_clip(source).frames()).numpy().astype(int)
-    assert np.abs(first - ramps(0, 64, 64)).mean() < 3  # the other matrix is off by about 10
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, (32, 48)), (2, (31, 48)), (6, (17, 33))])
@@ -310,3 +230,36 @@ def test_too_little_room_on_the_disk_is_said_before_the_work(
     with pytest.raises(CommandError, match="GB free, and this run needs up to"):
         refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+# Pictures
+
+
+def test_a_pictures_colour_profile_goes_with_it(tiny: Networks, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # any that isn't sRGB's
+    for ending in (".jpg", ".png", ".webp", ".tif"):
+        source, target = tmp_path / f"in{ending}", tmp_path / f"out{ending}"
+        Image.fromarray(ramps(0, 32, 48)).save(source, icc_profile=profile)
+        refine_picture(tiny, source, target, SETTINGS)
+        with Image.open(target) as image:
+            assert image.info["icc_profile"] == profile
+    grey = Image.fromarray(ramps(0, 32, 48)).convert("L")
+    grey.save(tmp_path / "grey.png", icc_profile=profile)
+    refine_picture(tiny, tmp_path / "grey.png", tmp_path / "colours.png", SETTINGS)
+    with Image.open(tmp_path / "colours.png") as image:
+        assert "icc_profile" not in image.info  # a grey one's means nothing to colours
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_deep_grey_keeps_its_levels(ending: str, tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 48).astype(np.uint16)[None].repeat(32, 0)
+    Image.fromarray(levels).save(tmp_path / f"in{ending}")
+    pixels, _ = _read_picture(tmp_path / f"in{ending}")
+    assert np.abs(pixels - (levels / 257)[..., None]).max() <= 0.5
+
+
+def test_pictures_of_32_bits_are_refused(tiny: Networks, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((32, 48), np.float32)).save(tmp_path / "in.tif")
+    with pytest.raises(CommandError, match="32 bits a pixel"):
+        refine_picture(tiny, tmp_path / "in.tif", tmp_path / "out.tif", SETTINGS)
+    assert not (tmp_path / "out.tif").exists()
