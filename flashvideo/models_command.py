@@ -30,7 +30,8 @@ def add_models(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("action", nargs="?", choices=_ACTIONS, default="list", help="what to do (default: list)")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which files; list and verify take all without it")
-    parser.add_argument("--comfyui", type=Path, metavar="PATH", help="ComfyUI's folder (default: COMFYUI_PATH)")
+    default = "default: COMFYUI_PATH, else the ComfyUI this pack is in"
+    parser.add_argument("--comfyui", type=Path, metavar="PATH", help=f"ComfyUI's folder ({default})")
     parser.add_argument(
         "--extra-model-paths", type=Path, metavar="FILE", help="another extra_model_paths.yaml than ComfyUI's own"
     )

@@ -236,7 +236,8 @@ class FlashVideoDynamicCFG(io.ComfyNode):
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="How strongly the prompt is followed at most. 6 to 8 works well. Default: 8.",
+                    tooltip="How strongly the prompt is followed: the strength swings between 1 and 1 + scale. "
+                    "6 to 8 works well. Default: 8.",
                 ),
                 io.Int.Input(
                     "exponent",

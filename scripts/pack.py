@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -36,7 +36,12 @@ def pack(target: Path) -> None:
             archive.write(ROOT / name, name)
 
 
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", metavar="ZIP", type=Path, help="the file to write")
+    pack(parser.parse_args().target)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    pack(Path(sys.argv[1]))
+    main()

@@ -91,9 +91,9 @@ def heading_of(port: Any) -> str:
     elif isinstance(default, str):
         facts = f"`{default}`" if default else "empty"
     else:
-        facts = f"{default:g}"
+        facts = f"{default:.10g}"
         if not getattr(port, "control_after_generate", None):
-            facts += f", from {port.min:g} to {port.max:g}"
+            facts += f", from {port.min:.10g} to {port.max:.10g}"
         if isinstance(default, int) and (port.step or 1) > 1:
             facts += f", in steps of {port.step}"
     return f"- **{port.id}** (default {facts}):"

@@ -51,6 +51,13 @@ def test_download_is_small_and_holds_what_an_artist_needs(download: Path) -> Non
     assert weights <= set(names)
 
 
+def test_the_packer_takes_no_option_for_a_file(tmp_path: Path) -> None:
+    for option, code in (("--help", 0), ("--other", 2)):
+        command = [sys.executable, ROOT / "scripts" / "pack.py", option]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == code
+    assert not list(tmp_path.iterdir())
+
+
 def test_download_works_without_training_and_says_where_it_is(download: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(download).extractall(tmp_path)
     result = subprocess.run(
