@@ -16,9 +16,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != _SHARED)
     if not names:
         return
-    parser = commands.add_parser("bench", help="measure speed and memory beside peers", add_help=False)
+    parser = commands.add_parser("bench", help="measure speed and memory beside peers")
     parser.add_argument("name", choices=names)
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script; --help tells them")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script; NAME --help tells them")
     parser.set_defaults(run=_bench)
 
 

@@ -63,7 +63,8 @@ def requirements_of(python: Path, tree: Path) -> None:
     listing = BED / "requirements-of-comfyui.txt"
     listing.write_text("\n".join(wanted) + "\n", encoding="utf-8")
     constraint = str(REQUIREMENTS / "requirements-torch.txt")
-    pip(python, "what this version of ComfyUI adds", ["-c", constraint, "-r", str(listing)])
+    # The newest of each, as in a fresh installation of it: what it says it needs at least doesn't always do.
+    pip(python, "what this version of ComfyUI adds", ["--upgrade", "-c", constraint, "-r", str(listing)])
 
 
 def chromium() -> str | None:

@@ -159,7 +159,7 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     assert load_dit(runs / "stage2" / "stage2.safetensors", stage=2).config.stage == 2
 
 
-def test_a_training_that_fails_is_named_and_the_one_beside_it_is_kept(
+def test_a_training_that_fails_is_named_and_ends_the_whole(
     train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = tmp_path / "configs" / "vae_decoder.toml"
@@ -168,7 +168,7 @@ def test_a_training_that_fails_is_named_and_the_one_beside_it_is_kept(
     told = capsys.readouterr().err
     assert "The training of the VAE's decoder once more, for texture, then stage II, which refines them, ended:" in told
     assert not (tmp_path / "weights").exists()
-    assert (tmp_path / "runs" / "stage1" / "last.pt").is_file()
+    assert (tmp_path / "runs" / "vae" / "vae.safetensors").is_file()  # what was done stays
 
 
 def test_only_some_of_nanos_trainings(
