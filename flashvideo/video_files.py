@@ -275,7 +275,7 @@ def check_container(suffix: str, form: VideoFormat) -> None:
             codecs = ", ".join(each.codec_context.name for each in tracks) or "none"
             raise CommandError(
                 f"A {suffix} file can't hold {CODEC} pictures and the sound of {form.clip.path.name} as it is "
-                f"({codecs}): {error}. .mkv takes any sound."
+                f"({codecs}): {error}. .mkv takes nearly all kinds of sound."
             ) from error
 
 

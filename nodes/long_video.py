@@ -17,6 +17,7 @@ from .checks import check_stage, check_text
 from .common import CATEGORY, found_as, named
 from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames
 from .native.long_video import refine_long_video
+from .native.notices import tell
 from .native.vae import FlashVideoVAE
 from .stage2 import MAX_WINDOW, FlashVideoLatentDegradation, FlashVideoStage2Refiner
 
@@ -68,6 +69,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     display_name="video", tooltip="The refined video, for Save Video; same frames, rate and sound."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -103,6 +105,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     settings,
                     unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
                     finished=Path(folder_paths.get_temp_directory()),
+                    warn=lambda text: tell(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id),
                 )
             except CommandError as error:
                 raise ValueError(str(error)) from None

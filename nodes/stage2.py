@@ -12,7 +12,7 @@ from ..flashvideo.tiles import SMALLEST_TILE, TILE
 from ..flashvideo.windows import OVERLAP, WINDOW
 from .checks import check_latent, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
-from .native.degraded import degradation_of, degrade, mark_degraded
+from .native.degraded import check_unmasked, degradation_of, degrade, mark_samples, was_degraded
 from .native.pieces import with_tiles, with_windows
 from .native.run import refiner_settings, run_stage2, seeded_noise
 
@@ -103,6 +103,7 @@ class FlashVideoLatentDegradation(io.ComfyNode):
         """Degrade the latent."""
         with named("FlashVideo Latent Degradation"):
             samples = check_latent(latent)
+            check_unmasked(latent.get("noise_mask"))
             before = degradation_of(latent)
             if before is not None:
                 raise ValueError(
@@ -181,15 +182,21 @@ class FlashVideoStage2Refiner(io.ComfyNode):
         with named("FlashVideo Stage II Refiner"):
             check_stage(model, 2)
             samples = check_latent(latent)
+            check_unmasked(latent.get("noise_mask"))
             check_text(model, positive=positive, negative=negative)
             strength = degradation_of(latent)
+            if strength is None and was_degraded(latent):
+                raise ValueError(
+                    "another node (a sampler, an upscale) has changed this latent since it was degraded. Put "
+                    "FlashVideo Latent Degradation right before this node"
+                )
             if strength is None:
                 raise ValueError(
                     "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and this node"
                 )
             model = with_windows(model, window, overlap)
         # The samples may have been replaced on the way (a crop, a batch node); the LATENT still knows its strength.
-        marked = mark_degraded(latent, samples, strength)["samples"]
+        marked = mark_samples(samples, strength)
         refined = run_stage2(
             model,
             positive,

@@ -114,8 +114,12 @@ class FlashVideoTextEncode(io.ComfyNode):
         tokens = clip.tokenize(
             with_motion(text, motion), tokenizer_options={f"{TOKENIZER_NAME}_min_length": TEXT_TOKENS}
         )
-        if TOKENIZER_NAME in tokens:
-            tokens[TOKENIZER_NAME] = [shorten(section) for section in tokens[TOKENIZER_NAME]]
+        if TOKENIZER_NAME not in tokens:
+            raise ValueError(
+                f"{cls.NAME}: clip is no T5-XXL but another text encoder ({', '.join(tokens)}), whose words FlashVideo "
+                f"doesn't understand. Use {FlashVideoTextEncoderLoader.NAME} with t5xxl_fp16.safetensors"
+            )
+        tokens[TOKENIZER_NAME] = [shorten(section) for section in tokens[TOKENIZER_NAME]]
         bar = comfy.utils.ProgressBar(1)
         encoded = clip.encode_from_tokens_scheduled(tokens)
         bar.update(1)

@@ -1,12 +1,15 @@
 """A latent is degraded exactly once, whichever way the graph is wired.
 
-The Latent Degradation node marks its result; the mark rides on the tensor, since ComfyUI's samplers see nothing
-else of a LATENT. When a sampler starts, the guard below compares the mark with the noise that is about to be added.
+The Latent Degradation node marks its result. The LATENT's mark holds keys of the samples, since stock samplers copy all
+of a LATENT but its samples: a refined latent is told from the degraded one that it was made of. The strength also rides
+on the tensor, since ComfyUI's samplers see nothing else of a LATENT. When a sampler starts, the guard below compares it
+with the noise that is about to be added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +20,68 @@ from ...flashvideo.degradation import degrade_latent
 from .sampling import RefinerSampling
 
 MARK = "flashvideo_degradation"
-FULL_NOISE = 0.999  # sigma at or above which a run starts from the fully degraded latent
+# Timesteps: at or above the first a run starts from the fully degraded latent; none starts above the second.
+FULL_NOISE, BEYOND_NOISE = 999, 1001
+_KEY_CHANNELS = 4  # of half precision make one whole number, which no other place of a video shares
+_PROBES = 256  # places of a latent that are looked for
+_ENOUGH = 0.25  # of them must be known: a batch may hold other latents, too, and enlarging keeps the corners
 
 
-def mark_degraded(latent: dict[str, Any], samples: Tensor, strength: int) -> dict[str, Any]:
-    """A LATENT with `samples` that says with which strength they were degraded."""
-    setattr(samples, MARK, strength)
-    return {**latent, "samples": samples, MARK: strength}
+@dataclass(frozen=True)
+class _Mark:
+    """What a LATENT says of its degradation: the strength, and a key for each place of the degraded samples."""
+
+    strength: int
+    keys: Tensor
+
+    def fits(self, samples: Tensor) -> bool:
+        """Whether samples are the degraded ones or a part of them, such as a crop or a frame."""
+        keys = _keys(samples)
+        known = torch.isin(keys[:: max(1, len(keys) // _PROBES)], self.keys)
+        return float(known.float().mean()) >= _ENOUGH
+
+
+def _keys(samples: Tensor) -> Tensor:
+    # Half precision, so that a latent which was kept in it is known again.
+    values = samples[:, :_KEY_CHANNELS].movedim(1, -1).to("cpu", torch.float16)
+    return values.contiguous().view(torch.int64).flatten()
 
 
 def degrade(latent: dict[str, Any], noise: Tensor, strength: int) -> dict[str, Any]:
     """A marked LATENT, degraded with `noise` in stage II's scaled space. Raises ValueError beyond 0..999."""
     samples = latent["samples"] * STAGE2_LATENT_SCALE
-    return mark_degraded(latent, degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE, strength)
+    degraded = mark_samples(degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE, strength)
+    return {**latent, "samples": degraded, MARK: _Mark(strength, _keys(degraded))}
+
+
+def mark_samples(samples: Tensor, strength: int) -> Tensor:
+    """Samples that tell a sampler with which strength they were degraded."""
+    setattr(samples, MARK, strength)
+    return samples
 
 
 def degradation_of(latent: dict[str, Any]) -> int | None:
-    """The strength a LATENT was degraded with, or None."""
-    return latent.get(MARK)
+    """The strength a LATENT was degraded with; None if it never was, or was refined or otherwise changed since."""
+    mark = latent.get(MARK)
+    return mark.strength if mark is not None and mark.fits(latent["samples"]) else None
+
+
+def was_degraded(latent: dict[str, Any]) -> bool:
+    """Whether a LATENT was degraded at some time, whatever has become of it since."""
+    return MARK in latent
+
+
+def check_unmasked(mask: Tensor | None, where: str = "") -> None:
+    """A degraded latent is refined as a whole: outside of a mask nothing would take its noise away.
+
+    A white mask, which lets all through, is none.
+    """
+    if mask is not None and bool((mask < 1).any()):
+        raise ValueError(
+            f"{where}this latent has a mask (from Set Latent Noise Mask, say), and a degraded latent is only refined "
+            "as a whole. To refine a part of the picture, leave FlashVideo Latent Degradation out and give the masked "
+            "latent to KSampler, with FlashVideo Refiner Settings before it"
+        )
 
 
 def guard_degradation(
@@ -43,6 +90,7 @@ def guard_degradation(
     latent_image: Tensor,
     sampler: Any,
     sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
@@ -60,20 +108,27 @@ def guard_degradation(
         )
     strength = getattr(latent_image, MARK, None)
     adds_noise = bool(torch.count_nonzero(noise))
-    starts_full = float(sigmas[0]) >= FULL_NOISE
+    starts_at = float(sampling.timestep(sigmas[0]))
+    if starts_at > BEYOND_NOISE:
+        raise ValueError(
+            f"FlashVideo stage II: the sigmas begin at {float(sigmas[0]):.3g}, but {float(sampling.sigma_max):.3g} is "
+            "the most that fits the strength. Take them from BasicScheduler, with the refiner as its model."
+        )
+    starts_full = starts_at >= FULL_NOISE
     if strength is None:
         if starts_full and not adds_noise:
             raise ValueError(
                 "FlashVideo stage II: this latent was never degraded. Turn the sampler's noise on, or put "
                 "FlashVideo Latent Degradation before the sampler."
             )
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
+    check_unmasked(denoise_mask, "FlashVideo stage II: ")
     check_degraded_start(strength, sampling.degradation_step, adds_noise=adds_noise, starts_full=starts_full)
-    # noise_scaling adds noise_weight * noise at sigma 1, so this start comes out as the degraded latent itself.
+    # The first sigma is noise_weight / signal_weight, so that on the flow this start is the degraded latent itself.
     model = executor.class_obj.model_patcher.model
     start = model.process_latent_in(latent_image) / sampling.noise_weight
-    return executor(start, torch.zeros_like(latent_image), sampler, sigmas, *args, **kwargs)
+    return executor(start, torch.zeros_like(latent_image), sampler, sigmas, None, *args, **kwargs)
 
 
 def check_degraded_start(strength: int, expected: int, *, adds_noise: bool, starts_full: bool) -> None:

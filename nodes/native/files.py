@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TypeVar
@@ -10,10 +9,10 @@ from weakref import WeakValueDictionary
 
 import folder_paths
 from comfy_api.latest import ui
-from server import PromptServer
 
 from ...flashvideo.model_files import what_goes_into
 from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
+from .notices import tell
 
 BUILT_IN = "FlashVideo-Nano (built-in)"  # saved workflows hold this name: it never changes
 
@@ -85,7 +84,5 @@ def notice(path: Path | None, node_id: str | None) -> ui.PreviewText | None:
     """
     if path is not None or nano_is_trained():
         return None
-    logging.warning(NANO_NOTICE)
-    if node_id is not None and hasattr(PromptServer, "instance"):  # no server in a script that runs nodes by itself
-        PromptServer.instance.send_progress_text(NANO_NOTICE, node_id)
+    tell(NANO_NOTICE, node_id)
     return ui.PreviewText(NANO_NOTICE)

@@ -27,8 +27,9 @@ from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
 from ...flashvideo.vae import Decoder, Encoder
 from .fingerprint import fingerprint, weights_fingerprint
 from .run import refiner_settings
+from .sampling import flow_to_sigma, refiner_weights
 from .vae import FlashVideoVAE
-from .video_source import sound_suffix, source_file
+from .video_source import SAVED_AS_IT_IS, sound_suffix, source_file
 
 VAE_SHARE = 0.8  # of a card's memory: weights and other programs need some, too
 CHUNKS = 33, 9  # frames and latent frames: two chunks, more than the VAE has in hand
@@ -65,7 +66,7 @@ class GuidedRefiner:
         """`device` is where latents come from and go to."""
         self.model = refiner_settings(model, settings.strength, settings.shift)
         self.config = model.model.diffusion_model.config
-        sigmas = 1 - stage2_times(settings.steps, settings.shift)
+        sigmas = flow_to_sigma(1 - stage2_times(settings.steps, settings.shift), settings.strength)
         self._sampling = {"cfg": settings.cfg, "sigmas": sigmas, "positive": positive, "negative": negative, "seed": 0}
         self._latents = torch.empty(0, device=device)
 
@@ -80,12 +81,14 @@ class GuidedRefiner:
     def __call__(self, latent: Tensor, timestep: Tensor, _context: Tensor, *, degradation_step: int) -> Tensor:
         """dx/dt of a window [1, C, T, H, W]; the strength is the sampling's, which is the settings'."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = timestep[0] / TRAIN_STEPS
+        place = timestep[0] / TRAIN_STEPS
+        sigma = flow_to_sigma(place, degradation_step)
         evaluation, nothing = _Evaluation(sigma), torch.zeros_like(latent)
+        sample = latent * sigma / (place * refiner_weights(degradation_step)[1])  # as ComfyUI's samplers know it
         comfy.sample.sample_custom(
-            self.model, latent, sampler=evaluation, latent_image=nothing, disable_pbar=True, **self._sampling
+            self.model, sample, sampler=evaluation, latent_image=nothing, disable_pbar=True, **self._sampling
         )
-        return (evaluation.clean.to(latent) - latent) / sigma
+        return (evaluation.clean.to(latent) - latent) / place
 
 
 class LoadedVAE:
@@ -128,11 +131,13 @@ def refine_long_video(
     *,
     unfinished: Path,
     finished: Path,
+    warn: Callable[[str], None],
 ) -> Path:
     """Refine a VIDEO to a file in the folder `finished`; if it was made before, it is there at once.
 
     Work is kept in the folder `unfinished` until all is done, and a call with the same arguments goes on with it, in
-    another process, too. Raises CommandError for what can't be done, and ValueError for a size that can't be.
+    another process, too. `warn` gets what an artist should know before the work starts. Raises CommandError for what
+    can't be done, and ValueError for a size that can't be.
     """
     for folder in (unfinished, finished):
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +155,12 @@ def refine_long_video(
     suffix = sound_suffix(source)
     key = fingerprint(repr(settings), [source.name] if copied else file_identity(source), about)
     target = finished / f"flashvideo-{key}{suffix}"
+    if suffix != SAVED_AS_IT_IS:
+        warn(
+            f"The sound of {source.name} fits no {SAVED_AS_IT_IS} file, so the refined video will be {target}. Save "
+            "Video fails with it unless its format is mp4, and compresses it a second time then. Copy the file from "
+            "there instead, or stop here and give the clip another kind of sound, such as AAC."
+        )
     if not target.is_file():
         guided = GuidedRefiner(model, positive, negative, settings, vae.device)
         loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...flashvideo.tiles import plan_tiles
 from ...flashvideo.windows import Piece, blend, plan_windows
 from .attention import ATTENTION_TILES
+from .sampling import sigma_to_flow
 
 Wrapper = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]  # of ComfyUI's model function
 WINDOWS, TILES = "windows", "tiles"  # kinds of pieces
@@ -87,8 +88,9 @@ class InPieces:
     def __call__(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
         """The clean latent that the network sees in args["input"], [B, C, T, H, W]."""
         latent = args["input"]
-        # The timestep is sigma here, 1 where the flow begins. ComfyUI has the same of the whole batch.
-        pieces = self._plan(1 - float(args["timestep"][0]), *latent.shape[2:])
+        # The timestep is sigma here. ComfyUI has the same of the whole batch.
+        place = sigma_to_flow(args["timestep"][0], args["c"]["degradation_step"])
+        pieces = self._plan(1 - float(place), *latent.shape[2:])
         if len(pieces) == 1:
             return self._evaluate(apply_model, args)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
-from .sampling import RefinerSampling, Stage1ExactSampling
+from .sampling import RefinerSampling, Stage1ExactSampling, flow_to_sigma
 
 # A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
 ANY_SCALE = 2.0
@@ -116,7 +116,7 @@ def run_stage2(
         torch.zeros_like(degraded),
         cfg,
         comfy.samplers.sampler_object(solver),
-        1 - stage2_times(steps, shift),
+        flow_to_sigma(1 - stage2_times(steps, shift), strength),
         positive,
         negative,
         degraded,

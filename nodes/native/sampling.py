@@ -1,7 +1,8 @@
 """FlashVideo's two noise laws as ComfyUI model samplings.
 
 ComfyUI's samplers know the noise level as sigma. Stage I is v-prediction, so sigma = sqrt(1 - s^2) / s with
-s = sqrt(alpha-bar). Stage II is a flow whose start is the degraded latent, so sigma = 1 - t runs from 1 to 0.
+s = sqrt(alpha-bar). Stage II is a flow whose start is the degraded latent; in the same way its sigma is the weight of
+the noise divided by that of the latent.
 """
 
 from __future__ import annotations
@@ -103,37 +104,65 @@ class Stage1ExactSampling(torch.nn.Module):
         return latent
 
 
+def refiner_weights(strength: int) -> tuple[float, float]:
+    """Weights of signal and noise where stage II begins; that of the signal is kept above zero at strength 999."""
+    signal, noise = degradation_weights(strength)
+    return max(signal, SMALLEST_SIGNAL), noise
+
+
+def flow_to_sigma(place: Tensor, strength: int) -> Tensor:
+    """ComfyUI's sigma for a place on stage II's flow, 1 where it begins and 0 where it ends."""
+    signal, noise = refiner_weights(strength)
+    return place * noise / (1 - place + place * signal)
+
+
+def sigma_to_flow(sigma: Tensor, strength: int) -> Tensor:
+    """The inverse of `flow_to_sigma`."""
+    signal, noise = refiner_weights(strength)
+    return sigma / (noise + sigma * (1 - signal))
+
+
 class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
     """Stage II: a flow that starts at the degraded latent.
 
     With a, b the weights of signal and noise at the degradation strength, the path is
-    x(sigma) = (1 - sigma (1 - a)) latent + sigma b noise: the latent itself at sigma = 0, the official start at
-    sigma = 1, in between for a lower refine strength.
+    x(p) = (1 - p (1 - a)) latent + p b noise: the latent itself at p = 0, the official start at p = 1, in between for
+    a lower refine strength. ComfyUI's samplers take a sample for latent + sigma noise, and those that add noise at
+    every step rely on it; so they get x(p) divided by the weight of its latent. Euler's steps are the same either way.
     """
 
     def __init__(self, degradation_step: int = DEGRADATION_STEP, shift: float = STAGE2_SHIFT) -> None:
-        super().__init__()
-        self.set_parameters(shift=shift)
+        torch.nn.Module.__init__(self)  # not the parent's, whose table of sigmas would need the strength before
         self.degradation_step = int(degradation_step)
-        self.signal_weight, self.noise_weight = degradation_weights(self.degradation_step)
+        self.signal_weight, self.noise_weight = refiner_weights(self.degradation_step)
+        self.set_parameters(shift=shift)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told, 1000 where the flow begins."""
+        return sigma_to_flow(sigma, self.degradation_step) * self.multiplier
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The sigma of a timestep, after the shift."""
+        return flow_to_sigma(super().sigma(timestep), self.degradation_step)
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """Sigma after a share of the run, for conditioning that holds for a part of it."""
+        return flow_to_sigma(super().percent_to_sigma(percent), self.degradation_step)
 
     def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
-        """The network sees the latent as it is."""
-        return noise
+        """The sample as it is on the flow."""
+        sigma = per_sample(sigma, noise.ndim)
+        return noise * self.noise_weight / (self.noise_weight + sigma * (1 - self.signal_weight))
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         """Where the flow would end if it went on straight."""
-        return model_input + per_sample(sigma, model_input.ndim) * model_output
+        place = sigma_to_flow(per_sample(sigma, model_input.ndim), self.degradation_step)
+        return self.calculate_input(sigma, model_input) + place * model_output
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         """The latent degradation."""
-        sigma = per_sample(sigma, noise.ndim)
-        return (1 - sigma * (1 - self.signal_weight)) * latent_image + sigma * self.noise_weight * noise
+        return latent_image + per_sample(sigma, noise.ndim) * noise
 
     def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
-        """Undo the weight of the latent, so that a run which is continued without noise goes on where it was.
-
-        At strength 999 and sigma 1 nothing of the latent is left to scale; it is returned as it is.
-        """
-        weight = 1 - per_sample(sigma, latent.ndim) * (1 - self.signal_weight)
-        return latent / torch.where(weight > 0, weight, 1.0)
+        """A run that is continued without noise goes on where it was."""
+        return latent

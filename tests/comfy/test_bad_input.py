@@ -109,6 +109,92 @@ def test_a_latent_never_degraded(models: dict, refine: Callable) -> None:
         refine(models[2], video_latent())
 
 
+@pytest.fixture()
+def refined(models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable) -> Callable[[str], dict]:
+    """A latent that was degraded, and refined by our node or by a stock sampler, which copies what it doesn't know."""
+
+    def run(node: str) -> dict:
+        degraded = degrade(video_latent())
+        if node == "ours":
+            return refine(models[2], degraded).result[0]
+        return comfy_nodes["KSamplerAdvanced"]().sample(
+            models[2], "disable", 0, 2, 13.0, "euler", "simple", TEXT, TEXT, degraded, 0, 10000, "disable"
+        )[0]
+
+    return run
+
+
+@pytest.mark.parametrize("node", ["ours", "stock"])
+def test_a_refined_latent_is_not_degraded(
+    models: dict, refine: Callable, degrade: Callable, refined: Callable, node: str
+) -> None:
+    with pytest.raises(ValueError, match="Put FlashVideo Latent Degradation (between|right before)"):
+        refine(models[2], refined(node))
+    second = refine(models[2], degrade(refined(node))).result[0]["samples"]
+    assert torch.isfinite(second).all()
+
+
+CHANGES = {
+    "a frame": lambda samples: samples[:, :, 1:2],
+    "a crop": lambda samples: samples[..., 2:, 4:],
+    "half of a batch": lambda samples: samples[1:],
+    "a batch of two": lambda samples: torch.cat((samples, torch.zeros_like(samples))),
+    "turned": lambda samples: samples.flip(-1).rot90(1, (-2, -1)),
+    "in half precision": lambda samples: samples.half().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_part_of_a_degraded_latent_is_degraded(
+    models: dict, refine: Callable, degrade: Callable, change: str
+) -> None:
+    latent = degrade(video_latent(2, 16, 3, 8, 8))
+    part = {**latent, "samples": CHANGES[change](latent["samples"])}
+    assert torch.isfinite(refine(models[2], part).result[0]["samples"]).all()
+    with pytest.raises(ValueError, match="degraded before, with strength 675"):
+        degrade(part)
+
+
+def test_an_enlarged_degraded_latent_is_not_one(
+    models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable
+) -> None:
+    larger = comfy_nodes["LatentUpscaleBy"]().upscale(degrade(video_latent()), "bilinear", 2.0)[0]
+    with pytest.raises(ValueError, match="another node .* has changed this latent since it was degraded"):
+        refine(models[2], larger)
+
+
+def test_masks_are_for_ksampler(models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable) -> None:
+    def masked(latent: dict) -> dict:
+        return comfy_nodes["SetLatentNoiseMask"]().set_mask(latent, torch.eye(32)[None])[0]
+
+    message = "has a mask .* give the masked latent to KSampler, with FlashVideo Refiner Settings"
+    with pytest.raises(ValueError, match=f"^FlashVideo Latent Degradation: .*{message}"):
+        degrade(masked(video_latent()))
+    with pytest.raises(ValueError, match=f"^FlashVideo Stage II Refiner: .*{message}"):
+        refine(models[2], masked(degrade(video_latent())))
+    with pytest.raises(ValueError, match=f"^FlashVideo stage II: .*{message}"):
+        comfy_nodes["KSamplerAdvanced"]().sample(
+            models[2],
+            "disable",
+            0,
+            2,
+            13.0,
+            "euler",
+            "simple",
+            TEXT,
+            TEXT,
+            masked(degrade(video_latent())),
+            0,
+            10000,
+            "disable",
+        )
+
+
+def test_a_white_mask_is_none(models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable) -> None:
+    latent = comfy_nodes["SetLatentNoiseMask"]().set_mask(video_latent(), torch.ones(1, 32, 32))[0]
+    assert torch.isfinite(refine(models[2], degrade(latent)).result[0]["samples"]).all()
+
+
 @pytest.mark.parametrize(
     ("add_noise", "degraded", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -181,6 +182,41 @@ def test_a_stock_clip_of_another_t5_model_works(
 def test_a_missing_clip_is_named(comfy_nodes: dict) -> None:
     with pytest.raises(ValueError, match=r"^FlashVideo Prompt: clip is empty"):
         comfy_nodes["FlashVideoTextEncode"].execute(None, "a fox", "none")
+
+
+@pytest.fixture()
+def wan() -> Any:
+    """Wan's tokenizer as ComfyUI has it, with a vocabulary of a few words in place of the one in Wan's file."""
+    import sentencepiece
+    from comfy.text_encoders.wan import WanT5Tokenizer
+
+    vocabulary = io.BytesIO()
+    words = iter(["a fox trots along a wall", "the camera follows", "dusk"])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words, model_writer=vocabulary, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+    )
+    return WanT5Tokenizer(tokenizer_data={"spiece_model": torch.tensor(list(vocabulary.getvalue()), dtype=torch.uint8)})
+
+
+@pytest.fixture()
+def hunyuan() -> Any:
+    """HunyuanVideo's tokenizer."""
+    from comfy.text_encoders.hunyuan_video import HunyuanVideoTokenizer
+
+    return HunyuanVideoTokenizer()
+
+
+@pytest.mark.parametrize(("family", "names"), [("wan", "umt5xxl"), ("hunyuan", "l, llama")])
+def test_another_models_text_encoder_is_refused_whatever_its_width(
+    comfy_nodes: dict, request: pytest.FixtureRequest, family: str, names: str
+) -> None:
+    import comfy.sd
+
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer, clip.tokenizer_options = request.getfixturevalue(family), {}
+    message = rf"^FlashVideo Prompt: clip is no T5-XXL but another text encoder \({names}\).*Load FlashVideo Text"
+    with pytest.raises(ValueError, match=message):
+        comfy_nodes["FlashVideoTextEncode"].execute(clip, "a fox", "none")
 
 
 # Files

@@ -1,0 +1,119 @@
+"""Stage II in every sampler of ComfyUI: how much noise a sampler thinks is left is what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import comfy.patcher_extension
+import comfy.samplers
+import pytest
+import torch
+from torch import Tensor
+
+STRENGTH, STEPS, SCALE = 675, 30, 1.15258426  # the latent's scale in the network
+PREFERRED = {"euler", "heun", "dpmpp_2m", "uni_pc", "res_multistep"}  # what the pack and its help page name
+# Of a spread of 1. Few steps and errors of first order cost some; a wrong noise law is off by a third and more.
+SPREAD_TOLERANCE = 0.12
+# LCM keeps nothing of a sample, and the other one narrows what it makes of any model: neither ends at the full spread.
+NARROW = {"lcm", "dpmpp_2s_ancestral_cfg_pp"}
+SAMPLERS = sorted(set(comfy.samplers.SAMPLER_NAMES) - NARROW)
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expecting(weights: tuple[float, float]) -> Callable[..., Tensor]:
+    """In the network's place: the best guess where clean latents are standard normal numbers.
+
+    A sample on the flow is w latent + n noise, so that its clean latent is w sample / (w^2 + n^2) on average.
+    """
+    signal, noise = weights
+
+    def velocity(_executor: Any, x: Tensor, timestep: Tensor, *_: Any, **__: Any) -> Tensor:
+        place = timestep.reshape(-1, 1, 1, 1, 1) / 1000
+        w, n = 1 - place * (1 - signal), place * noise
+        return (w * x / (w**2 + n**2) - x) / place
+
+    return velocity
+
+
+@pytest.fixture(scope="module")
+def weights(submodule: Callable[[str], ModuleType]) -> tuple[float, float]:
+    """How much of latent and of noise there is where the flow begins."""
+    return submodule("flashvideo.degradation").degradation_weights(STRENGTH)
+
+
+@pytest.fixture(scope="module")
+def sample(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., Tensor]:
+    """A KSampler on a MODEL, at cfg 1."""
+
+    def run(model: Any, sampler: str, latent: Tensor, **changes: Any) -> Tensor:
+        choices = {"seed": 2, "steps": STEPS, "cfg": 1.0, "scheduler": "simple", "denoise": 1.0, **changes}
+        latents = {"samples": latent, **choices.pop("extras", {})}
+        inputs = {"sampler_name": sampler, "latent_image": latents, **text, **choices}
+        with torch.inference_mode():
+            return comfy_nodes["KSampler"]().sample(model=model, **inputs)[0]["samples"]
+
+    return run
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_ends_at_the_right_spread(
+    model: Any, weights: tuple[float, float], sample: Callable[..., Tensor], sampler: str
+) -> None:
+    ideal = model.clone()
+    ideal.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "ideal", expecting(weights))
+    latent = numbers(1, 16, 3, 16, 16, seed=1) / SCALE
+    refined = sample(ideal, sampler, latent) * SCALE
+    assert abs(float(refined.std()) - 1) < SPREAD_TOLERANCE
+
+
+def test_the_preferred_samplers_exist() -> None:
+    assert set(SAMPLERS) >= PREFERRED
+
+
+def test_ancestral_steps_without_noise_are_eulers(
+    comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]
+) -> None:
+    latent = {"samples": numbers(1, 16, 3, 4, 6, seed=1)}
+    sigmas = comfy_nodes["BasicScheduler"].execute(model, "simple", 4, 1.0).result[0]
+
+    def run(sampler: Any) -> Tensor:
+        inputs = (model, True, 3, 4.0, text["positive"], text["negative"], sampler.result[0], sigmas, latent)
+        with torch.inference_mode():
+            return comfy_nodes["SamplerCustom"].execute(*inputs).result[0]["samples"]
+
+    still = run(comfy_nodes["SamplerEulerAncestral"].execute(eta=0.0, s_noise=1.0))
+    assert (still - run(comfy_nodes["KSamplerSelect"].execute("euler"))).abs().max() < 1e-4  # rounding, times cfg
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+def test_a_mask_keeps_what_is_outside(model: Any, sample: Callable[..., Tensor], denoise: float) -> None:
+    latent, mask = numbers(1, 16, 3, 4, 8, seed=1), torch.zeros(1, 1, 32, 64)
+    mask[..., :32] = 1
+    refined = sample(model, "euler", latent, steps=3, cfg=4.0, denoise=denoise, extras={"noise_mask": mask})
+    assert (refined - latent)[..., 5:].abs().max() < 1e-5
+    assert (refined - latent)[..., :3].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("strength", [0, 675, 999])
+def test_sigmas_and_the_flow_are_two_names_of_one_thing(submodule: Callable[[str], ModuleType], strength: int) -> None:
+    sampling = submodule("nodes.native.sampling")
+    place = torch.linspace(0, 1, 101)
+    again = sampling.sigma_to_flow(sampling.flow_to_sigma(place, strength), strength)
+    assert (again - place).abs().max() < 1e-5
+    law = sampling.RefinerSampling(strength)
+    assert float(law.timestep(law.sigma_max)) == pytest.approx(1000, abs=1e-2)
+    assert law.percent_to_sigma(0.0) == pytest.approx(float(law.sigma_max), rel=1e-5)
+
+
+def test_sigmas_of_another_model_are_refused(comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]) -> None:
+    latent = {"samples": numbers(1, 16, 1, 4, 4, seed=1)}
+    sigmas = comfy_nodes["KarrasScheduler"].execute(4, 14.6, 0.03, 7.0).result[0]
+    sampler = comfy_nodes["KSamplerSelect"].execute("euler").result[0]
+    with pytest.raises(ValueError, match=r"sigmas begin at 14.6, but 3.65 is the most.* Take them from BasicScheduler"):
+        comfy_nodes["SamplerCustom"].execute(model, True, 3, 4.0, *text.values(), sampler, sigmas, latent)
