@@ -17,7 +17,7 @@ FRAMES, WIDTH, HEIGHT = 9, 112, 48
 FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)  # before the page asks what there is
 def clip(server: ComfyServer) -> None:
     """A small clip where Load Video looks for it: a square that moves to the right."""
     with av.open(str(server.input / CLIP), "w") as file:
@@ -65,7 +65,9 @@ def test_a_workflow_opens_complete_and_runs_to_its_end(comfy_page: Any, path: Pa
     assert comfy_page.unknown_nodes() == []
     values = {node["id"]: node.get("widgets_values", []) for node in comfy_page.saved()["nodes"]}
     for node in workflow["nodes"]:
-        assert values[node["id"]] == node.get("widgets_values", []), node["type"]
+        saved = node.get("widgets_values", [])  # ComfyUI's own nodes grow at their end from version to version
+        ours = node["type"].startswith("FlashVideo")
+        assert values[node["id"]] == saved if ours else values[node["id"]][: len(saved)] == saved, node["type"]
     comfy_page.photograph(path.stem)
 
     end, details = comfy_page.run()

@@ -126,7 +126,9 @@ def test_a_workflow_reports_each_node_and_saves_a_video(server: ComfyServer, cli
 def test_progress_of_a_long_node_arrives(server: ComfyServer, client: ComfyClient) -> None:
     events = client.run(enlarged(server, frames=FRAMES))
     steps = [event for event in events if isinstance(event, Progress)]
-    assert [step.value for step in steps] == list(range(1, FRAMES + 1))
+    values = [step.value for step in steps]
+    assert values == sorted(set(values))  # newer versions leave some out
+    assert (values[0], values[-1]) == (1, FRAMES)
     assert {(step.node, step.maximum) for step in steps} == {("3", FRAMES)}
 
 
@@ -146,10 +148,10 @@ def test_ui_format_follows_bypass_mute_and_widgets(client: ComfyClient, ui_workf
     prompt = to_api(ui_workflow, client.object_info())
     assert set(prompt) == {"1", "3", "4"}
     assert prompt["1"]["inputs"] == {"width": WIDTH, "height": HEIGHT, "batch_size": FRAMES, "color": 255}
-    assert prompt["3"]["inputs"] == {"images": ["1", 0], "fps": 8}
-    assert prompt["4"]["inputs"] == {
-        "video": ["3", 0], "filename_prefix": "flashvideo/blue", "format": "auto", "codec": "auto"
-    }  # fmt: skip
+    assert {"images": ["1", 0], "fps": 8}.items() <= prompt["3"]["inputs"].items()  # newer versions have more
+    saved = {"video": ["3", 0], "filename_prefix": "flashvideo/blue", "format": "auto"}
+    assert saved.items() <= prompt["4"]["inputs"].items()
+    assert "auto" in (prompt["4"]["inputs"].get("codec"), prompt["4"]["inputs"].get("format.codec"))
 
 
 def test_seeds_keep_their_hidden_control(client: ComfyClient) -> None:
@@ -166,8 +168,9 @@ def test_a_workflow_file_runs_and_tells_each_phase(
     file.write_text(json.dumps(ui_workflow))
     lines: list[str] = []
     run = run_workflow(server, file, lines.append, settings=["Keep.filename_prefix=flashvideo/own", "1.color=65280"])
-    assert [phase.name for phase in run.phases] == ["EmptyImage", "Create Video", "Keep"]
-    assert [re.split("  +", line.strip())[0] for line in lines] == ["EmptyImage", "Create Video", "Keep"]
+    names = [phase.name for phase in run.phases]
+    assert [name.replace(" ", "") for name in names] == ["EmptyImage", "CreateVideo", "Keep"]
+    assert [re.split("  +", line.strip())[0] for line in lines] == names
     (video,) = run.files["flashvideo/own"]
     red, green, blue = read_frames(video)[0].getpixel((WIDTH // 2, HEIGHT // 2))
     assert green > 200 and red < 60 and blue < 60

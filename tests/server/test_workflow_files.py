@@ -29,7 +29,7 @@ NAMES = {
 }
 FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 ON_THE_PAGE_ONLY = {"MarkdownNote"}
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}  # the last in newer versions
 TITLE_HEIGHT, SPACE = 30, 8  # pixels of the page at full size
 LOADERS = {
     "FlashVideoModelLoader": "diffusion_models",
@@ -77,6 +77,11 @@ def widgets(inputs: dict[str, list[Any]]) -> list[str]:
     return names
 
 
+def fits(node: Node, saved: list[Any], today: list[Any]) -> bool:
+    """Whether what is saved is what the node has today; ComfyUI's own grow at their end from version to version."""
+    return saved == (today if node["type"].startswith("FlashVideo") else today[: len(saved)])
+
+
 def box(node: Node) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of a node with its title."""
     (left, top), (width, height) = node["pos"], node["size"]
@@ -94,9 +99,12 @@ def test_nodes_inputs_and_widgets_are_those_of_the_server(path: Path, object_inf
             continue
         info = object_info[node["type"]]
         inputs = declared(info)
-        assert {port["name"] for port in node["inputs"]} - {"upload"} == inputs.keys(), node["type"]
-        assert len(node.get("widgets_values") or []) == len(widgets(inputs)), node["type"]
-        assert [port["type"] for port in node["outputs"]] == info["output"], node["type"]
+        ports = {port["name"] for port in node["inputs"]} - {"upload"}
+        assert fits(node, [name for name in inputs if name in ports], list(inputs)), node["type"]
+        assert ports <= inputs.keys(), node["type"]
+        names, values = widgets(inputs), node.get("widgets_values") or []
+        assert fits(node, names[: len(values)], names), node["type"]
+        assert fits(node, [port["type"] for port in node["outputs"]], info["output"]), node["type"]
 
 
 @FILES
@@ -105,7 +113,7 @@ def test_saved_values_are_accepted(path: Path, object_info: dict[str, Any]) -> N
         if node["type"] in ON_THE_PAGE_ONLY:
             continue
         inputs = declared(object_info[node["type"]])
-        for name, value in zip(widgets(inputs), node.get("widgets_values") or [], strict=True):
+        for name, value in zip(widgets(inputs), node.get("widgets_values") or [], strict=False):
             kind, options = inputs.get(name, ["", {}])
             where = f"{node['type']}.{name} = {value!r}"
             if kind == "COMBO" and name not in FILE_CHOICES:
