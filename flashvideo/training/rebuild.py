@@ -170,14 +170,11 @@ class _Chain:
         """None while it runs."""
         return self._process.poll()
 
-    def stop(self) -> None:
-        """Have it save what it has and end."""
-        if self._process.poll() is None:
-            self._process.terminate()
-
     def end(self) -> None:
-        """Wait for its end."""
-        self._process.wait()
+        """Have it save what it has, if it still runs, and wait for that."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
         self.show()
         self._bar.close()
 
@@ -196,21 +193,20 @@ def _side_by_side(
     chains = [_Chain(parts, opener, place) for place, parts in enumerate(left)]
     failed = None
     with Interrupts() as interrupts:
-        for chain in chains:
-            chain.start(command(chain.parts, _minutes_left(deadline)), environment)
-        stopped = False
-        while any(chain.exit_code is None for chain in chains):
-            time.sleep(POLL_SECONDS)
+        try:
             for chain in chains:
-                chain.show()
-            failed = failed or next((chain for chain in chains if chain.exit_code), None)
-            # Ctrl+C reaches every process of the terminal by itself.
-            if (failed or interrupts.received == signal.SIGTERM) and not stopped:
-                stopped = True
+                chain.start(command(chain.parts, _minutes_left(deadline)), environment)
+            while any(chain.exit_code is None for chain in chains):
+                time.sleep(POLL_SECONDS)
                 for chain in chains:
-                    chain.stop()
-        for chain in chains:
-            chain.end()
+                    chain.show()
+                failed = next((chain for chain in chains if chain.exit_code), None)
+                # Ctrl+C reaches every process of the terminal by itself.
+                if failed or interrupts.received == signal.SIGTERM:
+                    break
+        finally:
+            for chain in chains:
+                chain.end()
     if failed and interrupts.received is None:
         what = ", then ".join(part.what for part in failed.parts)
         raise TrainingError(f"The training of {what}, ended: {failed.last_words()}")

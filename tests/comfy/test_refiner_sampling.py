@@ -61,6 +61,7 @@ def sample(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., 
     return run
 
 
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning", "ignore:To copy construct:UserWarning")  # of theirs
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_ends_at_the_right_spread(
     model: Any, weights: tuple[float, float], sample: Callable[..., Tensor], sampler: str
