@@ -29,6 +29,8 @@ CONFIGS = Path(__file__).resolve().parent / "configs" / "nano"
 WEIGHTS = Path("runs/nano/weights")  # never the built-in ones, which may be better than what is learnt here
 LOG = "training.log"
 POLL_SECONDS = 1.0
+# Where a terminal's Ctrl+C reaches only the process that was started there; Windows' tells all of a console.
+APART = os.name == "posix"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class _Chain:
         """Start the process; what it says goes to a file beside its first run."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=APART)
 
     def _steps(self) -> int:
         return sum(int(rows[-1]["step"]) for metrics in self._metrics if (rows := metrics.rows()))
@@ -171,7 +173,7 @@ class _Chain:
         return self._process.poll()
 
     def end(self) -> None:
-        """Have it save what it has, if it still runs, and wait for that."""
+        """Have it save what it has, if it still runs, and wait for that: a second word would end it at once."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
@@ -200,9 +202,9 @@ def _side_by_side(
                 time.sleep(POLL_SECONDS)
                 for chain in chains:
                     chain.show()
-                failed = next((chain for chain in chains if chain.exit_code), None)
-                # Ctrl+C reaches every process of the terminal by itself.
-                if failed or interrupts.received == signal.SIGTERM:
+                told = interrupts.received is not None
+                failed = None if told else next((chain for chain in chains if chain.exit_code), None)
+                if failed or (told and (APART or interrupts.received != signal.SIGINT)):
                     break
         finally:
             for chain in chains:

@@ -185,16 +185,23 @@ def test_only_some_of_nanos_trainings(
 WAITS = """
 import pathlib, signal, sys, time
 def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    time.sleep(2)  # the step at hand
     pathlib.Path(sys.argv[1]).write_text("stopped")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
 pathlib.Path(sys.argv[1]).write_text("runs")
 time.sleep(60)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
-def test_who_ends_the_whole_ends_both_trainings_and_each_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_the_whole_ends_both_trainings_and_each_saves(number: signal.Signals, tmp_path: Path) -> None:
+    """Each is told once: the second time it would end at once."""
+
     class Opener:
         def settings(self, part: rebuild.Part) -> SimpleNamespace:
             return SimpleNamespace(out=tmp_path / part.name, loop=SimpleNamespace(steps=5))
@@ -207,10 +214,10 @@ def test_who_ends_the_whole_ends_both_trainings_and_each_saves(tmp_path: Path) -
     def end_when_both_run() -> None:
         while not all((tmp_path / name).is_file() for name in ("one", "two")):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=end_when_both_run, daemon=True).start()
-    assert rebuild._side_by_side(rebuild.ROUNDS[-1], Opener(), None, command) == signal.SIGTERM
+    assert rebuild._side_by_side(rebuild.ROUNDS[-1], Opener(), None, command) == number
     assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["stopped", "stopped"]
 
 
