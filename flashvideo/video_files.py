@@ -92,9 +92,14 @@ class VideoClip:
 def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None) -> VideoClip:
     """Read a video to its end: only that tells how many frames there are, and that all can be read.
 
-    `on_frame(done, expected)` runs after each; expected is 0 where the file doesn't say. Raises CommandError.
+    `on_frame(done, expected)` runs after each; expected is 0 where the file doesn't say. Warns of tracks of sound that
+    can't be copied. Raises CommandError.
     """
     with _opened(path) as container:
+        tracks = len(container.streams.audio)
+        unknown = tracks - len(_tracks(container))
+        if unknown:
+            log.warning("%s: %d of %d tracks of sound can't be copied and are left out.", path.name, unknown, tracks)
         stream = container.streams.video[0]
         times, first, size = [], None, None
         for frame in _decode(container):
@@ -255,18 +260,9 @@ class _Nowhere(io.RawIOBase):
 
 
 def check_container(suffix: str, form: VideoFormat) -> None:
-    """Raise CommandError if a file with this ending doesn't take the pictures or all of the clip's sound.
-
-    Tracks of sound that FFmpeg can't copy are left out, with a warning.
-    """
+    """Raise CommandError if a file with this ending doesn't take the pictures and all sound that is copied."""
     with _opened(form.clip.path) as source:
         tracks = _tracks(source)
-        unknown = len(source.streams.audio) - len(tracks)
-        if unknown:
-            log.warning(
-                "%s: %d of %d tracks of sound are of a kind that can't be copied, and are left out.",
-                *(form.clip.path.name, unknown, len(source.streams.audio)),
-            )
         try:
             with _output(_Nowhere(), CONTAINERS[suffix.lower()], form, source) as (container, _, sound):
                 for packet in _sound_packets(source, sound, form.clip.start):
