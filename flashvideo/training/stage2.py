@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
+from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ..degradation import DEGRADATION_STEP, degrade_latent
 from ..dit import FlashVideoDiT
 from ..samplers import sample_stage2
@@ -31,7 +29,7 @@ from .latents import (
     load_frozen_vae,
     sample_uncut,
 )
-from .losses import CAPTION_DROPOUT, Network, PixelWeights, drop_captions, flow_step, pixel_loss
+from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step
 from .metrics import psnr, sheet
 from .networks import (
     FrozenText,
@@ -43,6 +41,7 @@ from .networks import (
     held_out_batch,
     make_network,
 )
+from .pixels import PixelSettings, visible_loss, visible_part, weighted_loss
 from .randomness import generator_for, normal_like, randint
 
 VALIDATION_SEED = 1
@@ -108,28 +107,6 @@ class DegradationSettings:
             )
         if self.latent_power <= 0:
             raise TrainingError(f"[degradation] latent_power must be above 0; got {self.latent_power}.")
-
-
-@dataclass(frozen=True)
-class PixelSettings:
-    """How much pixels count beside latents, where a batch's pieces begin with their clips.
-
-    The network's velocity is followed to the clean end, and a part of what comes out is decoded and compared. The VAE
-    doesn't learn, but tells which errors of a latent show.
-    """
-
-    weight: float = 0.0  # of `pixel_loss` beside the velocity's error; 0: latents alone count
-    since: int = 0  # the first step in which it counts
-    window: int = 12  # latent pixels of the part that is decoded, rows and columns
-    edge: int = 1  # latent pixels around it that are decoded, but not compared: their neighbours are missing
-    terms: PixelWeights = field(default_factory=PixelWeights)
-
-    def __post_init__(self) -> None:
-        """Refuse parts with nothing in them."""
-        if not 0 <= 2 * self.edge < self.window:
-            raise TrainingError(
-                f"[pixels] edge must be 0 or more, and leave something of a window of {self.window}; got {self.edge}."
-            )
 
 
 @dataclass(frozen=True)
@@ -201,21 +178,9 @@ class PairData(Dataset):
         piece = phase.piece(batch["clean"], generator_for(settings.seed, "piece", index))
         batch = {name: latent if name == "context" else latent[piece] for name, latent in batch.items()}
         if settings.pixels.weight and step >= settings.pixels.since and piece[1].start == 0:
-            batch |= self._pixels([self.sources[number].sample(clip)[0] for clip in clips], piece, index)
+            videos = [self.sources[number].sample(clip)[0] for clip in clips]
+            batch |= visible_part(videos, piece, settings.pixels.window, generator_for(settings.seed, "pixels", index))
         return batch
-
-    def _pixels(self, videos: list[Tensor], piece: tuple[Any, ...], index: int) -> dict[str, Tensor]:
-        """Part of what pieces of latents show: "video" and "place"."""
-        generator, window = generator_for(self.settings.seed, "pixels", index), self.settings.pixels.window
-        _, time, *sides = piece
-        place = [randint(generator, 0, side.stop - side.start - window) for side in sides]
-        starts = [side.start + offset for side, offset in zip(sides, place, strict=True)]
-        rows, columns = (slice(SPATIAL_FACTOR * start, SPATIAL_FACTOR * (start + window)) for start in starts)
-        frames = TEMPORAL_FACTOR * (time.stop - 1) + 1
-        return {
-            "video": torch.stack([video[:, :frames, rows, columns] for video in videos]),
-            "place": torch.tensor(place),
-        }
 
 
 def choose_reference(entries: dict[str, Tensor], settings: DegradationSettings, chance: Tensor) -> dict[str, Tensor]:
@@ -303,18 +268,9 @@ class Stage2Task:
         step = flow_step(network, degraded, clean, context, uniform, steps, shift=settings.shift)
         if "video" not in batch:
             return {"loss": step.loss}
-        pixels = self._pixel_loss(step.clean, batch["video"], batch["place"])
+        latent = step.clean / STAGE2_LATENT_SCALE
+        pixels = visible_loss(self.vae, latent, batch["video"], batch["place"], settings.pixels)
         return {"loss": step.loss + settings.pixels.weight * pixels, "velocity": step.loss, "pixels": pixels}
-
-    def _pixel_loss(self, latent: Tensor, video: Tensor, place: Tensor) -> Tensor:
-        """Compare what part of the scaled `latent` shows with the truth."""
-        settings = self.settings.pixels
-        rows, columns = (slice(start, start + settings.window) for start in place.tolist())
-        shown = self.vae.decode(latent[..., rows, columns] / STAGE2_LATENT_SCALE)
-        edge = settings.edge * SPATIAL_FACTOR
-        inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
-        shown, video = shown[..., inner, inner], video[..., inner, inner]
-        return pixel_loss(shown, video, **dataclasses.asdict(settings.terms))["loss"]
 
     def validate(self) -> dict[str, float]:
         """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references.
@@ -338,9 +294,8 @@ class Stage2Task:
         scores = {"explained": sum(explained) / len(explained)}
         refined = self.refine(batch)
         if self.settings.pixels.weight:
-            terms = dataclasses.asdict(self.settings.pixels.terms)
-            pairs = zip(refined, self._pairs(), strict=True)
-            losses = [pixel_loss(video.cpu()[None], clean[None], **terms)["loss"].item() for video, (_, clean) in pairs]
+            terms, pairs = self.settings.pixels.terms, zip(refined, self._pairs(), strict=True)
+            losses = [weighted_loss(video.cpu()[None], clean[None], terms).item() for video, (_, clean) in pairs]
             scores = {"score": -sum(losses) / len(losses), **scores}
         for name, videos in (("refined", refined), ("reference", [low for low, _ in self._pairs()])):
             values = [psnr(video.cpu(), clean) for video, (_, clean) in zip(videos, self._pairs(), strict=True)]

@@ -31,12 +31,12 @@ from flashvideo.training.lora import add_lora, lora_state, merged_state
 from flashvideo.training.losses import Network, stage1_loss
 from flashvideo.training.metrics import MetricsFile, psnr
 from flashvideo.training.networks import NetworkSettings, as_called, attention_products, make_network
+from flashvideo.training.pixels import PixelSettings, visible_loss
 from flashvideo.training.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
 from flashvideo.training.stage2 import (
     DegradationSettings,
     PairData,
     Phase,
-    PixelSettings,
     Stage2Settings,
     Stage2Task,
     choose_reference,
@@ -433,10 +433,10 @@ def test_pixels_are_of_the_place_that_their_latents_show(pixel_task: Stage2Task)
 def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pixel_task: Stage2Task) -> None:
     batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
     clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
-    shown = batch["video"], batch["place"]
+    shown = batch["video"], batch["place"], pixel_task.settings.pixels
     guess = reference.clone().requires_grad_()
-    worse = pixel_task._pixel_loss(guess, *shown)
-    assert pixel_task._pixel_loss(clean, *shown).item() < worse.item()
+    worse = visible_loss(pixel_task.vae, guess / STAGE2_LATENT_SCALE, *shown)
+    assert visible_loss(pixel_task.vae, clean / STAGE2_LATENT_SCALE, *shown).item() < worse.item()
     worse.backward()
     row, column = batch["place"].tolist()
     touched = guess.grad.abs().sum((0, 1, 2)) > 0
