@@ -14,13 +14,14 @@ validate_every = 3
 checkpoint_every = 2
 """
 CLIPS = "height = 32\nwidth = 48\nframes = 5\nclips = 2\nvalidation_clips = 1\n"
-VAE = f"""
+SMALL_VAE = """
 [model]
 base_channels = 8
 channel_multipliers = [1, 1, 1, 1]
 encoder_blocks = 1
 decoder_blocks = 1
-{LOOP}
+"""
+VAE = f"""{SMALL_VAE}{LOOP}
 [loss]
 [[crops]]
 render = [16, 24]

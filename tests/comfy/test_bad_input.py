@@ -48,14 +48,17 @@ def refine(comfy_nodes: dict) -> Callable[..., Any]:
 @pytest.fixture()
 def degrade(comfy_nodes: dict) -> Callable[..., dict]:
     """Latent Degradation with a strength."""
-    return lambda latent, strength=675: comfy_nodes["FlashVideoLatentDegradation"].execute(
-        latent, strength, 0
-    ).result[0]
+    return lambda latent, strength=675: (
+        comfy_nodes["FlashVideoLatentDegradation"].execute(latent, strength, 0).result[0]
+    )
 
 
 def test_refiner_in_the_draft_slot(models: dict, draft: Callable) -> None:
-    with pytest.raises(ValueError, match=r"^FlashVideo Stage I Sampler: model must be FlashVideo stage I .* got "
-                                         r"FlashVideo stage II \(the refiner\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^FlashVideo Stage I Sampler: model must be FlashVideo stage I .* got "
+        r"FlashVideo stage II \(the refiner\)$",
+    ):
         draft(models[2], video_latent())
 
 
@@ -110,16 +113,27 @@ def test_a_latent_never_degraded(models: dict, refine: Callable) -> None:
 
 
 @pytest.fixture()
-def refined(models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable) -> Callable[[str], dict]:
+def advanced(models: dict, comfy_nodes: dict) -> Callable[..., dict]:
+    """KSampler (Advanced) with the refiner on a LATENT, which adds no noise unless it is told to."""
+
+    def run(latent: dict, add_noise: str = "disable", steps: int = 2, start: int = 0) -> dict:
+        sampling = (steps, 13.0, "euler", "simple", TEXT, TEXT)
+        return comfy_nodes["KSamplerAdvanced"]().sample(
+            models[2], add_noise, 0, *sampling, latent, start, 10000, "disable"
+        )[0]
+
+    return run
+
+
+@pytest.fixture()
+def refined(models: dict, advanced: Callable, refine: Callable, degrade: Callable) -> Callable[[str], dict]:
     """A latent that was degraded, and refined by our node or by a stock sampler, which copies what it doesn't know."""
 
     def run(node: str) -> dict:
         degraded = degrade(video_latent())
         if node == "ours":
             return refine(models[2], degraded).result[0]
-        return comfy_nodes["KSamplerAdvanced"]().sample(
-            models[2], "disable", 0, 2, 13.0, "euler", "simple", TEXT, TEXT, degraded, 0, 10000, "disable"
-        )[0]
+        return advanced(degraded)
 
     return run
 
@@ -163,7 +177,9 @@ def test_an_enlarged_degraded_latent_is_not_one(
         refine(models[2], larger)
 
 
-def test_masks_are_for_ksampler(models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable) -> None:
+def test_masks_are_for_ksampler(
+    models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable, advanced: Callable
+) -> None:
     def masked(latent: dict) -> dict:
         return comfy_nodes["SetLatentNoiseMask"]().set_mask(latent, torch.eye(32)[None])[0]
 
@@ -173,21 +189,7 @@ def test_masks_are_for_ksampler(models: dict, comfy_nodes: dict, refine: Callabl
     with pytest.raises(ValueError, match=f"^FlashVideo Stage II Refiner: .*{message}"):
         refine(models[2], masked(degrade(video_latent())))
     with pytest.raises(ValueError, match=f"^FlashVideo stage II: .*{message}"):
-        comfy_nodes["KSamplerAdvanced"]().sample(
-            models[2],
-            "disable",
-            0,
-            2,
-            13.0,
-            "euler",
-            "simple",
-            TEXT,
-            TEXT,
-            masked(degrade(video_latent())),
-            0,
-            10000,
-            "disable",
-        )
+        advanced(masked(degrade(video_latent())))
 
 
 def test_a_white_mask_is_none(models: dict, comfy_nodes: dict, refine: Callable, degrade: Callable) -> None:
@@ -203,61 +205,27 @@ def test_a_white_mask_is_none(models: dict, comfy_nodes: dict, refine: Callable,
     ],
 )
 def test_stock_samplers_degrade_exactly_once(
-    models: dict, comfy_nodes: dict, degrade: Callable, add_noise: str, degraded: bool, message: str
+    degrade: Callable, advanced: Callable, add_noise: str, degraded: bool, message: str
 ) -> None:
     latent = degrade(video_latent()) if degraded else video_latent()
     with pytest.raises(ValueError, match=message):
-        comfy_nodes["KSamplerAdvanced"]().sample(
-            models[2], add_noise, 0, 2, 13.0, "euler", "simple", TEXT, TEXT, latent, 0, 10000, "disable"
-        )
+        advanced(latent, add_noise)
 
 
-def test_stock_samplers_refuse_another_strength(models: dict, comfy_nodes: dict, degrade: Callable) -> None:
+def test_stock_samplers_refuse_another_strength(degrade: Callable, advanced: Callable) -> None:
     with pytest.raises(ValueError, match="degraded with strength 700, but the model is set to 675"):
-        comfy_nodes["KSamplerAdvanced"]().sample(
-            models[2],
-            "disable",
-            0,
-            2,
-            13.0,
-            "euler",
-            "simple",
-            TEXT,
-            TEXT,
-            degrade(video_latent(), 700),
-            0,
-            10000,
-            "disable",
-        )
+        advanced(degrade(video_latent(), 700))
 
 
-def test_stock_samplers_refuse_half_a_run_on_a_degraded_latent(
-    models: dict, comfy_nodes: dict, degrade: Callable
-) -> None:
+def test_stock_samplers_refuse_half_a_run_on_a_degraded_latent(degrade: Callable, advanced: Callable) -> None:
     with pytest.raises(ValueError, match="needs the whole run"):
-        comfy_nodes["KSamplerAdvanced"]().sample(
-            models[2],
-            "disable",
-            0,
-            4,
-            13.0,
-            "euler",
-            "simple",
-            TEXT,
-            TEXT,
-            degrade(video_latent()),
-            2,
-            10000,
-            "disable",
-        )
+        advanced(degrade(video_latent()), steps=4, start=2)
 
 
 def test_a_foreign_noise_schedule_on_the_refiner(models: dict, comfy_nodes: dict) -> None:
     model = comfy_nodes["ModelSamplingSD3"]().patch(models[2], 3.0)[0]
     with pytest.raises(ValueError, match="another node replaced the refiner's noise schedule"):
-        comfy_nodes["KSampler"]().sample(
-            model, 0, 2, 13.0, "euler", "simple", TEXT, TEXT, video_latent(), denoise=1.0
-        )
+        comfy_nodes["KSampler"]().sample(model, 0, 2, 13.0, "euler", "simple", TEXT, TEXT, video_latent(), denoise=1.0)
 
 
 @pytest.mark.parametrize("strength", [0, 999])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from small_recipes import SMALL_VAE
 from torch import Tensor, nn
 
 from flashvideo.__main__ import main
@@ -32,24 +33,20 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "flashvideo" / "training" / "configs"
 SETTINGS = {"vae": VAESettings, "text": TextSettings, "stage1": Stage1Settings, "stage2": Stage2Settings}
 
-VAE = """
+VAE = f"""
 seed = 1
-out = "{out}"
-[model]
-base_channels = 8
-channel_multipliers = [1, 1, 1, 1]
-encoder_blocks = 1
-decoder_blocks = 1
+out = "{{out}}"
+{SMALL_VAE}
 [loop]
-steps = {steps}
-learning_rate = {rate}
-optimiser = "{optimiser}"
+steps = {{steps}}
+learning_rate = {{rate}}
+optimiser = "{{optimiser}}"
 warmup = 3
 accumulate = 2
 ema = 0.9
 log_every = 1
 validate_every = 15
-checkpoint_every = {checkpoint_every}
+checkpoint_every = {{checkpoint_every}}
 [loss]
 [[crops]]
 render = [16, 24]
