@@ -1,4 +1,4 @@
-"""The device that a command works on, and its main memory."""
+"""The device that a command works on, and main memory."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     told = str(error).lower()
     on_card = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
     return on_card or (isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY))
+
+
+def main_memory() -> int:
+    """Bytes of main memory that this machine has."""
+    import psutil  # ComfyUI brings it
+
+    return psutil.virtual_memory().total
 
 
 def return_memory() -> bool:

@@ -27,13 +27,16 @@ from .guidance import STAGE2_SCALE
 from .samplers import guided_velocity
 from .schedule import STAGE2_SHIFT, stage2_times
 from .streaming import VAEStream, latent_of
-from .streaming_tiles import stream_within
+from .streaming_tiles import plan_stream, stream_within
 from .tiles import plan_tiles, tiled_velocity
 from .vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from .windows import OVERLAP, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, Progress, WorkFolder
 
 PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"
+# What the VAE may have of a card's memory, whose weights and other programs need some, too, and of main memory, where
+# other models may wait. Of what there is, not of what is free now, so that a run can go on as it began.
+VAE_SHARE, STORE_SHARE = 0.8, 0.5
 SEGMENT_CHUNKS = 30  # decoded chunks that are delivered together: 240 frames, ten seconds of most videos
 _ENCODED, _REFINED, _STATISTICS = "encoded", "refined", "statistics"  # what is put by in the work
 
@@ -114,7 +117,7 @@ class Networks:
     """Stage II, the VAE, and the prompt's encoding [1, L, text_dim]; they are run on `device`.
 
     `vae_memory`, bytes, is what the VAE may hold there: it works in spatial tiles where it would take more. None sets
-    no limit.
+    no limit. `vae_store`, bytes, is for what then lies in main memory (see `streaming_tiles.plan_stream`).
     """
 
     dit: FlashVideoDiT
@@ -122,6 +125,7 @@ class Networks:
     context: Tensor
     device: torch.device = torch.device("cpu")
     vae_memory: float | None = None
+    vae_store: float | None = None
 
 
 def refine_frames(
@@ -192,11 +196,22 @@ class RefineRun:
         waiting = len(self._evaluations()) * 2 * self.plan.length * (3 if self.settings.solver == "heun" else 1)
         return 2 * frame * (self.latents + 2 * self.plan.length) + 2 * 4 * frame * waiting
 
+    def main_bytes(self) -> float:
+        """About how much main memory the VAE takes at most, where it works in tiles; beside the frames at hand."""
+        vae, frames = self.networks.vae, self.padded[0]
+        halves = (vae.encoder, encode_chunks(frames)), (vae.decoder, decode_chunks(self.latents))
+        plans = [plan_stream(network, len(sizes), *self._limits()) for network, sizes in halves]
+        on_card = self.networks.device.type != "cpu"
+        return max(plan.stored_bytes + (0 if on_card else plan.device_bytes) if plan else 0.0 for plan in plans)
+
     def _grid(self) -> tuple[int, int]:
         return self.padded[1] // SPATIAL_FACTOR, self.padded[2] // SPATIAL_FACTOR
 
     def _stream(self, network: Encoder | Decoder, sizes: list[int]) -> VAEStream:
-        return stream_within(network, sizes, self._grid(), self.networks.vae_memory, self.networks.device)
+        return stream_within(network, sizes, *self._limits())
+
+    def _limits(self) -> tuple[tuple[int, int], float | None, torch.device, float | None]:
+        return self._grid(), self.networks.vae_memory, self.networks.device, self.networks.vae_store
 
     def _evaluations(self) -> list[Evaluation]:
         return flow_evaluations(stage2_times(self.settings.steps, self.settings.shift), self.settings.solver)

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from .checkpoints import load_dit, load_vae
 from .config import TEXT_TOKENS
 from .degradation import DEGRADATION_STEP
-from .devices import is_out_of_memory, open_device
+from .devices import is_out_of_memory, main_memory, open_device
 from .errors import CommandError
 from .frames import COLOR_MATCHES, RESAMPLERS, TargetSize
 from .guidance import STAGE2_SCALE
 from .nano import NANO_NOTICE, NANO_STAGE2, NANO_STRENGTH, nano_is_trained, nano_state
-from .refine import REFINE, Networks, RefineSettings
+from .refine import REFINE, STORE_SHARE, VAE_SHARE, Networks, RefineSettings
 from .samplers import SOLVERS
 from .schedule import STAGE2_SHIFT
 from .t5 import MOTIONS, T5Tokens, contexts, load_encoder, with_motion
@@ -31,7 +31,6 @@ from .windows import OVERLAP, WINDOW
 BUILT_IN = "nano"
 MOTION = "medium"  # the official script's for stage II
 CANCELLED = 130
-VAE_SHARE = 0.8  # of a card's memory: its weights and other programs need some, too
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # of a text encoder's file
 
@@ -269,7 +268,8 @@ def _networks(options: argparse.Namespace) -> Networks:
         context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as for the unconditional side
     else:
         context = encode_prompt(with_motion(options.prompt, options.motion), options, dit.config.text_dim, device)
-    return Networks(dit, vae, context, device, _vae_memory(options.vae_memory, device))
+    store = None if device.type == "cpu" else STORE_SHARE * main_memory()
+    return Networks(dit, vae, context, device, _vae_memory(options.vae_memory, device), store)
 
 
 def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -280,7 +280,7 @@ def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.d
 
 
 def _vae_memory(gigabytes: float | None, device: torch.device) -> float | None:
-    """Bytes for the VAE. Of the card's whole memory, not of what is free now, so that a run can go on as it began."""
+    """Bytes for the VAE."""
     if gigabytes is not None:
         return gigabytes * 2**30
     return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -318,7 +318,8 @@ def _about(options: argparse.Namespace, networks: Networks) -> dict[str, Any]:
     from .refine_files import file_identity
 
     dtypes = [str(next(network.parameters()).dtype) for network in (networks.dit, networks.vae)]
-    about: dict[str, Any] = {"device": networks.device.type, "dtypes": dtypes, "vae_memory": networks.vae_memory}
+    about: dict[str, Any] = {"device": networks.device.type, "dtypes": dtypes}
+    about |= {"vae_memory": networks.vae_memory, "vae_store": networks.vae_store}
     for name in ("model", "vae", "text_encoder"):
         path = getattr(options, name)
         about[name] = BUILT_IN if path is None else file_identity(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .devices import main_memory
 from .errors import CommandError
 from .frames import to_bytes
 from .refine import ENCODE, SEGMENT_CHUNKS, Networks, OnProgress, RefineRun, RefineSettings, refine_frames
@@ -31,13 +33,17 @@ from .work_folder import WorkFolder
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
-FORMAT = 4  # of the work folder; another one can't be gone on with. 4: colours are read without rounding down
+FORMAT = 5  # of the work folder; another one can't be gone on with. 5: tiles' states tell their reach
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
 _SPARE_SPACE = 2**28
 _JPEG_QUALITY = 95
 _DEEP_STEP = 257  # 65535 / 255
 _RGB_MODES = ("RGB", "RGBA", "P")
 _SEGMENTS = "segments"
+_GIGABYTE = 2**30
+_USABLE = 0.9  # of main memory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class FileOptions:
     `crf`: quality, see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
     (default: the result's name + .unfinished), `anew`: delete it first. `about` (JSON): what else the result depends
     on, such as the networks' files; a run with another one isn't gone on with. `segment_chunks`: see `RefineRun`.
+    `warn` gets what somebody should know before the work starts.
     """
 
     crf: int = CRF
@@ -55,6 +62,7 @@ class FileOptions:
     anew: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
     segment_chunks: int = SEGMENT_CHUNKS
+    warn: Callable[[str], None] = log.warning
 
 
 def is_picture(path: Path) -> bool:
@@ -114,6 +122,12 @@ def refine_video(
     run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
     if folder.fresh:
         _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
+    needed, there = run.main_bytes(), main_memory()
+    if needed > _USABLE * there:
+        options.warn(
+            f"For {form.width}x{form.height} the VAE keeps {needed / _GIGABYTE:.0f} GB in main memory and this machine "
+            f"has {there / _GIGABYTE:.0f}: it may become very slow, or be ended. Half as many pixels need half of it."
+        )
     run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
     segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
     write_whole(target, lambda part: write_video(part, form, segments))

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from .devices import is_out_of_memory
 from .streaming import VAEStream
-from .vae import DECODE_CHUNK, ENCODE_CHUNK, Decoder, Encoder
-from .vae_memory import MOVE, TilePlan, plan_tiles
+from .vae import Decoder, Encoder
+from .vae_memory import MOVE, TilePlan, held_bytes, largest_chunk, plan_tiles
 from .vae_tiles import Tile, TiledRun
-
-STORE_SHARE = 4  # a quarter of the budget is for the whole picture between two groups of layers
 
 
 class TiledVAEStream(VAEStream):
-    """See `VAEStream`; the work is done on `device`, in tiles as `plan` says."""
+    """See `VAEStream`; the work is done on `device`, in tiles as `plan` says.
+
+    All that is as large as the picture lies in main memory. Tiles are halved where the device has less memory than the
+    plan believes.
+    """
 
     def __init__(self, network: Encoder | Decoder, sizes: Sequence[int], plan: TilePlan, device: torch.device) -> None:
         super().__init__(network, sizes)
-        self._run = TiledRun(plan, device, next(network.parameters()).dtype)
+        self._run = TiledRun(plan, device, next(network.parameters()).dtype, is_out_of_memory=is_out_of_memory)
 
     def _evaluate(self, chunk: Tensor) -> Tensor:
         decodes = isinstance(self.network, Decoder)
@@ -37,16 +40,16 @@ class TiledVAEStream(VAEStream):
             shape = (1, channels, frames, rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
         else:
             shape = (1, channels, latents, rows // SPATIAL_FACTOR, columns // SPATIAL_FACTOR)
-        result = torch.empty(shape, device=chunk.device, dtype=self._run.dtype)
+        result = torch.empty(shape, dtype=self._run.dtype)  # where it lies, all that is stored does
         self._run.first, self._run.last = self._context.first, self._context.last
         self._run([chunk], [result], [chunk] if decodes else None, [latents])
-        return result
+        return result.to(chunk.device)
 
     def state(self) -> dict[str, Tensor]:
         """What the chunks so far leave for the next, by tile and layer."""
         names = {module: name for name, module in self.network.named_modules()}
         return {
-            " ".join([*map(str, (group, *tile)), names[module]]): tensor
+            " ".join([*map(str, (group, *tile, self._run.reach[module])), names[module]]): tensor
             for (group, tile), past in self._run.past.items()
             for module, tensor in past.items()
         }
@@ -54,24 +57,55 @@ class TiledVAEStream(VAEStream):
     def restore(self, done: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         """Go on after `done` chunks with what `state` gave then; it stays in main memory."""
         super().restore(done, {})
-        self._run.past = {}
+        run = self._run
+        run.past = {}
         for name, tensor in tensors.items():
             *numbers, layer = name.split(" ")
-            group, *tile = map(int, numbers)
-            self._run.past.setdefault((group, Tile(*tile)), {})[self.network.get_submodule(layer)] = tensor
+            group, *tile, reach = map(int, numbers)
+            module = self.network.get_submodule(layer)
+            run.past.setdefault((group, Tile(*tile)), {})[module] = tensor
+            run.reach[module] = reach
+        # Where tiles were halved, groups that haven't run since have the larger ones' past.
+        tiles = {tile for _, tile in run.past}
+        run.tiles = sorted(tile for tile in tiles if not any(part != tile and part.is_in(tile) for part in tiles))
 
 
 def stream_within(
-    network: Encoder | Decoder, sizes: Sequence[int], grid: tuple[int, int], budget: float | None, device: torch.device
+    network: Encoder | Decoder,
+    sizes: Sequence[int],
+    grid: tuple[int, int],
+    budget: float | None,
+    device: torch.device,
+    store: float | None = None,
 ) -> VAEStream:
-    """A stream over latents of `grid` (h, w) that holds about `budget` bytes on the device: tiled if it has to be."""
+    """A stream over latents of `grid` (h, w) that holds about `budget` bytes on the device: tiled if it has to be.
+
+    See `plan_stream` for `store`.
+    """
+    plan = plan_stream(network, len(sizes), grid, budget, device, store)
+    return VAEStream(network, sizes) if plan is None else TiledVAEStream(network, sizes, plan, device)
+
+
+def plan_stream(
+    network: Encoder | Decoder,
+    chunks: int,
+    grid: tuple[int, int],
+    budget: float | None,
+    device: torch.device,
+    store: float | None = None,
+) -> TilePlan | None:
+    """The tiles of such a stream; None if it holds no more than `budget` with the whole picture in one piece.
+
+    `store`, by default as much, is for what lies in main memory, beyond which work is repeated instead. But what chunks
+    leave for each other has to lie there, however much it is. On a processor both share the budget.
+    """
     if budget is None:
-        return VAEStream(network, sizes)
-    chunk = (DECODE_CHUNK if isinstance(network, Decoder) else ENCODE_CHUNK // TEMPORAL_FACTOR) + 1
-    latents = min(len(sizes), 2) * chunk  # more than one chunk: what they leave for each other counts
-    dtype = next(network.parameters()).dtype
-    move = 0.0 if torch.device(device).type == "cpu" else MOVE
-    plan = plan_tiles(network, (latents, *grid), dtype, budget, budget / STORE_SHARE, move=move, by_chunk=True)
-    if plan.side >= max(grid):
-        return VAEStream(network, sizes)
-    return TiledVAEStream(network, sizes, plan, device)
+        return None
+    size = (min(chunks, 2) * largest_chunk(network), *grid)  # with a second chunk, what the first leaves counts
+    dtype, on_card = next(network.parameters()).dtype, torch.device(device).type != "cpu"
+    if held_bytes(network, size, dtype) <= budget:
+        return None
+    store = budget if store is None else store
+    if not on_card:
+        budget = store = min(budget, store) / 2
+    return plan_tiles(network, size, dtype, budget, store, move=MOVE if on_card else 0.0, by_chunk=True)

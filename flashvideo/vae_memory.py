@@ -27,6 +27,7 @@ LOOK_BACK = KERNEL_SIZE - 1  # frames that a convolution keeps
 # Of a convolution too large for one go, pieces of WINDOW_ELEMENTS that live at once: a window with the frames before
 # it, what it is joined from, its result. A smaller one copies its input once.
 WINDOWS = 3
+LEAST_STORE = 0.25  # of what may be stored, beside what chunks leave for each other
 SMALLEST_TILE = 4  # latent pixels a side: 32 pixels
 
 
@@ -64,6 +65,17 @@ def encode_bytes(vae: VideoVAE, shape: Sequence[int], dtype: torch.dtype) -> flo
     return (elements + channels * frames * height * width) * dtype.itemsize
 
 
+def held_bytes(network: Encoder | Decoder, size: tuple[int, int, int], dtype: torch.dtype) -> float:
+    """Bytes that a half of the VAE holds for a latent size [T, h, w], beside what goes in and what comes out."""
+    latents, rows, columns = size
+    return _elements(network.units(), latents, rows * columns, largest_chunk(network)) * dtype.itemsize
+
+
+def largest_chunk(network: Encoder | Decoder) -> int:
+    """Latent frames of the largest chunk, which is a video's first."""
+    return (DECODE_CHUNK if isinstance(network, Decoder) else ENCODE_CHUNK // TEMPORAL_FACTOR) + 1
+
+
 def plan_tiles(
     network: Encoder | Decoder,
     size: tuple[int, int, int],
@@ -82,12 +94,13 @@ def plan_tiles(
     """
     latents, rows, columns = size
     units = network.units()
-    chunk = (DECODE_CHUNK if isinstance(network, Decoder) else ENCODE_CHUNK // TEMPORAL_FACTOR) + 1
+    chunk = largest_chunk(network)
     ways = (True, False) if by_chunk is None else (by_chunk,)
     store = store_budget / dtype.itemsize
     sizes = latents, rows * columns, chunk
-    # What chunks leave is no choice where they have to come one by one.
-    grouped = [_Grouping(units, *sizes, way, move).best(store, spares_past=by_chunk is None) for way in ways]
+    # What chunks leave is no choice where they have to come one by one: then something remains for the rest.
+    least = 0.0 if by_chunk is None else store * LEAST_STORE
+    grouped = [_Grouping(units, *sizes, way, move).best(store, least) for way in ways]
     # Where nothing fits, what stores least.
     by_chunk, (groups, stored, work) = min(
         zip(ways, grouped, strict=True), key=lambda way: (max(way[1][1], store), way[1][2], way[1][1])
@@ -133,12 +146,12 @@ class _Grouping:
         kept = sum(unit.keeps * unit.scale**2 for unit in units) * LOOK_BACK * area
         self.kept = kept if by_chunk and latents > chunk else 0
 
-    def best(self, store: float, *, spares_past: bool) -> tuple[tuple[tuple[Unit, ...], ...], float, float]:
+    def best(self, store: float, least: float) -> tuple[tuple[tuple[Unit, ...], ...], float, float]:
         """Groups, the most that is stored at once, and the work.
 
-        `spares_past`: what chunks leave for the next counts in what may be stored.
+        What chunks leave for the next counts in what may be stored, but `least` may be stored in any case.
         """
-        count, room = len(self.units), store - (self.kept if spares_past else 0)
+        count, room = len(self.units), max(store - self.kept, least)
         ends: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())] + [None] * count
         for stop in range(1, count + 1):
             found = []

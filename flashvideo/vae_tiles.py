@@ -145,7 +145,7 @@ class TiledRun:
         self.whole = Tile(0, 0, 0, 0)
         self.tiles: list[Tile] = []  # halved ones are parts of those before: what these have left can be cut for them
         self.done = self.total = 0
-        self._reach: dict[nn.Module, int] = {}  # how far beyond its tile a layer's past goes
+        self.reach: dict[nn.Module, int] = {}  # how far beyond its tile a layer's past goes
 
     def __call__(
         self, chunks: Sequence[Tensor], results: Sequence[Tensor], latents: Sequence[Tensor] | None, sizes: list[int]
@@ -191,7 +191,7 @@ class TiledRun:
         for sweep in count():
             self.total = self.done + self._steps_left(job, sweep, statistics is not None)
             sums: list[Moments] | None = None
-            waiting, is_written = deque(self.tiles), False
+            waiting, written, is_written = deque(self.tiles), set(), False
             while waiting:
                 tile = waiting.popleft()
                 outcome = self._try_tile(job, tile, known)
@@ -199,11 +199,16 @@ class TiledRun:
                     waiting = deque(part for larger in (tile, *waiting) for part in larger.split(self.side))
                     self.tiles = [part for larger in self.tiles for part in larger.split(self.side)]
                     continue
+                written.add(tile)
                 is_written, measured = outcome
                 if measured:
                     sums = measured if sums is None else [a.joined(b) for a, b in zip(sums, measured, strict=True)]
             found = None if sums is None else [Statistics(total.mean, total.variance) for total in sums]
             if is_written:
+                # What larger tiles left before they were halved has been used up.
+                kept = () if self.last else written
+                for key in [(group, old) for group, old in self.past if group == job.index and old not in kept]:
+                    del self.past[key]
                 return found
             for each, new in zip(known, found or (), strict=True):
                 each.append(new)
@@ -272,7 +277,7 @@ class TiledRun:
         cut = {}
         for layer, past in kept.items():
             if around != tile:
-                reach = self._reach[layer]
+                reach = self.reach[layer]
                 past = tile.grown(reach, self.whole).cut(past, around.grown(reach, self.whole))
             cut[layer] = past.to(self.device)
         return cut
@@ -304,7 +309,7 @@ class TiledRun:
             del x
             x = unit.run(held, added, latent, context)
             for layer in context.past:
-                self._reach.setdefault(layer, reach)
+                self.reach.setdefault(layer, reach)
             around = area
         return norms.tile.cut(x, around)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import tokenizers
 from safetensors.torch import save_file
 
-from flashvideo.config import VAEConfig
+from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.nano import build_nano
 from flashvideo.training.text import fresh_encoder
 from flashvideo.training.vae import initialise
 from flashvideo.vae import VideoVAE
 
+# Sizes at which many runs take little time.
+TINY_REFINER = DiTConfig(1, 32, 2, 16, 8, 64, degradation_embedding=True, frame_count_embedding=True)
+TINY_VAE = VAEConfig(4, (1, 1, 1, 1), encoder_blocks=1, decoder_blocks=1, norm_groups=2)
 WORDS = ("a", "an", "red", "blue", "circle", "moves", "left", "right", "over", "green", "hill")
 
 

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR
 from ...flashvideo.frames import padded_shape
-from ...flashvideo.refine import DECODE, ENCODE, MEASURE, REFINE, Networks, OnProgress, RefineSettings
+from ...flashvideo.refine import (
+    DECODE,
+    ENCODE,
+    MEASURE,
+    REFINE,
+    STORE_SHARE,
+    VAE_SHARE,
+    Networks,
+    OnProgress,
+    RefineSettings,
+)
 from ...flashvideo.refine_files import READ, FileOptions, file_identity, refine_video
 from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
 from ...flashvideo.vae import Decoder, Encoder
@@ -31,7 +41,6 @@ from .sampling import flow_to_sigma, refiner_weights
 from .vae import FlashVideoVAE
 from .video_source import SAVED_AS_IT_IS, sound_suffix, source_file
 
-VAE_SHARE = 0.8  # of a card's memory: weights and other programs need some, too
 CHUNKS = 33, 9  # frames and latent frames: two chunks, more than the VAE has in hand
 _SHARES = {READ: 2, ENCODE: 18, REFINE: 55, MEASURE: 10, DECODE: 15}  # of the time, roughly
 _BAR_STEPS = 1000
@@ -142,7 +151,7 @@ def refine_long_video(
     for folder in (unfinished, finished):
         folder.mkdir(parents=True, exist_ok=True)
     source, copied = source_file(video, unfinished)
-    budget = vae_budget(vae)
+    budget, store = vae_budget(vae), vae_store(vae)
     about = {
         "model": weights_fingerprint(model),
         "vae": weights_fingerprint(vae.patcher),
@@ -151,6 +160,7 @@ def refine_long_video(
         "devices": [str(model.load_device), str(vae.device)],
         "precision": [str(model.model.get_dtype()), str(model.model.manual_cast_dtype), str(vae.vae_dtype)],
         "vae_memory": budget,
+        "vae_store": store,
     }
     suffix = sound_suffix(source)
     key = fingerprint(repr(settings), [source.name] if copied else file_identity(source), about)
@@ -164,8 +174,8 @@ def refine_long_video(
     if not target.is_file():
         guided = GuidedRefiner(model, positive, negative, settings, vae.device)
         loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
-        networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget)
-        options = FileOptions(work=unfinished / key, about=about)
+        networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
+        options = FileOptions(work=unfinished / key, about=about, warn=warn)
         # The network is guided already: the library's cfg 1 stands for a single evaluation.
         refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
     if copied:
@@ -174,15 +184,19 @@ def refine_long_video(
 
 
 def vae_budget(vae: FlashVideoVAE) -> float | None:
-    """Bytes that the VAE may hold on its device; None for no limit.
-
-    Of all memory that there is, not of what is free now, so that a run can go on as it began.
-    """
+    """Bytes that the VAE may hold on its device; None for no limit."""
     chosen, device = vae.first_stage_model.budget, vae.device
     if comfy.model_management.is_device_cpu(device):
         return chosen
     most = VAE_SHARE * comfy.model_management.get_total_memory(device)
     return most if chosen is None else min(chosen, most)
+
+
+def vae_store(vae: FlashVideoVAE) -> float | None:
+    """Bytes that the VAE's tiles may leave in main memory; None where the work is done there."""
+    if comfy.model_management.is_device_cpu(vae.device):
+        return None
+    return STORE_SHARE * comfy.model_management.get_total_memory(torch.device("cpu"))
 
 
 def _vae_bytes(vae: FlashVideoVAE, video: Any, settings: RefineSettings, budget: float | None) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes, flash_attention
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
@@ -35,52 +33,6 @@ FLOPS_TOLERANCE = 0.01  # 0.1 is what a plan needs; the formulas leave out nothi
 MEMORY_TOLERANCE = 0.15
 DRAFT, FULL_HD = (13, 32, 60), (13, 136, 240)  # latents of 480x256 and 1920x1088, 49 frames
 ONE_LAYER_1, ONE_LAYER_2 = replace(STAGE1, num_layers=1), replace(STAGE2, num_layers=1)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive at once, also of tensors on the meta device.
-
-    What a kernel takes for itself while it runs is not seen.
-    """
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._storages: set[int] = set()
-        for tensor in known:
-            self._note(tensor)
-        self.before = self.live
-
-    @property
-    def added(self) -> int:
-        """The peak, less what was there before."""
-        return self.peak - self.before
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run an operation and look at what it made."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
-        return result
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) in self._storages:
-            return
-        self._storages.add(id(storage))
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
-
-    def _forget(self, storage: int, count: int) -> None:
-        self._storages.discard(storage)
-        self.live -= count
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:
-    """The shape of attention's result, without the scores that only the meta device would keep."""
-    return q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
 
 
 def dit_inputs(config: DiTConfig, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import TINY_REFINER, TINY_VAE
 from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.config import STAGE2_LATENT_SCALE, DiTConfig, VAEConfig
+from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.degradation import degrade_latent
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare, to_frames, to_video
@@ -35,15 +36,13 @@ from flashvideo.windows import frame_noise, plan_windows, windowed_velocity
 from flashvideo.work_folder import MemoryWork, WorkFolder
 
 KEEP = TargetSize("keep")
-TINY_DIT = DiTConfig(1, 32, 2, 16, 8, 64, degradation_embedding=True, frame_count_embedding=True)
-TINY_VAE = VAEConfig(4, (1, 1, 1, 1), encoder_blocks=1, decoder_blocks=1, norm_groups=2)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Networks:
     """The real networks, small enough for many runs, with random weights."""
     torch.manual_seed(0)
-    return Networks(FlashVideoDiT(TINY_DIT).eval(), VideoVAE(TINY_VAE).eval(), torch.randn(1, 6, 8))
+    return Networks(FlashVideoDiT(TINY_REFINER).eval(), VideoVAE(TINY_VAE).eval(), torch.randn(1, 6, 8))
 
 
 @pytest.fixture(scope="module")

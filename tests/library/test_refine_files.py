@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def tiny() -> Networks:
     dit = FlashVideoDiT(DiTConfig(1, 32, 2, 16, 8, 64, degradation_embedding=True, frame_count_embedding=True))
     vae = VideoVAE(VAEConfig(4, (1, 1, 1, 1), encoder_blocks=1, decoder_blocks=1, norm_groups=2))
     return Networks(dit.eval(), vae.eval(), torch.randn(1, 6, 8))
+
+
+def test_too_little_main_memory_is_told_before_the_work_starts(
+    tiny: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, told = make_video(tmp_path / "in.mp4", 9, Fraction(8)), tmp_path / "out.mp4", []
+    options = FileOptions(warn=lambda text: told.append((text, target.exists())))
+    refine_video(tiny, source, target, SETTINGS, options)
+    assert not told  # whole pictures: there is no limit
+    monkeypatch.setattr("flashvideo.refine_files.main_memory", lambda: 1000)
+    target.unlink()
+    refine_video(replace(tiny, vae_memory=1e5), source, target, SETTINGS, options)
+    ((text, finished),) = told
+    assert "GB in main memory" in text
+    assert not finished
+    assert target.is_file()
 
 
 @pytest.mark.parametrize(

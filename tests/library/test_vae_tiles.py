@@ -9,8 +9,9 @@ from torch import Tensor
 from flashvideo.checkpoints import load_vae
 from flashvideo.config import VAE, VAEConfig
 from flashvideo.nano import nano_state
+from flashvideo.streaming_tiles import TiledVAEStream
 from flashvideo.training.scenes import SceneStream
-from flashvideo.vae import VideoVAE
+from flashvideo.vae import VideoVAE, decode_chunks
 from flashvideo.vae_memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
 from flashvideo.vae_tiles import Moments, Tile, decode_in_tiles, encode_in_tiles, measure
 
@@ -198,6 +199,36 @@ def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(
     finally:
         handle.remove()
     assert error(tiled, whole) <= ROUNDING
+
+
+@pytest.mark.parametrize("moment", [2, 5, 9])
+def test_a_stream_whose_tiles_were_halved_can_be_put_aside(tiny: VideoVAE, moment: int) -> None:
+    """In the middle of a chunk, so that some layers have left something in large tiles and others in small ones."""
+    calls = []
+
+    def fail(_module: object, _args: tuple) -> None:
+        calls.append(1)
+        if len(calls) == moment:
+            raise MemoryError
+
+    latent = torch.randn(1, 4, 7, 4, 20, generator=torch.Generator().manual_seed(3))
+    whole = tiny.decode(latent)
+    cut = plan_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
+    handle = tiny.decoder.up_blocks[1].resnets[0].conv2.register_forward_pre_hook(fail)
+    pieces, state, sizes = [], {}, decode_chunks(7)
+    try:
+        for done, chunk in enumerate(latent.split(sizes, dim=2)):
+            stream = TiledVAEStream(tiny.decoder, sizes, cut, torch.device("cpu"))
+            stream.restore(done, state)
+            pieces.append(stream(chunk))
+            state = {name: tensor.clone() for name, tensor in stream.state().items()}
+            places = [name.rsplit(" ", 2)[0] for name in state if name.endswith("up_blocks.3.resnets.0.conv2")]
+            columns = sum(int(right) - int(left) for *_, left, right in map(str.split, places))
+            assert columns == (20 if done < len(sizes) - 1 else 0)  # what larger tiles left isn't kept for ever
+    finally:
+        handle.remove()
+    assert len(calls) > moment
+    assert error(torch.cat(pieces, dim=2), whole) <= ROUNDING
 
 
 def test_other_errors_and_a_cancel_pass_through(tiny: VideoVAE, latent: Tensor) -> None:

@@ -1,0 +1,178 @@
+"""The library on a graphics card that isn't there: where things lie, how much of them, and when one waits for it.
+
+Full-size networks and videos cost nothing here. What kernels compute, and how fast, only a real card can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes, flash_attention
+from pretended_card import CARD, PretendedCard, prepare_card
+from small_models import TINY_REFINER
+from torch import Tensor, nn
+
+from flashvideo import rope
+from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig
+from flashvideo.dit import FlashVideoDiT
+from flashvideo.frames import TargetSize
+from flashvideo.nano import NANO_VAE
+from flashvideo.planner_memory import dit_bytes
+from flashvideo.refine import ENCODE, STORE_SHARE, VAE_SHARE, Networks, RefineRun, RefineSettings, TensorClip
+from flashvideo.samplers import sample_stage1, sample_stage2
+from flashvideo.sparse import VIEWS, WindowAttention
+from flashvideo.streaming import VAEStream
+from flashvideo.streaming_tiles import TiledVAEStream, plan_stream, stream_within
+from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
+from flashvideo.vae_memory import decode_bytes, encode_bytes, held_bytes
+from flashvideo.work_folder import MemoryWork
+
+GIGABYTE = 2**30
+DRAFT, HD, FULL_HD = (13, 34, 60), (13, 90, 160), (13, 136, 240)  # latents of 480x272, 1280x720, 1920x1088, 49 frames
+SHALLOW_1, SHALLOW_2 = replace(STAGE1, num_layers=2), replace(STAGE2, num_layers=2)
+
+
+@pytest.fixture()
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCard]:
+    """The card, with CUDA's way to turn positions."""
+    prepare_card()
+    monkeypatch.setattr(rope, "COMPLEX_DEVICES", ("cpu", CARD))
+    with PretendedCard() as card, torch.no_grad():
+        yield card
+
+
+def text(config: DiTConfig) -> Tensor:
+    return torch.randn(1, 226, config.text_dim, device=CARD, dtype=torch.bfloat16)
+
+
+def test_main_memory_and_the_card_can_not_be_mixed(card: PretendedCard) -> None:
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device=CARD) + torch.ones(3)
+    assert not card.reads
+    assert float(torch.ones(3, device=CARD).sum()) == 0
+    assert card.reads == 1
+
+
+def test_samplers(card: PretendedCard) -> None:
+    """Sixteen steps in flight: nothing waits for the card."""
+
+    def noise(*_: int) -> Tensor:
+        return torch.randn(1, 16, *DRAFT, device=CARD)
+
+    for config, sample in ((SHALLOW_1, sample_stage1), (SHALLOW_2, sample_stage2)):
+        network = FlashVideoDiT(config, device=CARD, dtype=torch.bfloat16)
+        options = {"step_noise": noise} if config.stage == 1 else {"solver": "heun"}
+        latent = sample(network, noise(), text(config), text(config), steps=16, **options)
+        assert (latent.device.type, latent.shape) == (CARD, (1, 16, *DRAFT))
+    assert not card.reads
+
+
+@pytest.mark.parametrize("tiles", VIEWS.values())
+def test_views(tiles: tuple[int, int, int], card: PretendedCard) -> None:
+    frames, height, width = FULL_HD
+    attention = WindowAttention(226, (frames, height // 2, width // 2), tiles, flash_attention)
+    network = FlashVideoDiT(SHALLOW_2, device=CARD, dtype=torch.bfloat16)
+    latent, time = torch.randn(1, 16, *FULL_HD, device=CARD, dtype=torch.bfloat16), torch.zeros(1, device=CARD)
+    order = attention.order.to(CARD)
+    velocity = network(latent, time, text(STAGE2), degradation_step=675, attention=attention, order=order)
+    assert (velocity.device, velocity.shape) == (latent.device, latent.shape)
+    assert not card.reads
+
+
+@pytest.mark.parametrize("shape", [DRAFT, HD, FULL_HD])
+@pytest.mark.parametrize("config", [STAGE1, STAGE2])
+def test_memory_of_the_networks(config: DiTConfig, shape: tuple[int, int, int], card: PretendedCard) -> None:
+    network = FlashVideoDiT(replace(config, num_layers=2), device=CARD, dtype=torch.bfloat16)
+    latent, time = torch.randn(1, 16, *shape, device=CARD, dtype=torch.bfloat16), torch.zeros(1, device=CARD)
+    step = 675 if config.stage == 2 else None
+    context = text(config)
+    with LiveBytes(latent, time, context, *network.parameters(), device=CARD) as memory:
+        network(latent, time, context, degradation_step=step, attention=flash_attention)
+    assert memory.added == pytest.approx(dit_bytes(config, shape, torch.bfloat16), rel=0.02)
+    assert not card.reads
+
+
+@pytest.mark.parametrize("shape", [DRAFT, HD, FULL_HD])
+def test_memory_of_the_vae(shape: tuple[int, int, int], card: PretendedCard) -> None:
+    frames, height, width = 4 * shape[0] - 3, 8 * shape[1], 8 * shape[2]
+    vae = VideoVAE(VAE, device=CARD, dtype=torch.float16)
+    for run, size, formula in (
+        (vae.decode, (1, 16, *shape), decode_bytes),
+        (lambda video: vae.encode(video).mode(), (1, 3, frames, height, width), encode_bytes),
+    ):
+        with LiveBytes(*vae.parameters(), device=CARD) as memory:
+            run(torch.randn(size, device=CARD, dtype=torch.float16))
+        assert memory.added == pytest.approx(formula(vae, size, torch.float16), rel=0.1)
+    assert not card.reads
+
+
+@pytest.mark.parametrize(
+    ("half", "shape", "gigabytes", "main_gigabytes", "kind"),
+    [
+        ("encoder", HD, 24, 64, VAEStream),
+        ("encoder", HD, 12, 32, TiledVAEStream),
+        ("decoder", HD, 24, 64, TiledVAEStream),
+        ("decoder", FULL_HD, 24, 32, TiledVAEStream),
+    ],
+)
+def test_a_stream_of_the_vae_stays_within_the_card(
+    half: str, shape: tuple[int, int, int], gigabytes: int, main_gigabytes: int, kind: type, card: PretendedCard
+) -> None:
+    """What tiles leave for each other is larger than most cards: it waits in main memory, also when it is restored."""
+    _, *grid = shape
+    network = getattr(VideoVAE(VAE, device=CARD, dtype=torch.float16), half)
+    sizes, channels, scale = (encode_chunks(33), 3, 8) if half == "encoder" else (decode_chunks(5), 16, 1)
+    limits = (
+        *(tuple(grid), VAE_SHARE * gigabytes * GIGABYTE, torch.device(CARD)),
+        STORE_SHARE * main_gigabytes * GIGABYTE,
+    )
+    stream, plan = stream_within(network, sizes, *limits), plan_stream(network, len(sizes), *limits)
+    assert isinstance(stream, kind)
+    with LiveBytes(*network.parameters(), device=CARD) as held, LiveBytes(device="cpu") as stored:
+        for size in sizes:
+            stream.restore(stream.done, stream.state(), torch.device(CARD))
+            chunk = torch.randn(1, channels, size, *(scale * side for side in grid), device=CARD, dtype=torch.float16)
+            assert stream(chunk).device.type == CARD
+    assert held.added <= VAE_SHARE * gigabytes * GIGABYTE
+    if plan is not None:
+        assert 0.5 * plan.device_bytes <= held.added <= 1.1 * plan.device_bytes
+        assert 0.8 * plan.stored_bytes <= stored.peak <= 1.1 * plan.stored_bytes
+    assert not card.reads
+
+
+class Stays:
+    """A network that is where it works already: PyTorch can't move those that are only pretended."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        return self.network(*args, **options)
+
+    def to(self, device: torch.device) -> Stays:
+        assert device.type == CARD
+        return self
+
+
+@pytest.mark.parametrize(("share", "color_match", "tile"), [(2.0, "none", 0), (2.0, "adain", 0), (0.9, "wavelet", 128)])
+def test_a_whole_run(share: float, color_match: str, tile: int, card: PretendedCard) -> None:
+    """From a clip in main memory to one; `share` is what the VAE may hold of what the whole picture takes."""
+    dit, vae = FlashVideoDiT(TINY_REFINER, device=CARD), VideoVAE(NANO_VAE, device=CARD)
+    room = share * held_bytes(vae.decoder, (6, 10, 20), torch.float32)
+    context, device = torch.randn(1, 6, TINY_REFINER.text_dim), torch.device(CARD)
+    networks = Networks(Stays(dit), Stays(vae), context, device, room, vae_store=GIGABYTE)
+    clip = TensorClip(torch.zeros(21, 40, 80, 3, dtype=torch.uint8))
+    settings = RefineSettings(TargetSize("scale", scale=2), window=17, overlap=8, tile=tile, color_match=color_match)
+    parts: list[Tensor] = []
+    run = RefineRun(networks, clip, settings, MemoryWork(ENCODE), segment_chunks=2)
+    run.run(lambda _, chunks: parts.extend(chunks))
+    assert [part.device.type for part in parts] == ["cpu"] * len(decode_chunks(6))
+    assert sum(map(len, parts)) == 21
+    assert (run.main_bytes() > 0) == (share < 1)

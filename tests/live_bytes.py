@@ -1,0 +1,57 @@
+"""What lives at once in a computation, measured without running it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once, also of tensors on the meta device.
+
+    What a kernel takes for itself while it runs is not seen. `device`: the type of those that count; all without it.
+    """
+
+    def __init__(self, *known: Tensor, device: str | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.live = self.peak = 0
+        self._storages: set[int] = set()
+        for tensor in known:
+            self._note(tensor)
+        self.before = self.live
+
+    @property
+    def added(self) -> int:
+        """The peak, less what was there before."""
+        return self.peak - self.before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation and look at what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self._storages or self.device not in (None, tensor.device.type):
+            return
+        self._storages.add(id(storage))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+
+    def _forget(self, storage: int, count: int) -> None:
+        self._storages.discard(storage)
+        self.live -= count
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:
+    """The shape of attention's result, without the scores that only the meta device would keep."""
+    return q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])

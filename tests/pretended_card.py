@@ -1,0 +1,49 @@
+"""A graphics card that isn't there: everything runs on it in an instant, and gives shapes instead of numbers.
+
+Whatever mixes its tensors with those of main memory fails, as it would on a card.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+CARD = "card"
+_aten = torch.ops.aten
+_READS = (_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default)
+
+
+class PretendedCard(FakeTensorMode):
+    """Tensors can be made on the device CARD while this is entered; `reads` counts the numbers that were read from it.
+
+    On a real card each of those waits until all is computed that was asked for. A number that is read is 0, False or,
+    where PyTorch knows it, the right one.
+    """
+
+    avoid_device_init = True  # moves from main memory are noted like everything else, not carried out
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=False)
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation, or answer what can't be known."""
+        self.reads += func in _READS and args[0].device.type == CARD
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except DataDependentOutputException:
+            is_truth = func is not _aten._local_scalar_dense.default or args[0].dtype == torch.bool
+            return False if is_truth else 0.0 if args[0].is_floating_point() else 0
+
+
+def prepare_card() -> None:
+    """Let PyTorch know of the device; skips the test where it is too old for that."""
+    try:
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
+    except ImportError:
+        pytest.skip("this PyTorch can't pretend to have a device")
+    if torch._C._get_privateuse1_backend_name() != CARD:
+        register(CARD)
