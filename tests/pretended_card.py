@@ -5,6 +5,7 @@ Whatever mixes its tensors with those of main memory fails, as it would on a car
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,15 +20,16 @@ _READS = (_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equ
 class PretendedCard(FakeTensorMode):
     """Tensors can be made on the device CARD while this is entered; `reads` counts the numbers that were read from it.
 
-    On a real card each of those waits until all is computed that was asked for. A number that is read is 0, False or,
-    where PyTorch knows it, the right one.
+    On a real card each of those waits until all is computed that was asked for. A number that is read is 0 where
+    PyTorch doesn't know it, and a truth is `answer`.
     """
 
     avoid_device_init = True  # moves from main memory are noted like everything else, not carried out
 
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=False)
-        self.reads = 0
+    def __init__(self, *, answer: bool = False, takes_numbers: bool = False) -> None:
+        """`takes_numbers`: tensors made before, with numbers in them, may be used; they are in main memory."""
+        super().__init__(allow_non_fake_inputs=takes_numbers)
+        self.answer, self.reads = answer, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, or answer what can't be known."""
@@ -36,10 +38,10 @@ class PretendedCard(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         except DataDependentOutputException:
             is_truth = func is not _aten._local_scalar_dense.default or args[0].dtype == torch.bool
-            return False if is_truth else 0.0 if args[0].is_floating_point() else 0
+            return self.answer if is_truth else 0.0 if args[0].is_floating_point() else 0
 
 
-def prepare_card() -> None:
+def prepare_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let PyTorch know of the device; skips the test where it is too old for that."""
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
@@ -47,3 +49,5 @@ def prepare_card() -> None:
         pytest.skip("this PyTorch can't pretend to have a device")
     if torch._C._get_privateuse1_backend_name() != CARD:
         register(CARD)
+    # A module's weights can't be moved while something refers to them weakly, as pretended tensors' own mode does.
+    monkeypatch.setattr(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda _tensor: []))

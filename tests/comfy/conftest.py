@@ -35,6 +35,7 @@ for folder in ("custom_nodes", "input", "output", "temp", "models", "user"):
 
 # Before anything of ComfyUI is imported, which a test file may do at its top: ComfyUI's modules read these once.
 sys.path.insert(0, COMFYUI)
+sys.path.append(str(ROOT / "tests"))  # what the tests share; after ComfyUI, whose `comfy` and `server` count
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,21 +25,15 @@ FP8_TOLERANCE = 0.15  # on average, of the outputs' mean size: e4m3 keeps 3 bits
 
 
 @pytest.fixture()
-def in_comfy(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """A module of the loaded pack by its path below the pack."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
-
-
-@pytest.fixture()
-def state(in_comfy: Callable) -> dict[str, Tensor]:
+def state(submodule: Callable) -> dict[str, Tensor]:
     """Weights of the built-in text encoder."""
-    return in_comfy("flashvideo.nano").nano_state("text_encoder")
+    return submodule("flashvideo.nano").nano_state("text_encoder")
 
 
 @pytest.fixture()
-def load(in_comfy: Callable) -> Callable[..., Any]:
+def load(submodule: Callable) -> Callable[..., Any]:
     """Load a text encoder file; the built-in one without."""
-    return lambda path=None: in_comfy("nodes.native.clip").load_clip_native(path)
+    return lambda path=None: submodule("nodes.native.clip").load_clip_native(path)
 
 
 @pytest.fixture()
@@ -83,11 +76,11 @@ def ids_of(clip: Any, text: str) -> list[int]:
 
 @torch.inference_mode()
 def test_conditioning_equals_a_plain_t5_without_a_mask(
-    encode: Callable, load: Callable, state: dict, in_comfy: Callable
+    encode: Callable, load: Callable, state: dict, submodule: Callable
 ) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    config = asdict(in_comfy("flashvideo.nano").NANO_TEXT_ENCODER)
+    config = asdict(submodule("flashvideo.nano").NANO_TEXT_ENCODER)
     t5 = T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu")).eval()
     t5.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     for text in (PROMPT, "", LONG_PROMPT):
@@ -143,7 +136,7 @@ def test_every_motion_of_the_schema_runs(encode: Callable, comfy_nodes: dict) ->
     assert len({float(result.sum()) for result in results}) == len(results)
 
 
-def test_weighted_words_count_as_everywhere_in_comfyui(encode: Callable) -> None:
+def test_weighted_words_count_as_everywhere_submoduleui(encode: Callable) -> None:
     plain, _ = encode("a red fox")
     weighted, _ = encode("a (red:1.5) fox")
     assert not torch.equal(plain[0][0], weighted[0][0])
@@ -160,7 +153,7 @@ def test_stock_text_encode_gives_the_same(comfy_nodes: dict, encode: Callable, l
 )
 @pytest.mark.parametrize("text", [PROMPT, LONG_PROMPT])
 def test_a_stock_clip_of_another_t5_model_works(
-    comfy_nodes: dict, state: dict, in_comfy: Callable, family: str, text: str
+    comfy_nodes: dict, state: dict, submodule: Callable, family: str, text: str
 ) -> None:
     """What Load CLIP makes of a T5 file, with its own lengths and (Mochi) its own mask."""
     import comfy.sd
@@ -170,7 +163,7 @@ def test_a_stock_clip_of_another_t5_model_works(
     tokenizer, make = (
         getattr(importlib.import_module(f"comfy.text_encoders.{module}"), name) for module, name in parts
     )
-    config = asdict(in_comfy("flashvideo.nano").NANO_TEXT_ENCODER)
+    config = asdict(submodule("flashvideo.nano").NANO_TEXT_ENCODER)
     clip = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(tokenizer, make()), model_options={"t5xxl_model_config": config}
     )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,15 +24,9 @@ ROUNDING = 1e-6  # of [0, 1], between two orders of the same float32 sums
 
 
 @pytest.fixture()
-def in_comfy(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """A module of the loaded pack by its path below the pack."""
-    return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
-
-
-@pytest.fixture()
-def vae(in_comfy: Callable) -> Any:
+def vae(submodule: Callable) -> Any:
     """The built-in VAE."""
-    return in_comfy("nodes.native.vae").load_vae_native(None)
+    return submodule("nodes.native.vae").load_vae_native(None)
 
 
 @pytest.fixture()
@@ -87,9 +79,9 @@ def latent_of(latents: int, rows: int = 8, columns: int = 12) -> dict[str, Tenso
 # The same numbers as the library and the official code
 
 
-def test_stock_nodes_encode_and_decode_what_the_library_does(apply: Callable, in_comfy: Callable) -> None:
-    network = in_comfy("flashvideo.checkpoints").load_vae(
-        in_comfy("flashvideo.nano").nano_state("vae"), dtype=torch.float32
+def test_stock_nodes_encode_and_decode_what_the_library_does(apply: Callable, submodule: Callable) -> None:
+    network = submodule("flashvideo.checkpoints").load_vae(
+        submodule("flashvideo.nano").nano_state("vae"), dtype=torch.float32
     )
     pixels = clip_of(21, 32, 48)
     latent = apply("VAEEncode", {"pixels": pixels})["samples"]
@@ -187,11 +179,11 @@ def test_out_of_memory_falls_back_to_smaller_tiles_with_the_same_result(
 
 
 @torch.inference_mode()
-def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any, in_comfy: Callable) -> None:
+def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any, submodule: Callable) -> None:
     pixels, latent = clip_of(9, 64, 96), latent_of(3, 8, 12)["samples"]
     mean, frames = vae.encode(pixels), vae.decode(latent)
-    memory = in_comfy("flashvideo.vae_memory")
-    small = in_comfy("nodes.native.vae").load_vae_native(None, 8 * 2**20)
+    memory = submodule("flashvideo.vae_memory")
+    small = submodule("nodes.native.vae").load_vae_native(None, 8 * 2**20)
     network = small.first_stage_model
     assert memory.decode_bytes(network, latent.shape, torch.float32) > network.budget
     assert memory.encode_bytes(network, (1, 3, 9, 64, 96), torch.float32) > network.budget
@@ -225,12 +217,12 @@ def test_layers_whose_weights_wait_in_main_memory_fetch_them(vae: Any) -> None:
 
 
 def test_weights_go_to_the_card_though_the_whole_picture_would_not_fit_it(
-    vae: Any, in_comfy: Callable, monkeypatch: pytest.MonkeyPatch
+    vae: Any, submodule: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ComfyUI's own loading, with a pretended card (meta) of 22 GB and its rules for NVIDIA's."""
     import comfy.model_management as management
 
-    module, planner, card = in_comfy("nodes.native.vae"), in_comfy("flashvideo.planner"), torch.device("meta")
+    module, planner, card = submodule("nodes.native.vae"), submodule("flashvideo.planner"), torch.device("meta")
     free_elsewhere, room = management.get_free_memory, 22 * 2**30
 
     def free(device: torch.device | None = None, torch_free_too: bool = False) -> Any:
@@ -284,9 +276,9 @@ def test_a_stage_file_in_the_vae_slot_is_named(apply: Callable, run_prompt: Any,
     assert failed.value.message.startswith("Load FlashVideo VAE: stage1.safetensors is a FlashVideo or CogVideoX")
 
 
-def test_a_file_that_is_gone_is_named(in_comfy: Callable) -> None:
+def test_a_file_that_is_gone_is_named(submodule: Callable) -> None:
     with pytest.raises(ValueError, match=r'"gone\.safetensors" is not in models/vae'):
-        in_comfy("nodes.native.files").resolve("vae", "gone.safetensors")
+        submodule("nodes.native.files").resolve("vae", "gone.safetensors")
 
 
 # Progress, cancel, memory
@@ -369,15 +361,15 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("size", [(49, 256, 480), (49, 1088, 1920), (1, 1088, 1920)], ids=str)
 @pytest.mark.parametrize("way", ["encode", "decode"])
-def test_memory_asked_for_is_what_the_official_vae_takes(in_comfy: Callable, way: str, size: tuple) -> None:
+def test_memory_asked_for_is_what_the_official_vae_takes(submodule: Callable, way: str, size: tuple) -> None:
     """Full-size network and video, as fake tensors: only their sizes are real."""
-    config = in_comfy("flashvideo.config").VAE
+    config = submodule("flashvideo.config").VAE
     frames, height, width = size
     shape = (1, 3, *size) if way == "encode" else (1, 16, (frames + 3) // 4, height // 8, width // 8)
     with torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
-        network = in_comfy("flashvideo.vae").VideoVAE(config, dtype=torch.float16)
+        network = submodule("flashvideo.vae").VideoVAE(config, dtype=torch.float16)
         start = torch.empty(shape, dtype=torch.float16)
-        asked = getattr(in_comfy("flashvideo.vae_memory"), f"{way}_bytes")(network, shape, torch.float16)
+        asked = getattr(submodule("flashvideo.vae_memory"), f"{way}_bytes")(network, shape, torch.float16)
         with PeakMemory() as memory:
             getattr(network, way)(start)
     assert 0.9 < asked / memory.peak < 1.1
@@ -420,10 +412,10 @@ def test_every_input_and_output_is_explained(comfy_nodes: dict) -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_loading_says_if_the_built_in_vae_is_untrained_and_nothing_misleading(
-    run_prompt: Callable, in_comfy: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    run_prompt: Callable, submodule: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     trained: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(in_comfy("nodes.native.files"), "nano_is_trained", lambda: trained)
+    monkeypatch.setattr(submodule("nodes.native.files"), "nano_is_trained", lambda: trained)
     end = {"class_type": "TestCapture", "inputs": {"value": ["1", 0], "name": "vae"}}
     outputs, _ = run_prompt({"1": LOADER, "2": end})
     said = [text for output in outputs.values() for text in output.get("text", ())]
@@ -449,9 +441,9 @@ def test_two_loaders_give_one_vae_and_nothing_keeps_it(run_prompt: Callable, cap
 _EMPTY_LATENT = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
 
 
-def test_a_replaced_file_is_read_again(in_comfy: Callable, vae_folder: Path) -> None:
-    files, native = in_comfy("nodes.native.files"), in_comfy("nodes.native.vae")
-    state = in_comfy("flashvideo.nano").nano_state("vae")
+def test_a_replaced_file_is_read_again(submodule: Callable, vae_folder: Path) -> None:
+    files, native = submodule("nodes.native.files"), submodule("nodes.native.vae")
+    state = submodule("flashvideo.nano").nano_state("vae")
     path = vae_folder / "nano.safetensors"
     save_file(state, path)
     first = files.shared(path, lambda: native.load_vae_native(path))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from live_bytes import LiveBytes, flash_attention
 from pretended_card import CARD, PretendedCard, prepare_card
 from small_models import TINY_REFINER
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashvideo import rope
 from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig
@@ -39,7 +38,7 @@ SHALLOW_1, SHALLOW_2 = replace(STAGE1, num_layers=2), replace(STAGE2, num_layers
 @pytest.fixture()
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCard]:
     """The card, with CUDA's way to turn positions."""
-    prepare_card()
+    prepare_card(monkeypatch)
     monkeypatch.setattr(rope, "COMPLEX_DEVICES", ("cpu", CARD))
     with PretendedCard() as card, torch.no_grad():
         yield card
@@ -144,30 +143,16 @@ def test_a_stream_of_the_vae_stays_within_the_card(
     assert not card.reads
 
 
-class Stays:
-    """A network that is where it works already: PyTorch can't move those that are only pretended."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)
-
-    def __call__(self, *args: Any, **options: Any) -> Tensor:
-        return self.network(*args, **options)
-
-    def to(self, device: torch.device) -> Stays:
-        assert device.type == CARD
-        return self
-
-
 @pytest.mark.parametrize(("share", "color_match", "tile"), [(2.0, "none", 0), (2.0, "adain", 0), (0.9, "wavelet", 128)])
 def test_a_whole_run(share: float, color_match: str, tile: int, card: PretendedCard) -> None:
-    """From a clip in main memory to one; `share` is what the VAE may hold of what the whole picture takes."""
-    dit, vae = FlashVideoDiT(TINY_REFINER, device=CARD), VideoVAE(NANO_VAE, device=CARD)
+    """From a clip in main memory to one, where the networks wait, too.
+
+    `share` is what the VAE may hold of what the whole picture takes.
+    """
+    dit, vae = FlashVideoDiT(TINY_REFINER), VideoVAE(NANO_VAE)
     room = share * held_bytes(vae.decoder, (6, 10, 20), torch.float32)
     context, device = torch.randn(1, 6, TINY_REFINER.text_dim), torch.device(CARD)
-    networks = Networks(Stays(dit), Stays(vae), context, device, room, vae_store=GIGABYTE)
+    networks = Networks(dit, vae, context, device, room, vae_store=GIGABYTE)
     clip = TensorClip(torch.zeros(21, 40, 80, 3, dtype=torch.uint8))
     settings = RefineSettings(TargetSize("scale", scale=2), window=17, overlap=8, tile=tile, color_match=color_match)
     parts: list[Tensor] = []
@@ -176,3 +161,4 @@ def test_a_whole_run(share: float, color_match: str, tile: int, card: PretendedC
     assert [part.device.type for part in parts] == ["cpu"] * len(decode_chunks(6))
     assert sum(map(len, parts)) == 21
     assert (run.main_bytes() > 0) == (share < 1)
+    assert {weight.device.type for weight in (*dit.parameters(), *vae.parameters())} == {"cpu"}
