@@ -40,10 +40,10 @@ class TiledVAEStream(VAEStream):
             shape = (1, channels, frames, rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
         else:
             shape = (1, channels, latents, rows // SPATIAL_FACTOR, columns // SPATIAL_FACTOR)
-        result = torch.empty(shape, dtype=self._run.dtype)  # where it lies, all that is stored does
+        result = torch.empty(shape, device=chunk.device, dtype=self._run.dtype)
         self._run.first, self._run.last = self._context.first, self._context.last
         self._run([chunk], [result], [chunk] if decodes else None, [latents])
-        return result.to(chunk.device)
+        return result
 
     def state(self) -> dict[str, Tensor]:
         """What the chunks so far leave for the next, by tile and layer."""

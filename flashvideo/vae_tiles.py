@@ -28,6 +28,7 @@ from .vae_layers import ChunkContext, Statistics, group_statistics
 from .vae_memory import SMALLEST_TILE, TilePlan, reaches, runs_in_place
 
 OnStep = Callable[[int, int], None]
+MAIN_MEMORY = torch.device("cpu")
 
 
 class Tile(NamedTuple):
@@ -119,7 +120,7 @@ class _Job(NamedTuple):
 class TiledRun:
     """One half of the VAE over the tiles of a video's chunks.
 
-    `device` and `dtype` are those of the work; what is stored between groups lies where the results lie. `on_step`
+    `device` and `dtype` are those of the work; what is stored between groups lies in main memory. `on_step`
     gets (done, total) after every chunk of every tile, and may raise to stop. Where `is_out_of_memory` says so of an
     exception, tiles are halved from there on; whatever other tiles have done stays.
 
@@ -167,19 +168,19 @@ class TiledRun:
             elif self.plan.by_chunk and runs_in_place(group):
                 targets = beside
             else:
-                targets = self._storage(group[-1], results[0].device, sizes)
+                targets = self._storage(group[-1], sizes)
             statistics = self._run_group(_Job(index, chunks, beside, latents, targets), statistics)
             beside = chunks if follower is not None and follower[0].joins else None
             chunks = targets
         self.calls -= 1
 
-    def _storage(self, unit: Unit, device: torch.device, sizes: Sequence[int]) -> list[Tensor]:
+    def _storage(self, unit: Unit, sizes: Sequence[int]) -> list[Tensor]:
         rows, columns = (length * unit.out_scale for length in (self.whole.bottom, self.whole.right))
         frames = [size * unit.out_time for size in sizes]
         if self.first:
             frames[0] -= unit.out_time - 1  # a video's first latent frame stands for one frame
         shapes = [(1, unit.channels, count, rows, columns) for count in frames]
-        return [torch.empty(shape, device=device, dtype=self.dtype) for shape in shapes]
+        return [torch.empty(shape, device=MAIN_MEMORY, dtype=self.dtype) for shape in shapes]
 
     def _run_group(self, job: _Job, statistics: list[Statistics] | None) -> list[Statistics] | None:
         """Pass over the tiles once for each unknown norm, and once more for the result.
@@ -254,7 +255,7 @@ class TiledRun:
                 measured.append(moments)
             if is_written:
                 target = tile.cut(job.targets[number], self.whole)
-                left = {layer: past.to(target.device) for layer, past in context.past.items() if not self.last}
+                left = {layer: past.to(MAIN_MEMORY) for layer, past in context.past.items() if not self.last}
                 # Memory has run out by now if it does: what is overwritten may be what a second try would read.
                 target.copy_(result)
                 if not self.last:

@@ -27,7 +27,8 @@ from flashvideo.sparse import VIEWS, WindowAttention
 from flashvideo.streaming import VAEStream
 from flashvideo.streaming_tiles import TiledVAEStream, plan_stream, stream_within
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
-from flashvideo.vae_memory import decode_bytes, encode_bytes, held_bytes
+from flashvideo.vae_memory import MOVE, decode_bytes, encode_bytes, held_bytes, plan_tiles
+from flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles
 from flashvideo.work_folder import MemoryWork
 
 GIGABYTE = 2**30
@@ -140,6 +141,28 @@ def test_a_stream_of_the_vae_stays_within_the_card(
     if plan is not None:
         assert 0.5 * plan.device_bytes <= held.added <= 1.1 * plan.device_bytes
         assert 0.8 * plan.stored_bytes <= stored.peak <= 1.1 * plan.stored_bytes
+    assert not card.reads
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_tiles_of_a_clip_stay_within_the_card(half: str, card: PretendedCard) -> None:
+    """A clip that ComfyUI has brought to the card already; what is stored between layers lies in main memory."""
+    vae = VideoVAE(VAE, device=CARD, dtype=torch.float16)
+    frames, height, width = 4 * HD[0] - 3, 8 * HD[1], 8 * HD[2]
+    plan = plan_tiles(getattr(vae, half), HD, torch.float16, 9 * GIGABYTE, 16 * GIGABYTE, None, MOVE)
+    assert len(plan.groups) > 1
+    video = torch.zeros(1, 3, frames, height, width, device=CARD if half == "encoder" else "cpu", dtype=torch.float16)
+    latent = torch.zeros(1, 16, *HD, device=CARD, dtype=torch.float16)
+    with (
+        LiveBytes(video, latent, *vae.parameters(), device=CARD) as held,
+        LiveBytes(video, device="cpu") as stored,
+    ):
+        if half == "encoder":
+            encode_in_tiles(vae, video, plan, CARD)
+        else:
+            decode_in_tiles(vae, latent, plan, video, CARD)
+    assert 0.5 * plan.device_bytes <= held.added <= 1.1 * plan.device_bytes
+    assert 0.8 * plan.stored_bytes <= stored.added <= 1.1 * plan.stored_bytes
     assert not card.reads
 
 
