@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from .sampling import sigma_to_flow
 
 Wrapper = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]  # of ComfyUI's model function
 WINDOWS, TILES = "windows", "tiles"  # kinds of pieces
+HELD_LATENTS = 15  # in float32, that ComfyUI's samplers hold at most, as tests/comfy/test_pretended_card.py counts
 Plan = Callable[[float, int, int, int], list[Piece]]  # at a time of the flow, of latent frames, rows and columns
 
 
@@ -66,9 +68,14 @@ def _in_pieces(
     clone.set_model_unet_function_wrapper(InPieces(inner, kind, settings, plan))
 
     def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """Let ComfyUI make room for one piece and not for the whole latent."""
-        piece = torch.empty(tuple(noise_shape), device="meta")[plan(0.0, *noise_shape[2:])[0].at]
-        return executor(model, list(piece.shape), *args, **kwargs)
+        """Let ComfyUI make room for one piece and for what samplers hold of the whole latent, by a wider piece."""
+        whole = torch.empty(tuple(noise_shape), device="meta")
+        *piece, columns = whole[plan(0.0, *noise_shape[2:])[0].at].shape
+        room = model.model.memory_required
+        a_column = (room([*piece, 2 * columns]) - room([*piece, columns])) / columns
+        beyond = (whole.numel() - math.prod((*piece, columns))) * whole.itemsize
+        columns += math.ceil(HELD_LATENTS * beyond / a_column)
+        return executor(model, [*piece, columns], *args, **kwargs)
 
     preparing = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
     clone.add_wrapper_with_key(preparing, f"flashvideo_{kind}", reserve)

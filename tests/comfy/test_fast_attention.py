@@ -192,7 +192,7 @@ def test_tiles_before_and_behind_make_room_for_a_tile_and_its_views_keys(
     def tiled(use: Any) -> Any:
         return comfy_nodes["FlashVideoSpatialTiles"].execute(model=use, tile=128).result[0]
 
-    for use in (model, tiled(model), tiled(fast("wide view")), fast("wide view", tiled(model))):
+    for use in (fast("wide view"), tiled(model), tiled(fast("wide view")), fast("wide view", tiled(model))):
         refine(use, LARGER_THAN_A_TILE)
     whole, tile, before, behind = asked_memory
     assert tile < before == behind < whole

@@ -14,6 +14,7 @@ import comfy.k_diffusion.sampling
 import comfy.model_management as management
 import pytest
 import torch
+from live_bytes import LiveBytes, flash_attention
 from pretended_card import CARD, PretendedCard, prepare_card
 from torch import Tensor
 
@@ -79,9 +80,12 @@ def graph(card: PretendedCard, comfy_nodes: dict, submodule: Callable) -> Iterat
         )  # fmt: skip
 
 
-def refined(graph: SimpleNamespace, model: Any, solver: str = "euler", **options: int) -> Tensor:
-    refiner = graph.nodes["FlashVideoStage2Refiner"]
-    return refiner.execute(model, *graph.texts, graph.degraded, 2, 13.0, 2.5, solver, **options).result[0]["samples"]
+def refined(
+    graph: SimpleNamespace, model: Any, solver: str = "euler", latent: dict | None = None, **options: int
+) -> Tensor:
+    run = graph.nodes["FlashVideoStage2Refiner"].execute
+    latent = graph.degraded if latent is None else {**graph.degraded, **latent}
+    return run(model, *graph.texts, latent, 2, 13.0, 2.5, solver, **options).result[0]["samples"]
 
 
 def in_main_memory(result: Tensor, shape: tuple[int, ...]) -> bool:
@@ -127,6 +131,31 @@ def test_stock_samplers(graph: SimpleNamespace, sampler: str) -> None:
     masked = {**graph.latent, "noise_mask": torch.ones(1, 1, 64, 96)}
     result = run(model, 0, 2, 2.0, sampler, "simple", *graph.texts, masked)[0]
     assert in_main_memory(result["samples"], LATENT)
+
+
+@pytest.mark.parametrize("sampler", ["FlashVideo", "euler", "dpmpp_2m", "euler_ancestral"])
+def test_comfyui_made_enough_room_for_a_long_latent(
+    graph: SimpleNamespace,
+    sampler: str,
+    asked_memory: list[float],
+    submodule: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """201 frames in windows: a network so small that latents are most of what is held."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+        return flash_attention(q, k, v, heads, 0)
+
+    monkeypatch.setattr(submodule("nodes.native.model"), "optimized_attention", attention)
+    latent = {"samples": torch.zeros(1, 16, 51, 32, 48)}
+    with LiveBytes(device=CARD) as held:
+        if sampler == "FlashVideo":
+            refined(graph, graph.refiner, latent=latent, window=49, overlap=16)
+        else:
+            model = graph.nodes["FlashVideoRefinerSettings"].execute(graph.refiner, 675, 2.5, 49, 16).result[0]
+            graph.nodes["KSampler"]().sample(model, 0, 2, 13.0, sampler, "simple", *graph.texts, latent)
+    (asked,) = asked_memory
+    assert 0.5 * asked < held.peak - graph.refiner.model_size() <= asked
 
 
 @pytest.mark.parametrize("share", [2.0, 0.9])

@@ -109,7 +109,7 @@ def test_comfyui_makes_room_for_a_window_and_not_for_the_video(
     for frames, windows in ((13, {}), (40, {}), (40, {"window": 0})):
         refine(wandering(frames, 0), cfg=1.0, **windows)
     window, video, whole = asked_memory
-    assert video == window < whole
+    assert window < video < whole
 
 
 def test_cancel_answers_after_a_window_and_other_wrappers_see_the_windows(
