@@ -49,5 +49,7 @@ def prepare_card(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this PyTorch can't pretend to have a device")
     if torch._C._get_privateuse1_backend_name() != CARD:
         register(CARD)
+        # From now on PyTorch asks for this wherever it looks for the accelerator there is.
+        getattr(torch, CARD).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     # A module's weights can't be moved while something refers to them weakly, as pretended tensors' own mode does.
     monkeypatch.setattr(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda _tensor: []))
