@@ -99,8 +99,9 @@ class T5Encoder(nn.Module):
         return {name: tensor for name, tensor in self.network.state_dict().items() if name != TIED}
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights by those names; others are passed over. Raises CommandError if one is missing."""
-        missing, _ = self.network.load_state_dict(state, strict=False)
+        """Take weights by those names, as they are; others are passed over. Raises CommandError if one is missing."""
+        missing, _ = self.network.load_state_dict(state, strict=False, assign=True)
+        self.network.encoder.embed_tokens = self.network.shared
         if missing := [name for name in missing if name != TIED]:
             raise CommandError(f"The text encoder lacks {missing[0]}.")
 
@@ -124,10 +125,12 @@ def load_encoder(
     except KeyError as error:
         raise CommandError(f"{weights.label} is no T5 v1.1 encoder: it has no {error.args[0]}.") from error
     config = T5Config(1 + max(blocks), width, feed_forward, inner // heads, heads, vocabulary)
-    with torch.device(device):
-        encoder = T5Encoder(config).to(dtype)
-    encoder.load_weights({name: weights.read(name) for name in shapes if name.startswith(("shared.", "encoder."))})
-    return encoder
+    with torch.device("meta"):
+        encoder = T5Encoder(config)
+    # Placed one by one, so that a cast or a copy to the device never holds the weights twice.
+    names = [name for name in shapes if name.startswith(("shared.", "encoder."))]
+    encoder.load_weights({name: weights.read(name).to(device, dtype) for name in names})
+    return encoder.eval()
 
 
 @torch.inference_mode()

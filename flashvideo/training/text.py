@@ -34,7 +34,7 @@ _UNKNOWN = -100  # the target of tokens that captions don't have; such places ar
 def fresh_encoder(seed: int) -> T5Encoder:
     """The miniature encoder with starting weights."""
     encoder = T5Encoder(NANO_TEXT_ENCODER)
-    encoder.load_weights(build_nano(seed)["text_encoder"])
+    encoder.load_weights({name: weight.float() for name, weight in build_nano(seed)["text_encoder"].items()})
     return encoder
 
 

@@ -19,13 +19,14 @@ from flashvideo import rope
 from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import TargetSize
-from flashvideo.nano import NANO_VAE
+from flashvideo.nano import NANO_TEXT_ENCODER, NANO_VAE
 from flashvideo.planner_memory import dit_bytes
 from flashvideo.refine import ENCODE, STORE_SHARE, VAE_SHARE, Networks, RefineRun, RefineSettings, TensorClip
 from flashvideo.samplers import sample_stage1, sample_stage2
 from flashvideo.sparse import VIEWS, WindowAttention
 from flashvideo.streaming import VAEStream
 from flashvideo.streaming_tiles import TiledVAEStream, plan_stream, stream_within
+from flashvideo.t5 import T5Encoder, load_encoder
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
 from flashvideo.vae_memory import MOVE, decode_bytes, encode_bytes, held_bytes, plan_tiles
 from flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles
@@ -69,6 +70,15 @@ def test_samplers(card: PretendedCard) -> None:
         latent = sample(network, noise(), text(config), text(config), steps=16, **options)
         assert (latent.device.type, latent.shape) == (CARD, (1, 16, *DRAFT))
     assert not card.reads
+
+
+def test_the_text_encoder_is_placed_once(card: PretendedCard) -> None:
+    weights = T5Encoder(NANO_TEXT_ENCODER).weights()
+    with LiveBytes(device=CARD) as held:
+        encoder = load_encoder(weights, CARD, torch.bfloat16)
+    placed = sum(parameter.nbytes for parameter in encoder.parameters())
+    assert placed <= held.peak <= 1.01 * placed
+    assert {(weight.device.type, weight.dtype) for weight in encoder.parameters()} == {(CARD, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("tiles", VIEWS.values())
