@@ -96,7 +96,7 @@ def reduced(prompt: dict[str, Any], clip: Path) -> dict[str, Any]:
         "EmptyFlashVideoLatent": {"width": 64, "height": 32},
         "FlashVideoStage1Sampler": {"steps": 4},
         "FlashVideoStage1Scheduler": {"steps": 4},
-        "FlashVideoPrepareFrames": {"scale": 2.0},
+        "FlashVideoPrepareFrames": {"scale": 2.0, "short_side": 88},
         "LoadVideo": {"file": clip.name},
     }
     for node in prompt.values():
@@ -178,7 +178,7 @@ def test_text_to_video_saves_draft_and_refined_video(
 def test_refining_a_clip_keeps_frames_size_ratio_rate_and_sound(
     client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]], clip: Path
 ) -> None:
-    prompt = prompt_of(REFINE, f"Load Video.file={clip.name}", "FlashVideo Prepare Frames.scale=2")
+    prompt = prompt_of(REFINE, f"Load Video.file={clip.name}", "FlashVideo Prepare Frames.short_side=88")
     prompt_id = client.queue(prompt)
     events = list(client.events(prompt_id))
     assert isinstance(events[-1], Success), events[-1]
