@@ -37,6 +37,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return on_card or (isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY))
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take on a graphics card; None for devices that don't tell."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + idle
+
+
 def main_memory() -> int:
     """Bytes of main memory that this machine has."""
     import psutil  # ComfyUI brings it

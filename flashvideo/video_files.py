@@ -76,17 +76,31 @@ class VideoClip:
         with _opened(self.path) as container:
             for index, frame in enumerate(_decode(container)):
                 if index >= start:
-                    # PyAV takes BT.601 and limited range for granted unless the two are named and differ.
-                    frame = frame.reformat(
-                        format="rgb24",
-                        src_colorspace=self.matrix,
-                        dst_colorspace=_BT601,
-                        src_color_range=_FULL if int(frame.color_range) == _FULL else _LIMITED,
-                        dst_color_range=_LIMITED,
-                        interpolation=_EXACT,
-                    )
-                    pixels = frame.to_ndarray()
-                    yield torch.from_numpy(np.ascontiguousarray(np.rot90(pixels, self.turns)))
+                    yield torch.from_numpy(upright_pixels(frame, self.matrix, self.turns))
+
+
+def upright_pixels(frame: av.VideoFrame, matrix: int, turns: int) -> np.ndarray:
+    """A frame as it is meant to be seen, uint8 [H, W, 3]: by its colour matrix, turned by so many quarter turns."""
+    # PyAV takes BT.601 and limited range for granted unless the two are named and differ.
+    frame = frame.reformat(
+        format="rgb24",
+        src_colorspace=matrix,
+        dst_colorspace=_BT601,
+        src_color_range=_FULL if int(frame.color_range) == _FULL else _LIMITED,
+        dst_color_range=_LIMITED,
+        interpolation=_EXACT,
+    )
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns))
+
+
+def colour_matrix(frame: av.VideoFrame) -> int:
+    """FFmpeg's number of the matrix that a frame's colours were made with, a guess where the file doesn't say."""
+    return _MATRICES.get(int(frame.colorspace), _BT709 if frame.height >= _HD_ROWS else _BT601)
+
+
+def quarter_turns(frame: av.VideoFrame) -> int:
+    """By how many quarter turns (anticlockwise) a stored frame has to be turned: telephones store them lying."""
+    return round(getattr(frame, "rotation", 0) / 90) % 4
 
 
 def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None) -> VideoClip:
@@ -114,7 +128,7 @@ def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, to
         rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
         start = Fraction(max(0, container.start_time or 0), _CONTAINER_TICKS)
         clock = _Clock(stream.time_base, start)
-        turns = round(getattr(first, "rotation", 0) / 90) % 4
+        turns = quarter_turns(first)
         height, width = size if turns % 2 == 0 else size[::-1]
         context = stream.codec_context
         aspect = stream.sample_aspect_ratio or None
@@ -125,7 +139,7 @@ def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, to
             rate=Fraction(rate),
             time_base=stream.time_base,
             times=tuple(clock(time, round(1 / (rate * stream.time_base))) for time in times),
-            matrix=_MATRICES.get(int(first.colorspace), _BT709 if first.height >= _HD_ROWS else _BT601),
+            matrix=colour_matrix(first),
             turns=turns,
             pixel_aspect=1 / aspect if aspect and turns % 2 else aspect,
             tags=(int(context.color_primaries), int(context.color_trc)),

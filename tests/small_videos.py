@@ -89,3 +89,14 @@ def read(path: Path) -> Contents:
         packets = container.demux(audio=0) if container.streams.audio else ()
         sound = [(bytes(p), p.pts * p.time_base, p.duration * p.time_base) for p in packets if p.size]
     return Contents(rate, times, frames, sound)
+
+
+def turn_clockwise(path: Path) -> None:
+    """Tell players to turn an MP4's pictures by a quarter, as telephones do."""
+    # The display matrix in the track's header, 16.16 fixed point: from none to a quarter turn clockwise.
+    one = bytes([0, 1, 0, 0])
+    none = one + bytes(12) + one + bytes(12) + bytes([0x40, 0, 0, 0])
+    turn = bytes(4) + one + bytes(4) + bytes([255, 255, 0, 0]) + bytes(16) + bytes([0x40, 0, 0, 0])
+    data = path.read_bytes()
+    at = data.index(none, data.index(b"tkhd"))
+    path.write_bytes(data[:at] + turn + data[at + len(turn) :])

@@ -88,6 +88,9 @@ def _train_nano(options: argparse.Namespace) -> int:
     """All networks, or some of their trainings."""
     from . import rebuild
 
+    for name, value in (("--steps", options.steps), ("--out", options.out)):
+        if value is not None:
+            raise TrainingError(f"{name} is for one network. train nano goes on by itself; --minutes limits it.")
     configs = options.config or rebuild.CONFIGS
 
     class Configs:
@@ -108,7 +111,7 @@ def _train_nano(options: argparse.Namespace) -> int:
         given = {"--only": ",".join(part.name for part in parts), "--config": configs, "--minutes": minutes}
         given |= {"--device": options.device, "--tokenizer": options.tokenizer}
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
-        return [sys.executable, "-m", "flashvideo", "train", WHOLE, *words]
+        return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
     return _exit_code(rebuild.rebuild(Configs(), options.export or rebuild.WEIGHTS, options.minutes, command))
 

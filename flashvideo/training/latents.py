@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..checkpoints import load_vae, read_vae
+from ..checkpoints import read_vae
 from ..config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from ..frames import TargetSize, finish, prepare, resize, to_frames, to_video
-from ..vae import VideoVAE
 from .checkpointing import whole_file
 from .errors import TrainingError
 from .folder import VideoFolder
-from .randomness import generator_for, normal_like, randint
+from .frozen_vae import FrozenVAE
+from .randomness import generator_for, randint
 from .scenes import VERSION as SCENES
 from .scenes import SceneStream
 
@@ -59,8 +59,7 @@ class ClipSettings:
     def open(self, split: str, seed: int) -> Source:
         """Return the clips of "train" or "validation"."""
         if self.folder:
-            # A folder has no held-out part of its own: validation cuts other pieces from it.
-            return VideoFolder(self.folder, self.height, self.width, self.frames, seed + (split != "train"))
+            return VideoFolder(self.folder, self.height, self.width, self.frames, seed, split=split)
         if any(self.scene):
             return ScenePieces(SceneStream(split, *self.scene, self.frames, seed), self.height, self.width)
         return SceneStream(split, self.height, self.width, self.frames, seed)
@@ -96,6 +95,11 @@ class ScenePieces:
 
 
 Source = SceneStream | ScenePieces | VideoFolder  # what clips come from; all have `sample(index)`
+
+
+def content_of(source: Source) -> tuple[str, ...]:
+    """What clips depend on beside settings: a folder's files."""
+    return (source.digest,) if isinstance(source, VideoFolder) else ()
 
 
 def sample_uncut(source: Source, index: int) -> tuple[Tensor, str, Callable[[Tensor], Tensor]]:
@@ -199,29 +203,15 @@ def encoder_digest(vae: Path) -> str:
     return digest.hexdigest()
 
 
-def coded_draft(vae: VideoVAE, frames: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
+def coded_draft(vae: FrozenVAE, frames: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
     """A draft of frames [T, H, W, 3] in [0, 1], `factor` times smaller, through the VAE as stage I's drafts come."""
     small = resize(frames, frames.shape[1] // factor, frames.shape[2] // factor, "bilinear")
     prepared = prepare(small, TargetSize("keep"))
-    latent = encode_clip(vae, to_video(prepared.frames)[0], seed, *names)
-    return finish(to_frames(vae.decode(latent[None])).cpu(), prepared.reference)
+    latent = vae.encode(to_video(prepared.frames)[0], seed, *names)
+    return finish(to_frames(vae.decode(latent[None])), prepared.reference)
 
 
-def enlarged_draft(vae: VideoVAE, video: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
+def enlarged_draft(vae: FrozenVAE, video: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
     """What stage II's reference is of a video [3, T, H, W] in [-1, 1] if stage I drew it: `coded_draft`, enlarged."""
     draft = coded_draft(vae, to_frames(video[None]), factor, seed, *names)
     return to_video(prepare(draft, TargetSize("scale", scale=float(factor))).reference)[0]
-
-
-def load_frozen_vae(path: Path, device: torch.device) -> VideoVAE:
-    """Load the trained VAE, which only encodes and decodes."""
-    return load_vae(path, device=device, dtype=torch.float32).eval().requires_grad_(False)
-
-
-def encode_clip(vae: VideoVAE, video: Tensor, seed: int, *names: str | int) -> Tensor:
-    """Encode one clip [3, T, H, W] in [-1, 1] to a posterior sample [16, T', h, w], as the official code does."""
-    device = next(vae.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        posterior = vae.encode(video[None].to(device))
-    mean = posterior.mean.float()
-    return type(posterior)(mean, posterior.logvar.float()).sample(normal_like(mean, generator_for(seed, *names)))[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,16 @@ class FrozenText:
     def release(self) -> None:
         """Free the encoder's memory; the next call reads it again."""
         self._encoder = None
+
+
+@contextmanager
+def set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a model wait in main memory while others need the device."""
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 def held_out_batch(cache: LatentCache, count: int) -> dict[str, Tensor]:

@@ -35,6 +35,14 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's, whose momenta stay in float32, whatever the weights are in."""
+        super().load_state_dict(state)
+        for number, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
+            if number in state["state"]:
+                momentum = state["state"][number]["momentum"]
+                self.state[parameter]["momentum"] = momentum.to(parameter.device, torch.float32, copy=True)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""

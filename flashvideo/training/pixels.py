@@ -60,7 +60,7 @@ def visible_loss(vae: VideoVAE, latent: Tensor, video: Tensor, place: Tensor, se
     rows, columns = (slice(start, start + settings.window) for start in place.tolist())
     edge = settings.edge * SPATIAL_FACTOR
     inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
-    shown = vae.decode(latent[..., rows, columns])
+    shown = vae.decode(latent[..., rows, columns].to(vae.dtype)).float()
     return weighted_loss(shown[..., inner, inner], video[..., inner, inner], settings.terms)
 
 

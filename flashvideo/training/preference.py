@@ -121,7 +121,7 @@ class PreferenceTask(Stage2Task):
         source = settings.phases[0].clips.open("train", settings.seed)
         kinds = (clips.folder.name, settings.choice, settings.degradation, settings.seed, network)
         digest = sha256(Path(network.weights), lambda *_: None)
-        judged_through = sha256(settings.vae, lambda *_: None)  # the choice depends on the decoder, too
+        judged_through = self.vae.digest  # the choice depends on the decoder, too
         folder = cache_folder(settings.cache, settings.vae, "chosen", digest, judged_through, *kinds)
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
@@ -152,7 +152,7 @@ class PreferenceTask(Stage2Task):
                 degradation_step=choice.strength,
             )  # fmt: skip
             latent = latent / STAGE2_LATENT_SCALE
-            score = SCORERS[choice.scorer](self.vae.decode(latent)[0].cpu(), clean)
+            score = SCORERS[choice.scorer](self.vae.decode(latent)[0], clean)
             if best is None or score > highest:
                 best, highest = latent[0].cpu(), score
         return best

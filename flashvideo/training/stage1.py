@@ -19,7 +19,8 @@ from ..t5 import T5Encoder, T5Tokens, load_encoder
 from .checkpointing import export_weights
 from .config import LoopSettings
 from .errors import TrainingError
-from .latents import ClipSettings, LatentCache, cache_folder, check_lengths, draw_length, encode_clip, load_frozen_vae
+from .frozen_vae import FrozenVAE
+from .latents import ClipSettings, LatentCache, cache_folder, check_lengths, content_of, draw_length
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .metrics import sheet
 from .networks import (
@@ -31,6 +32,7 @@ from .networks import (
     export_network,
     held_out_batch,
     make_network,
+    set_aside,
 )
 from .randomness import generator_for, normal_like
 from .scenes import SceneStream
@@ -157,11 +159,18 @@ class Stage1Task:
     def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
         """Build or load the networks, and encode the held-out clips that aren't in the cache yet."""
         self.settings, self.device = settings, device
-        self.vae = load_frozen_vae(settings.vae, device)
+        self.vae = FrozenVAE(settings.vae, device)
         frozen = None if settings.train_text else FrozenText(settings.text, settings.tokenizer, device)
         self.frozen, self.tokens = frozen, frozen.tokens if frozen else T5Tokens(settings.tokenizer)
         self.clips, self.held_out = (self._cached(split) for split in ("train", "validation"))
         self.held_out.fill()
+        self.prompts = list(settings.sheet.prompts) or [
+            self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
+        ]
+        self._prompt_contexts = None
+        if frozen is not None:  # before the network needs its place
+            self._prompt_contexts = frozen(self.prompts)
+            frozen.release()
         dit = make_network(settings.network, 1, settings.seed, device)
         self.model = nn.ModuleDict({"dit": dit})
         if frozen is None:
@@ -171,12 +180,6 @@ class Stage1Task:
         scenes = settings.clips.open("train", settings.seed) if settings.layout_weight else None
         self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
         self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
-        self.prompts = list(settings.sheet.prompts) or [
-            self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
-        ]
-        self._prompt_contexts = None if frozen is None else frozen(self.prompts)
-        if frozen is not None:
-            frozen.release()
 
     def _encoder(self) -> T5Encoder:
         if self.settings.text:
@@ -187,11 +190,11 @@ class Stage1Task:
         clips, text = self.settings.clips, self.frozen
         seed = self.settings.seed if split == "train" else VALIDATION_SEED
         source = clips.open(split, seed)
-        kinds = (clips, split, seed, "tokens" if text is None else text.digest)
+        kinds = (clips, split, seed, "tokens" if text is None else text.digest, *content_of(source))
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
             video, caption = source.sample(index)
-            tensors = {"latent": encode_clip(self.vae, video, seed, "posterior", index)}
+            tensors = {"latent": self.vae.encode(video, seed, "posterior", index)}
             if text is not None:
                 tensors["context"] = text([caption])[0]
             return tensors, caption
@@ -201,9 +204,10 @@ class Stage1Task:
 
     def prepare(self) -> None:
         """Encode the clips that aren't in the cache yet."""
-        self.clips.fill()
-        if self.frozen is not None:
-            self.frozen.release()
+        with set_aside(self.model, self.device):
+            self.clips.fill()
+            if self.frozen is not None:
+                self.frozen.release()
 
     def _context(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]

@@ -18,15 +18,15 @@ from ..schedule import STAGE2_SHIFT
 from .config import LoopSettings
 from .degradations import LatentDegradation, StrongDegradation, WeakDegradation
 from .errors import TrainingError
+from .frozen_vae import FrozenVAE
 from .latents import (
     ClipSettings,
     LatentCache,
     cache_folder,
     check_lengths,
+    content_of,
     draw_length,
-    encode_clip,
     enlarged_draft,
-    load_frozen_vae,
     sample_uncut,
 )
 from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step
@@ -40,6 +40,7 @@ from .networks import (
     export_network,
     held_out_batch,
     make_network,
+    set_aside,
 )
 from .pixels import PixelSettings, visible_loss, visible_part, weighted_loss
 from .randomness import generator_for, normal_like, randint
@@ -202,7 +203,7 @@ class Stage2Task:
     def __init__(self, settings: Stage2Settings, device: torch.device) -> None:
         """Build or load the network, and encode the held-out clips that aren't in the cache yet."""
         self.settings, self.device = settings, device
-        self.vae = load_frozen_vae(settings.vae, device)
+        self.vae = FrozenVAE(settings.vae, device)
         self.text = FrozenText(settings.text, settings.tokenizer, device)
         self.clips = [self._cached(phase.clips, "train") for phase in settings.phases]
         self.held_out = self._cached(settings.phases[-1].clips, "validation")
@@ -233,8 +234,9 @@ class Stage2Task:
         source = clips.open(split, seed)
         has_coded = self.settings.degradation.coded_probability > 0
         factors = self.settings.degradation.factor
-        kinds = (clips, split, seed, factors, self.text.digest)
-        kinds += ("coded",) if has_coded else ()
+        kinds = (clips, split, seed, factors, self.text.digest, *content_of(source))
+        kinds += () if split == "train" else (self.settings.seed,)  # of the degradations
+        kinds += ("coded", self.vae.digest) if has_coded else ()
 
         def make(index: int) -> tuple[dict[str, Tensor], str]:
             whole, caption, cut = sample_uncut(source, index)
@@ -243,7 +245,7 @@ class Stage2Task:
             if has_coded:
                 draft = enlarged_draft(self.vae, whole, round(factors[0]), self.settings.seed, "draft", index)
                 videos["coded"] = cut(draft)
-            tensors = {name: encode_clip(self.vae, clip, seed, name, index) for name, clip in videos.items()}
+            tensors = {name: self.vae.encode(clip, seed, name, index) for name, clip in videos.items()}
             return {**tensors, "context": self.text([caption])[0]}, caption
 
         folder = cache_folder(self.settings.cache, self.settings.vae, "stage2", *kinds)
@@ -251,9 +253,10 @@ class Stage2Task:
 
     def prepare(self) -> None:
         """Encode the clips that aren't in the cache yet."""
-        for clips in self.clips:
-            clips.fill()
-        self.text.release()
+        with set_aside(self.model, self.device):
+            for clips in self.clips:
+                clips.fill()
+            self.text.release()
 
     def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Mean squared error of the velocity at a random place of the flow, and the pixels' where they count."""
@@ -269,7 +272,7 @@ class Stage2Task:
         if "video" not in batch:
             return {"loss": step.loss}
         latent = step.clean / STAGE2_LATENT_SCALE
-        pixels = visible_loss(self.vae, latent, batch["video"], batch["place"], settings.pixels)
+        pixels = visible_loss(self.vae.network, latent, batch["video"], batch["place"], settings.pixels)
         return {"loss": step.loss + settings.pixels.weight * pixels, "velocity": step.loss, "pixels": pixels}
 
     def validate(self) -> dict[str, float]:

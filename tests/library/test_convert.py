@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashvideo import __main__ as cli
+from flashvideo import command_line as cli
 from flashvideo import convert
 from flashvideo.checkpoints import CheckpointError, load_dit, read_dit, read_vae
 from flashvideo.convert import convert_file
@@ -200,10 +200,21 @@ def test_a_failure_half_way_leaves_nothing(stage1: Path, tmp_path: Path) -> None
 
 # The commands
 
+
+@pytest.mark.parametrize("start", [("-m", "flashvideo"), ("-I", "flashvideo"), ("-I", str(REPOSITORY / "flashvideo"))])
+def test_the_commands_start(start: tuple[str, ...], stage1: Path, tmp_path: Path) -> None:
+    """Also where Python doesn't look for modules in the current folder (-I), as in ComfyUI's portable build."""
+    folder = tmp_path if Path(start[-1]).is_absolute() else REPOSITORY
+    command = [sys.executable, *start, "info", str(stage1)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("stage1.pt: ")
+
+
 # Runs the command as `python -m flashvideo` does, and waits in the middle of writing.
 PAUSED = """
 import sys, time
-from flashvideo import __main__ as cli
+from flashvideo import command_line as cli
 
 class Pause(cli.ProgressBars):
     def __call__(self, phase, done, total):

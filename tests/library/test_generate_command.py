@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flashvideo import refine_files
-from flashvideo.__main__ import main
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.command_line import main
 from flashvideo.config import STAGE1_LATENT_SCALE
 from flashvideo.frames import to_bytes, to_frames
 from flashvideo.nano import nano_state

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashvideo import __main__ as cli
+from flashvideo import command_line as cli
 from flashvideo import model_files
 from flashvideo.convert import convert_file
 from flashvideo.nano import NANO_TEXT_ENCODER, T5Config, nano_state, t5_shapes

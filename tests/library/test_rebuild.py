@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import filecmp
 import os
 import signal
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from small_recipes import VAE, head, write_nano_recipes
 from torch import nn
 
-from flashvideo.__main__ import main
 from flashvideo.checkpoints import load_dit
+from flashvideo.command_line import main
 from flashvideo.training import rebuild
 from flashvideo.training.captions import caption, parse_prompt
 from flashvideo.training.config import LoopSettings
@@ -55,6 +56,31 @@ def test_muon_takes_kernels_and_matrices_and_leaves_the_rest_to_adamw() -> None:
     muon, adamw = ([p for group in part.param_groups for p in group["params"]] for part in optimiser.parts)
     assert [id(p) for p in muon] == [id(model["hidden"].weight)]
     assert len(adamw) == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_goes_on_where_it_was(dtype: torch.dtype) -> None:
+    """Its momenta stay in float32 beside weights of any data type."""
+    settings = LoopSettings(steps=1, learning_rate=1e-2, optimiser="muon")
+    gradients = torch.randn(4, 20, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def step(optimiser: Together, model: nn.Module, gradient: torch.Tensor) -> None:
+        model.weight.grad = gradient
+        optimiser.step()
+
+    torch.manual_seed(2)
+    straight = nn.Linear(20, 20, bias=False, dtype=dtype)
+    optimiser = make_optimiser(straight, settings)
+    for gradient in gradients[:2]:
+        step(optimiser, straight, gradient)
+    resumed, state = copy.deepcopy(straight), copy.deepcopy(optimiser.state_dict())
+    after = make_optimiser(resumed, settings)
+    after.load_state_dict(state)
+    for gradient in gradients[2:]:
+        step(optimiser, straight, gradient)
+        step(after, resumed, gradient)
+    assert torch.equal(straight.weight, resumed.weight)
+    assert {each["momentum"].dtype for each in after.parts[0].state.values()} == {torch.float32}
 
 
 def test_both_optimisers_learn_a_linear_map() -> None:
@@ -180,6 +206,10 @@ def test_only_some_of_nanos_trainings(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["vae"]
     assert main(["train", "vae", "--config", str(tmp_path / "configs" / "vae.toml"), "--only", "vae"]) == 1
     assert "--only is for train nano" in capsys.readouterr().err
+    for option in ("--steps=5", f"--out={tmp_path / 'elsewhere'}"):
+        assert train_nano("--only", "vae", option) == 1
+        assert option.split("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
 
 
 WAITS = """

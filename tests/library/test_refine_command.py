@@ -123,7 +123,7 @@ def test_too_little_memory_for_one_video_is_told_and_the_next_is_done(tmp_path: 
     limited = (
         "import sys, resource, torch\n"
         "from flashvideo import refine\n"
-        "from flashvideo.__main__ import main\n"
+        "from flashvideo.command_line import main\n"
         "begin, calls = refine.RefineRun.run, []\n"
         "def run(self, *rest):\n"
         "    calls.append(1)\n"

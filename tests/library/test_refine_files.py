@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from small_videos import SOUND_RATE, add_sound, make_video, ramps, read
+from small_videos import SOUND_RATE, add_sound, make_video, ramps, read, turn_clockwise
 
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
@@ -137,13 +137,7 @@ def test_any_length_and_any_size_even_odd_ones(
 def test_a_turned_video_comes_out_upright(tiny: Networks, tmp_path: Path) -> None:
     source = make_video(tmp_path / "in.mp4", 5)
     straight = next(open_clip(source).frames())
-    # The display matrix in the track's header, 16.16 fixed point: from none to a quarter turn clockwise.
-    one = bytes([0, 1, 0, 0])
-    none = one + bytes(12) + one + bytes(12) + bytes([0x40, 0, 0, 0])
-    turn = bytes(4) + one + bytes(4) + bytes([255, 255, 0, 0]) + bytes(16) + bytes([0x40, 0, 0, 0])
-    data = source.read_bytes()
-    at = data.index(none, data.index(b"tkhd"))
-    source.write_bytes(data[:at] + turn + data[at + len(turn) :])
+    turn_clockwise(source)
 
     clip = open_clip(source)
     assert (clip.height, clip.width) == (48, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_videos import turn_clockwise
 
 from flashvideo.training.backgrounds import View, draw_background
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.folder import VideoFolder
+from flashvideo.training.folder import UnusableVideo, VideoFolder, read_clip
 from flashvideo.training.judge import judge
 from flashvideo.training.rendering import subject_coverage
 from flashvideo.training.scenes import HELD_OUT, SPLITS, SceneStream, caption, parse_prompt, random_scene, render
@@ -216,24 +218,98 @@ class TestFolder:
         (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
         whole = (tmp_path / "good.mp4").read_bytes()
         (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-        for name in ("good", "short", "noise", "cut"):
+        _write_video(tmp_path / "small.mp4", frames=30, size=(24, 40))
+        for name in ("good", "short", "noise", "cut", "small"):
             (tmp_path / f"{name}.txt").write_text("a clip", encoding="utf-8")
         (tmp_path / "badcaption.txt").write_bytes(b"\xff\xfe\xfa caf\xe9")
         with caplog.at_level(logging.WARNING):
             folder = VideoFolder(tmp_path, 32, 48, 5, seed=1)
             first = [folder.sample(index)[0] for index in range(20)]
-        assert {path.name for path in folder.problems} == {
-            "short.mp4",
-            "badcaption.mp4",
-            "nocaption.mp4",
-            "noise.mp4",
-            "cut.mp4",
-        }
+        captionless = {"badcaption.mp4", "nocaption.mp4"}
+        assert {path.name for path in folder.problems} == captionless | {"short.mp4", "noise.mp4", "small.mp4"}
         assert folder.skipped == 5
-        for name in ("short.mp4", "badcaption.txt", "nocaption.txt", "noise.mp4", "cut.mp4"):
+        for name in ("short.mp4", "badcaption.txt", "nocaption.txt", "noise.mp4", "small.mp4"):
             assert name in caplog.text
+        assert "smaller than the clips (40x24 of 48x32)" in caplog.text
+        with pytest.raises(TrainingError, match=r"keeps for validation .*cut\.mp4: it can't be read"):
+            VideoFolder(tmp_path, 32, 48, 5, seed=1, split="validation").sample(0)
         # Found broken early or late, a clip is the same.
         assert torch.equal(first[13], VideoFolder(tmp_path, 32, 48, 5, seed=1).sample(13)[0])
+
+    def test_what_is_judged_by_is_never_learnt_from(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for number in range(21):
+            (tmp_path / "more").mkdir(exist_ok=True)
+            _write_video(tmp_path / "more" / f"{number}.mp4", frames=14)
+            (tmp_path / "more" / f"{number}.txt").write_text(str(number), encoding="utf-8")
+
+        def seen(split: str) -> set[str]:
+            folder = VideoFolder(tmp_path, 32, 48, 5, seed=2, split=split)
+            return {folder.sample(index)[1] for index in range(120)}
+
+        held_out = seen("validation")
+        assert len(held_out) == 3
+        assert seen("train") == {str(number) for number in range(21)} - held_out
+        assert not caplog.text
+        for number in range(1, 21):
+            (tmp_path / "more" / f"{number}.mp4").unlink()
+        assert seen("train") == seen("validation") == {"0"}
+        assert "learnt from, and judged by" in caplog.text
+
+    def test_its_content_is_known_by_a_hash(self, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            _write_video(tmp_path / f"{name}.mp4", frames=14)
+            (tmp_path / f"{name}.txt").write_text("a clip", encoding="utf-8")
+
+        def digest() -> tuple[str, str]:
+            return tuple(VideoFolder(tmp_path, 32, 48, 5, seed=1, split=split).digest for split in SPLITS[:2])
+
+        before = digest()
+        assert before == digest()
+        for change in (
+            lambda path: path.with_suffix(".txt").write_text("another clip", encoding="utf-8"),
+            lambda path: _write_video(path, frames=15),
+        ):
+            for name in ("one", "two"):
+                change(tmp_path / f"{name}.mp4")
+            after = digest()
+            assert not set(before) & set(after)
+            before = after
+
+    def test_a_telephones_video_is_upright(self, tmp_path: Path) -> None:
+        _write_video(tmp_path / "one.mp4", frames=14, size=(32, 96))
+        turn_clockwise(tmp_path / "one.mp4")
+        (tmp_path / "one.txt").write_text("a clip", encoding="utf-8")
+        assert read_clip(tmp_path / "one.mp4", 5, 12).shape == (5, 96, 32, 3)
+        assert VideoFolder(tmp_path, 96, 32, 5, seed=1).sample(0)[0].shape == (3, 5, 96, 32)
+
+    def test_colours_are_those_of_the_files_own_matrix(self, tmp_path: Path) -> None:
+        for matrix in (1, 5):  # BT.709 and BT.601
+            with av.open(str(tmp_path / "one.mkv"), "w") as container:
+                stream = container.add_stream("ffv1", rate=8)
+                stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv444p"
+                stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1
+                for _ in range(6):
+                    picture = av.VideoFrame.from_ndarray(np.full((32, 48, 3), (200, 40, 90), np.uint8), format="rgb24")
+                    picture = picture.reformat(format="yuv444p", src_colorspace=5, dst_colorspace=matrix)
+                    container.mux(stream.encode(picture))
+                container.mux(stream.encode())
+            assert abs(read_clip(tmp_path / "one.mkv", 5, 8).mean((0, 1, 2)) - (200, 40, 90)).max() <= 2
+
+    def test_pictures_that_change_their_size_are_no_clip(self, tmp_path: Path) -> None:
+        with av.open(str(tmp_path / "one.mkv"), "w") as container:
+            stream = container.add_stream("mjpeg", rate=8)
+            stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj420p"
+            other = av.CodecContext.create("mjpeg", "w")
+            other.height, other.width, other.pix_fmt, other.time_base = 64, 48, "yuvj420p", Fraction(1, 8)
+            for index in range(8):
+                encoder, rows = (stream, 32) if index < 3 else (other, 64)
+                picture = av.VideoFrame.from_ndarray(np.full((rows, 48, 3), 90, np.uint8), format="rgb24")
+                picture.pts, picture.time_base = index, Fraction(1, 8)
+                for packet in encoder.encode(picture):
+                    packet.stream = stream
+                    container.mux(packet)
+        with pytest.raises(UnusableVideo, match="change their size"):
+            read_clip(tmp_path / "one.mkv", 5, 8)
 
     def test_nothing_to_train_on_is_said(self, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match="no such folder"):
@@ -281,12 +357,12 @@ def _scene_with(background: str) -> Scene:
     return next(scene for scene in map(random_scene, range(1000)) if scene.background == background)
 
 
-def _write_video(path: Path, frames: int, rate: int = 24) -> None:
-    """Even grey pictures of 64 x 48, each 8 levels brighter than the last."""
+def _write_video(path: Path, frames: int, rate: int = 24, size: tuple[int, int] = (48, 64)) -> None:
+    """Even grey pictures, each 8 levels brighter than the last."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate, bit_rate=2_000_000)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
         for index in range(frames):
-            picture = np.full((48, 64, 3), 8 + 8 * index, np.uint8)
+            picture = np.full((*size, 3), 8 + 8 * index, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())

@@ -19,7 +19,7 @@ from PIL import Image
 from small_recipes import SMALL_VAE
 from torch import Tensor, nn
 
-from flashvideo.__main__ import main
+from flashvideo.command_line import main
 from flashvideo.training.checkpointing import LAST, load_state, save_state
 from flashvideo.training.config import LoopSettings, build, load_toml
 from flashvideo.training.metrics import MetricsFile, psnr, save_plot

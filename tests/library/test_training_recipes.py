@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from small_recipes import CLIPS, LOOP, STAGE1, STAGE2, TEXT, VAE, head
 from torch import Tensor, nn
 
-from flashvideo.__main__ import main
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.command_line import main
 from flashvideo.config import STAGE2_LATENT_SCALE, VAEConfig
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
 from flashvideo.errors import CommandError
@@ -435,8 +435,8 @@ def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pi
     clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
     shown = batch["video"], batch["place"], pixel_task.settings.pixels
     guess = reference.clone().requires_grad_()
-    worse = visible_loss(pixel_task.vae, guess / STAGE2_LATENT_SCALE, *shown)
-    assert visible_loss(pixel_task.vae, clean / STAGE2_LATENT_SCALE, *shown).item() < worse.item()
+    worse = visible_loss(pixel_task.vae.network, guess / STAGE2_LATENT_SCALE, *shown)
+    assert visible_loss(pixel_task.vae.network, clean / STAGE2_LATENT_SCALE, *shown).item() < worse.item()
     worse.backward()
     row, column = batch["place"].tolist()
     touched = guess.grad.abs().sum((0, 1, 2)) > 0

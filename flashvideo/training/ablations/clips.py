@@ -19,7 +19,8 @@ from ..checkpointing import whole_file
 from ..degradations import StrongDegradation
 from ..errors import TrainingError
 from ..folder import UnusableVideo, read_clip
-from ..latents import ClipSettings, cache_folder, coded_draft, encode_clip, load_frozen_vae
+from ..frozen_vae import FrozenVAE
+from ..latents import ClipSettings, cache_folder, coded_draft
 from ..networks import FrozenText
 from ..randomness import generator_for
 from ..rendering import FRAME_RATE
@@ -95,7 +96,7 @@ class ClipStore:
 
     def __init__(self, folder: Path, vae: Path, text: FrozenText, device: torch.device) -> None:
         self.folder, self.vae_path, self.text, self.device = folder, vae, text, device
-        self.vae = load_frozen_vae(vae, device)
+        self.vae = FrozenVAE(vae, device)
 
     def clip(self, suite: Suite, index: int) -> HeldOutClip:
         """Clip `index` of a suite, from the disk if it is there."""
@@ -118,6 +119,7 @@ class ClipStore:
             content = hashlib.sha256(suite.real.path.read_bytes()).hexdigest()
             source = (scene, content, suite.real.when, suite.real.caption)
         parts = (repr(source), suite.draft, self.text.digest)
+        parts += (self.vae.digest,) if suite.draft == "coded" else ()
         return cache_folder(self.folder, self.vae_path, "held out", *parts).with_suffix(".safetensors")
 
     @torch.no_grad()
@@ -134,7 +136,7 @@ class ClipStore:
         return {
             "truth": (truth * 255).round().byte(),
             "draft": (draft * 255).round().byte(),
-            "latent": encode_clip(self.vae, to_video(enlarged)[0], TEST_SEED, "latent", index)[None].cpu(),
+            "latent": self.vae.encode(to_video(enlarged)[0], TEST_SEED, "latent", index)[None].cpu(),
             "context": self.text([caption]),
             "flow": optical_flow(truth).half(),
         }

@@ -95,7 +95,7 @@ class Evaluator:
 
     def _name(self, method: Method, clip: HeldOutClip) -> str:
         weights = None if method.weights is None else self._digest(method.weights)
-        parts = (FORMAT, dataclasses.replace(method, weights=None), weights, clip.digest)
+        parts = (FORMAT, dataclasses.replace(method, weights=None), weights, self.store.vae.digest, clip.digest)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
     def finished(self, method: Method, clip: HeldOutClip) -> Tensor:
@@ -106,13 +106,12 @@ class Evaluator:
             return self._coded(clip.truth)
         if method.kind in ENLARGERS:
             return enlarge(clip.draft, *clip.truth.shape[1:3], method.kind)
-        refined = to_frames(self.store.vae.decode(self._refined(method, clip))).cpu()
+        refined = to_frames(self.store.vae.decode(self._refined(method, clip)))
         return finish(refined, clip.enlarged, method.color_match)
 
     @torch.no_grad()
     def _coded(self, truth: Tensor) -> Tensor:
-        video = to_video(truth).to(self.device)
-        return to_frames(self.store.vae.decode(self.store.vae.encode(video).mode())).cpu()
+        return to_frames(self.store.vae.decode(self.store.vae.posterior(to_video(truth)).mode()))
 
     @torch.no_grad()
     def _refined(self, method: Method, clip: HeldOutClip) -> Tensor:
