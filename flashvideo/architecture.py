@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from .config import DiTConfig, VAEConfig
 from .weightfiles import CheckpointError, some
@@ -12,6 +12,7 @@ from .weightfiles import CheckpointError, some
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_NORM_GROUPS = 32
+MAX_LAYERS = 512  # of any kind: more are a mistake or an attack, and would take minutes to build
 EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # what stage II has and stage I hasn't
 
 
@@ -79,6 +80,13 @@ def vae_config(shapes: Shapes) -> VAEConfig:
     )
 
 
+def layer_count(numbers: Collection[int], what: str = "it") -> int:
+    """How many layers there are where `what` names these, from 0 on. Raises CheckpointError for more than can be."""
+    if max(numbers, default=0) >= MAX_LAYERS:
+        raise CheckpointError(f"{what} names a layer {max(numbers):,}, and no network has more than {MAX_LAYERS}")
+    return 1 + max(numbers, default=0)
+
+
 class _Sizes:
     """Looks sizes up in shapes, and remembers the tensors that should have told one and aren't there."""
 
@@ -101,7 +109,7 @@ class _Sizes:
         numbers = [int(match[1]) for key in self.shapes if (match := pattern.match(key))]
         if not numbers:
             self.missing.append(name.replace("*", "0").rstrip("."))
-        return 1 + max(numbers, default=0)
+        return layer_count(numbers)
 
     def raise_if_missing(self) -> None:
         if self.missing:

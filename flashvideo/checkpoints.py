@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 STAGE_METADATA = "flashvideo.stage"  # "1", "2" or "vae"
 STAGE_NAMES = {"1": "stage I", "2": "stage II", "vae": "the VAE"}
-# Scale factors that ComfyUI's quantised files hold beside the weights; its loader knows what to do with them.
+# Scale factors that quantised files hold beside the weights.
 _QUANTISATION = re.compile(
     r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$"
 )
@@ -168,6 +168,15 @@ def _refuse_relatives(checkpoint: Checkpoint, stage: str) -> None:
         raise CheckpointError(f"{label} is a stage II model (the refiner), and stage I is needed here.")
 
 
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    if checkpoint.quantised:
+        raise CheckpointError(
+            f"{checkpoint.weights.label} is quantised: its numbers mean something only by scale factors, which "
+            "FlashVideo's loaders don't read. Take the file that it was made of. Load FlashVideo Model makes a model "
+            "as small by itself: weight_dtype fp8_e4m3fn."
+        )
+
+
 def _embedding_names(checkpoint: Checkpoint) -> str:
     names = (original_name(f"{name}.linear_1.weight", checkpoint.layout) for name in EXTRA_EMBEDDINGS)
     return ", ".join(name.removesuffix(".weight").rpartition(".")[0] + ".*" for name in names)
@@ -252,12 +261,14 @@ def read_dit(source: FileSource, *, stage: int | None = None) -> tuple[DiTConfig
     Raises CheckpointError, see open_checkpoint.
     """
     checkpoint = open_checkpoint(source, kind="dit", stage=stage)
+    _refuse_quantised(checkpoint)
     return checkpoint.config, dict(checkpoint.tensors())
 
 
 def read_vae(source: FileSource) -> tuple[VAEConfig, dict[str, Tensor]]:
     """Architecture and converted weights of the VAE; otherwise like read_dit."""
     checkpoint = open_checkpoint(source, kind="vae")
+    _refuse_quantised(checkpoint)
     return checkpoint.config, dict(checkpoint.tensors())
 
 
@@ -296,11 +307,7 @@ def _load(
     dtype: torch.dtype | None,
     operations: Any,
 ) -> Any:
-    if checkpoint.quantised:
-        raise CheckpointError(
-            f"{checkpoint.weights.label} is quantised, which ComfyUI's loader handles and this "
-            "one doesn't. Load it in ComfyUI, or take a file that isn't quantised."
-        )
+    _refuse_quantised(checkpoint)
     dtype = dtype or _main_dtype(checkpoint)
     module = network(checkpoint.config, device="meta", dtype=dtype, operations=operations or nn)
     # Placed one by one, so that a cast or a copy to the device never holds the weights twice.

@@ -24,6 +24,7 @@ RESAMPLERS = ("bilinear", "bicubic", "area", "nearest-exact")
 COLOR_MATCHES = ("none", *METHODS)
 MAX_SIDE = 16384  # pixels: ComfyUI's own limit of a side
 _CHUNK_BYTES = 64 * 2**20  # of resized pixels at a time, so that the peak stays near the output's own size
+_ALIASING = ("mps",)  # devices for which PyTorch had no antialiased resampling in older versions
 _ANTIALIASED = ("bilinear", "bicubic")  # the resamplers that torch can antialias when it makes a picture smaller
 
 Progress = Callable[[int, int], None]  # called with (frames done, frames in all)
@@ -201,6 +202,8 @@ def resize(
         chunk = frames[start : start + step]
         if not same_size:
             planes = chunk.permute(0, 3, 1, 2)  # [t, 3, H, W]
+            if planes.device.type in _ALIASING:
+                planes = planes.cpu()
             planes = F.interpolate(planes, (height, width), mode=resample, **antialias)
             chunk = planes.clamp_(0, 1).permute(0, 2, 3, 1)  # [t, height, width, 3]; bicubic overshoots
         out[start : start + step] = chunk

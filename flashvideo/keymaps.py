@@ -132,6 +132,8 @@ _UNUSED = {
     "dit": re.compile(r"transformer\.position_embeddings\.|mixins\.pos_embed\.|patch_embed\.pos_embedding$"),
     "vae": re.compile(r"loss"),
 }
+# Empty tensors that ComfyUI saves beside a model, to tell how it samples.
+_SAMPLING_MARK = re.compile(r"v_pred|ztsnr|edm_vpred\.sigma_(?:min|max)")
 # Other models of the official training engine and of all-in-one checkpoints.
 _FOREIGN = re.compile(r"(?:first_stage_model|conditioner|denoiser|loss_fn|model_ema|vae|text_encoders)\.")
 _LORA_PART = re.compile(r"(?P<stem>.+)\.(?P<part>original\.weight|original\.bias|matrix_A\.\d+|matrix_B\.\d+)")
@@ -157,6 +159,8 @@ def make_plan(names: Iterable[str], layout: Layout) -> Plan:
     for key in names:
         if _FOREIGN.match(key):
             foreign.append(key)
+        elif _SAMPLING_MARK.fullmatch(key):
+            unused.append(key)
         elif not key.startswith(layout.prefix):
             unexpected.append(key)
         elif _UNUSED[layout.kind].match(key.removeprefix(layout.prefix)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architecture import layer_count
 from .config import TEXT_TOKENS
 from .errors import CommandError
 from .nano import T5_POSITION_BUCKETS, T5Config
@@ -124,7 +125,7 @@ def load_encoder(
         feed_forward = shapes[f"{first}1.DenseReluDense.wi_0.weight"][0]
     except KeyError as error:
         raise CommandError(f"{weights.label} is no T5 v1.1 encoder: it has no {error.args[0]}.") from error
-    config = T5Config(1 + max(blocks), width, feed_forward, inner // heads, heads, vocabulary)
+    config = T5Config(layer_count(blocks, weights.label), width, feed_forward, inner // heads, heads, vocabulary)
     with torch.device("meta"):
         encoder = T5Encoder(config)
     # Placed one by one, so that a cast or a copy to the device never holds the weights twice.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
@@ -18,6 +19,7 @@ from comfy import sd1_clip
 from comfy.text_encoders.sd3_clip import T5XXLModel, T5XXLTokenizer, t5_xxl_detect
 from torch import Tensor
 
+from ...flashvideo.architecture import layer_count
 from ...flashvideo.config import TEXT_TOKENS
 from ...flashvideo.keymaps import find_layout
 from ...flashvideo.nano import T5Config, nano_state, t5_shapes
@@ -114,7 +116,7 @@ def t5_config(weights: Weights) -> T5Config:
         raise CheckpointError(f"{label} seems to be a part of a T5 text encoder only. {ADVICE}")
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
     return T5Config(
-        num_layers=max(blocks) + 1,
+        num_layers=layer_count(blocks, label),
         d_model=embeddings[1],
         d_ff=shapes[feed_forward][0],
         d_kv=shapes[attention][0] // heads,
@@ -147,8 +149,11 @@ def _other_t5(shapes: dict[str, tuple[int, ...]], vocabulary: int) -> str | None
     return None
 
 
-def load_clip_native(path: Path | None) -> comfy.sd.CLIP:
-    """A CLIP from a T5 v1.1 encoder file of any size; FlashVideo-Nano's for None. Raises CheckpointError."""
+def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A CLIP from a T5 v1.1 encoder file of any size; FlashVideo-Nano's for None. Raises CheckpointError.
+
+    `disable_dynamic` loads it without newer ComfyUIs' dynamic VRAM.
+    """
     weights = open_weights(nano_state("text_encoder") if path is None else path)
     config = t5_config(weights)
     state = {name: weights.read(name) for name in weights.shapes if _KEPT.match(name)}
@@ -163,12 +168,20 @@ def load_clip_native(path: Path | None) -> comfy.sd.CLIP:
         model.load_sd(state)
         return model
 
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(FlashVideoTokenizer, loaded),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(state),
         model_options=_model_options(weights.label, config, state),
+        **({"disable_dynamic": True} if disable_dynamic else {}),
     )
+    if hasattr(clip.patcher, "cached_patcher_init"):  # how newer ComfyUIs load it once more, for Set CLIP Hooks
+        clip.patcher.cached_patcher_init = (_load_patcher, (path,))
+    return clip
+
+
+def _load_patcher(path: Path | None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_clip_native(path, disable_dynamic=disable_dynamic).patcher
 
 
 def _check_complete(label: str, config: T5Config, state: dict[str, Tensor]) -> None:

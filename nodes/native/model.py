@@ -228,6 +228,8 @@ def load_model(
     stage.optimizations["fp8"] = fp8_matmul
     model = stage.get_model(state).to(offload_device)
     model.load_model_weights(state, "")
+    for parameter in model.diffusion_model.parameters():  # newer ComfyUIs' layers take weights as the file has them
+        parameter.data = parameter.data.to(storage)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
     if config.stage == 2:
         patcher.add_wrapper_with_key(

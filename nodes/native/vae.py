@@ -61,7 +61,8 @@ class NativeVideoVAE(VideoVAE):
 
         _, _, frames, height, width = video.shape
         size = _latents(frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
-        return self._within_memory(self.encoder, size, encode_bytes(self, video.shape, self.dtype), side, whole, tiled)
+        needed = len(video) * encode_bytes(self, video.shape, self.dtype)
+        return self._within_memory(self.encoder, size, needed, side, whole, tiled)  # tiles take clips one by one
 
     def decode(self, latent: Tensor, side: int | None = None) -> Tensor:
         """[B, 16, n + 1, h, w] in raw scale to [B, 3, 4n + 1, 8h, 8w], about [-1, 1], where ComfyUI keeps results.
@@ -81,7 +82,7 @@ class NativeVideoVAE(VideoVAE):
             video = room(video_shape(latent.shape, self.config.image_channels))
             return decode_in_tiles(self, latent, plan, video, self.device, **steps)
 
-        needed = decode_bytes(self, latent.shape, self.dtype)
+        needed = len(latent) * decode_bytes(self, latent.shape, self.dtype)
         return self._within_memory(self.decoder, tuple(latent.shape[2:]), needed, side, whole, tiled)
 
     def _within_memory(

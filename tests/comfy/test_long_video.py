@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -210,6 +211,44 @@ def test_a_fingerprint_tells_networks_apart_and_nothing_else(
     comfy.model_management.load_models_gpu([patched])  # the weights hold the patch now
     assert fingerprint(patched) == before
     assert fingerprint(again) == fingerprint(networks["model"])
+
+
+def test_a_fingerprint_knows_the_settings_of_patches(
+    submodule: Callable[[str], ModuleType], networks: dict[str, Any]
+) -> None:
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    fingerprint = submodule("nodes.native.fingerprint").weights_fingerprint
+    model = networks["model"]
+
+    class Holder:
+        def __init__(self, strength: float) -> None:
+            self.strength, self.model, self.itself = strength, model, self
+
+        def __call__(self, args: dict[str, Any]) -> torch.Tensor:
+            return args["denoised"]
+
+    def hold(strength: float) -> Any:
+        patched = model.clone()
+        patched.set_model_sampler_post_cfg_function(Holder(strength))
+        return patched
+
+    def replace(strength: float) -> Any:
+        patched = model.clone()
+        patched.add_object_patch("diffusion_model.proj_out.forward", partial(max, strength))
+        return patched
+
+    def rescale(multiplier: float) -> Any:
+        return RescaleCFG().patch(model, multiplier)[0]
+
+    def skip(scale: float) -> Any:
+        return SkipLayerGuidanceDiT.execute(model, scale, 0.0, 1.0, "0", "1").result[0]
+
+    for patch in (rescale, skip, hold, replace):
+        first, again, other = (fingerprint(patch(value)) for value in (0.3, 0.3, 0.9))
+        assert first == again != other, patch
+        assert first != fingerprint(model)
 
 
 @pytest.mark.parametrize(

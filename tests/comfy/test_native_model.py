@@ -364,3 +364,31 @@ def test_memory_required_is_what_an_evaluation_takes(comfy_nodes: dict, submodul
             held += event.nbytes()
             peak = max(peak, held)
     assert 0.9 * peak <= model.model.memory_required(shape) <= 4 * peak
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_are_stored_as_asked_even_by_layers_that_take_them_as_they_come(
+    submodule: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+) -> None:
+    """As with the dynamic VRAM of newer ComfyUIs, whose layers have no weights before the file's."""
+    import comfy.model_base
+
+    def as_they_come(self: comfy.model_base.BaseModel, state: dict[str, torch.Tensor], _prefix: str = "") -> None:
+        self.diffusion_model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+
+    native = submodule("nodes.native.model")
+    state = submodule("flashvideo.nano").nano_state("stage1")
+    expected = native.load_model(dict(state), dtype).model
+    monkeypatch.setattr(comfy.model_base.BaseModel, "load_model_weights", as_they_come)
+    model = native.load_model(dict(state), dtype).model
+    assert {weight.dtype for weight in model.diffusion_model.parameters()} == {dtype or expected.get_dtype()}
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight.float(), model.state_dict()[name].float()), name
+
+
+def test_a_quantised_stage_is_refused(submodule: Callable[[str], ModuleType]) -> None:
+    state = submodule("flashvideo.nano").nano_state("stage2")
+    state = {name: value.to(torch.float8_e4m3fn) if value.ndim > 1 else value for name, value in state.items()}
+    scales = {name.replace("weight", "scale_weight"): torch.ones(()) for name, value in state.items() if value.ndim > 1}
+    with pytest.raises(ValueError, match=r"is quantised.*weight_dtype fp8_e4m3fn"):
+        submodule("nodes.native.model").load_model({**state, **scales, "scaled_fp8": torch.zeros(2)})

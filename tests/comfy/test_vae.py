@@ -191,6 +191,20 @@ def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any
     assert (small.decode(latent) - frames).abs().max() <= NETWORK_TOLERANCE
 
 
+@torch.inference_mode()
+def test_a_budget_holds_for_batches(vae: Any, submodule: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, latent = vae.first_stage_model, latent_of(2, 4, 6)["samples"].repeat(3, 1, 1, 1, 1)
+    video = clip_of(5, 32, 48).movedim(-1, 0).repeat(3, 1, 1, 1, 1)
+    mean, frames = whole.encode(video), vae.decode(latent)
+    memory = submodule("flashvideo.vae_memory")
+    needed = memory.decode_bytes(whole, latent.shape, torch.float32)
+    small = submodule("nodes.native.vae").load_vae_native(None, int(2 * needed))
+    for half in ("encode", "decode"):
+        monkeypatch.setattr(submodule("flashvideo.vae").VideoVAE, half, lambda *_, **__: pytest.fail("all at once"))
+    assert (small.first_stage_model.encode(video) - mean).abs().max() <= NETWORK_TOLERANCE
+    assert (small.decode(latent) - frames).abs().max() <= NETWORK_TOLERANCE
+
+
 class OnOneDevice(torch.overrides.TorchFunctionMode):
     """Fails where an operation meets tensors of several devices, as a graphics card would."""
 

@@ -17,6 +17,8 @@ from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, open_che
 from flashvideo.config import STAGE2, DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.keymaps import Layout, original_name
+from flashvideo.nano import nano_state
+from flashvideo.t5 import load_encoder
 from flashvideo.vae import VideoVAE
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
@@ -203,15 +205,32 @@ def test_file_of_mixed_data_types_loads_in_its_main_one() -> None:
     assert {tensor.dtype for tensor in load_dit(eight_bit).state_dict().values()} == {torch.bfloat16}
 
 
-def test_files_with_scale_factors_are_left_to_comfyui() -> None:
+def test_files_with_scale_factors_are_refused() -> None:
     weights = random_network(FlashVideoDiT, TINY)
     weights |= {"scaled_fp8": torch.zeros(2), "blocks.0.q.scale_weight": torch.ones(())}
-    assert set(read_dit(weights)[1]) == set(weights)
+    assert open_checkpoint(weights).quantised
     packed = random_network(FlashVideoDiT, TINY)
     packed["blocks.0.q.weight"] = torch.zeros(32, 16, dtype=torch.uint8)
     for source in (weights, packed):
-        with pytest.raises(CheckpointError, match="is quantised"):
-            load_dit(source)
+        for load in (load_dit, read_dit):
+            with pytest.raises(CheckpointError, match="is quantised"):
+                load(source)
+
+
+def test_a_layer_that_no_network_has_is_refused_at_once() -> None:
+    weights = random_network(FlashVideoDiT, TINY)
+    weights["blocks.999999999.norm1.norm.weight"] = torch.zeros(32)
+    with pytest.raises(CheckpointError, match=r"names a layer 999,999,999, and no network has more than 512"):
+        read_dit(weights)
+    encoder = {name.replace(".0.", ".999999999."): tensor for name, tensor in nano_state("text_encoder").items()}
+    with pytest.raises(CheckpointError, match="names a layer 999,999,999"):
+        load_encoder({**nano_state("text_encoder"), **encoder})
+
+
+def test_what_comfyui_saves_of_sampling_is_passed_over() -> None:
+    weights = random_network(FlashVideoDiT, TINY)
+    saved = {f"model.diffusion_model.{name}": tensor for name, tensor in weights.items()}
+    assert_same(read_dit({**saved, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})[1], weights)
 
 
 # Files that don't fit
