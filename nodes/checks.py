@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .native.model import FlashVideoModel
+from .native.run import is_guided_otherwise
 
 STAGE_NAMES = {1: "stage I (the draft model)", 2: "stage II (the refiner)"}
 
@@ -23,6 +24,15 @@ def check_stage(model: comfy.model_patcher.ModelPatcher, stage: int) -> None:
         )
     if model.model.diffusion_model.config.stage != stage:
         raise ValueError(f"model must be FlashVideo {wanted}; got FlashVideo {STAGE_NAMES[3 - stage]}")
+
+
+def check_guidance(model: comfy.model_patcher.ModelPatcher) -> None:
+    """No other node may decide how cfg works where FlashVideo's dynamic cfg shall."""
+    if is_guided_otherwise(model):
+        raise ValueError(
+            "model comes through a node that changes how cfg works, such as RescaleCFG; dynamic cfg would undo that. "
+            "Take that node out, or do without dynamic cfg"
+        )
 
 
 def check_latent(latent: dict[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
-from .checks import check_latent, check_size, check_stage, check_text
+from .checks import check_guidance, check_latent, check_size, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
 from .native.run import run_stage1, seeded_noise, with_dynamic_cfg
 from .native.sampling import stage1_sigmas
@@ -158,6 +158,8 @@ class FlashVideoStage1Sampler(io.ComfyNode):
             check_stage(model, 1)
             samples = check_latent(latent)
             check_text(model, positive=positive, negative=negative)
+            if dynamic_cfg:
+                check_guidance(model)
         draft = run_stage1(
             model,
             positive,
@@ -255,6 +257,7 @@ class FlashVideoDynamicCFG(io.ComfyNode):
         """Patch a clone of the model."""
         with named("FlashVideo Dynamic CFG"):
             check_stage(model, 1)
+            check_guidance(model)
         return io.NodeOutput(with_dynamic_cfg(model, scale, exponent))
 
 

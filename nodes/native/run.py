@@ -38,6 +38,12 @@ def with_dynamic_cfg(
     return clone
 
 
+def is_guided_otherwise(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether another node decides how cfg works, which `with_dynamic_cfg` would undo."""
+    guide = model.model_options.get("sampler_cfg_function")
+    return guide is not None and guide.__module__ != __name__
+
+
 def seeded_noise(shape: torch.Size, seed: int) -> Callable[[], Tensor]:
     """Draws of standard normal noise [B, C, T, H, W], the same for every device; the first is ComfyUI's for a seed."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -81,13 +87,13 @@ def run_stage1(
 
         return solve_vp(denoise, x, sampling.schedule, lambda _: draw().to(x), on_step)
 
-    timesteps = sampling.schedule.timesteps.float()
+    sigmas = sampling.sigmas.flip(0)
     return comfy.sample.sample_custom(
         model,
         draw(),
         ANY_SCALE if dynamic else scale,
         comfy.samplers.KSAMPLER(official),
-        torch.cat((timesteps, timesteps.new_zeros(1))),
+        torch.cat((sigmas, sigmas.new_zeros(1))),
         positive,
         negative,
         torch.zeros_like(latent),

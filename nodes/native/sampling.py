@@ -50,40 +50,46 @@ class Stage1Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sam
 
 
 class Stage1ExactSampling(torch.nn.Module):
-    """Stage I as the official sampler runs it: the latent stays variance preserving and "sigma" is the timestep.
+    """Stage I as the official sampler runs it: the latent stays variance preserving.
 
-    The first step's signal is exactly zero, which no finite sigma says; so the official trajectory is followed in
-    its own variables.
+    The first step's signal is exactly zero, which no finite sigma says; so the official trajectory is followed in its
+    own variables. A sigma only names the step that it is nearest to: the sigmas are those of `Stage1Sampling`, so that
+    patches made for it before, and conditioning, know which part of the run they hold for.
     """
 
     def __init__(self, steps: int) -> None:
         super().__init__()
         schedule = stage1_schedule(steps)
         self.schedule: Stage1Schedule = schedule
-        self.register_buffer("sigmas", schedule.timesteps.flip(0).float())
+        self.register_buffer("sigmas", signal_to_sigma(schedule.signal[:-1]).flip(0))
+        self.register_buffer("timesteps", schedule.timesteps.flip(0).float())
         self.register_buffer("quantized_signal", schedule.quantized_signal.flip(0))
 
     @property
     def sigma_min(self) -> Tensor:
-        """The last step's timestep."""
+        """The last step's."""
         return self.sigmas[0]
 
     @property
     def sigma_max(self) -> Tensor:
-        """The first step's timestep."""
+        """The first step's."""
         return self.sigmas[-1]
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """What the network is told."""
-        return sigma
+        return self.timesteps.to(sigma.device)[self._step(sigma)].view(sigma.shape)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """The inverse of `timestep`."""
-        return timestep
+        """The inverse of `timestep`, for any of the 1000."""
+        return Stage1Sampling().sigma(timestep)
 
     def percent_to_sigma(self, percent: float) -> float:
-        """Timestep after a share of the run, for conditioning that holds for a part of it."""
-        return (1 - min(max(percent, 0.0), 1.0)) * float(self.sigma_max)
+        """Sigma after a share of the run, for conditioning that holds for a part of it."""
+        return Stage1Sampling().percent_to_sigma(percent)
+
+    def _step(self, sigma: Tensor) -> Tensor:
+        """Which of the schedule's steps, counted from the last, each sigma is."""
+        return (self.sigmas.to(sigma.device)[:, None] - sigma.flatten()).abs().argmin(dim=0)
 
     def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
         """The network sees the latent as it is."""
@@ -91,8 +97,7 @@ class Stage1ExactSampling(torch.nn.Module):
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         """The clean latent that v-prediction implies, with the quantised signal of the step."""
-        index = (self.sigmas.to(sigma.device)[:, None] - sigma.flatten()).abs().argmin(dim=0)
-        signal = self.quantized_signal.to(sigma.device)[index].to(model_input.dtype)
+        signal = self.quantized_signal.to(sigma.device)[self._step(sigma)].to(model_input.dtype)
         return v_to_clean(model_input, model_output, per_sample(signal, model_input.ndim))
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -392,3 +393,51 @@ def test_a_quantised_stage_is_refused(submodule: Callable[[str], ModuleType]) ->
     scales = {name.replace("weight", "scale_weight"): torch.ones(()) for name, value in state.items() if value.ndim > 1}
     with pytest.raises(ValueError, match=r"is quantised.*weight_dtype fp8_e4m3fn"):
         submodule("nodes.native.model").load_model({**state, **scales, "scaled_fp8": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_patches_for_a_part_of_the_draft_hold_for_that_part(
+    comfy_nodes: dict[str, type], submodule: Callable[[str], ModuleType], dynamic: bool
+) -> None:
+    """Such patches are told sigmas by the loader's model before the sampler knows its steps."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
+    width = model.model.diffusion_model.config.text_dim
+    text, empty = ([[torch.zeros(1, 226, width), {}]] for _ in range(2))
+    seen: list[tuple[float, bool]] = []
+    law = model.get_model_object("model_sampling")
+    start, end = law.percent_to_sigma(0.2), law.percent_to_sigma(0.6)
+
+    def look(args: dict[str, Any]) -> torch.Tensor:
+        sigma = float(args["sigma"][0])
+        seen.append((sigma, end <= sigma <= start))
+        return args["denoised"]
+
+    patched = SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 0.01, "0", "").result[0].clone()
+    patched.set_model_sampler_post_cfg_function(look)
+    inputs = {"positive": text, "negative": empty, "latent": {"samples": torch.zeros(1, 16, 2, 4, 8)}}
+    comfy_nodes["FlashVideoStage1Sampler"].execute(patched, **inputs, seed=1, steps=20, cfg=8.0, dynamic_cfg=dynamic)
+    assert [sigma for sigma, _ in seen] == sorted((sigma for sigma, _ in seen), reverse=True)
+    held = [index for index, (_, inside) in enumerate(seen) if inside]
+    assert held == list(range(4, 12))
+
+
+def test_guidance_of_another_node_is_not_undone_silently(
+    comfy_nodes: dict[str, type], submodule: Callable[[str], ModuleType]
+) -> None:
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
+    width = model.model.diffusion_model.config.text_dim
+    text = [[torch.zeros(1, 226, width), {}]]
+    inputs = {"positive": text, "negative": text, "latent": {"samples": torch.zeros(1, 16, 1, 2, 2)}, "seed": 1}
+    sample = partial(comfy_nodes["FlashVideoStage1Sampler"].execute, **inputs, steps=2, cfg=8.0)
+    (rescaled,) = RescaleCFG().patch(model, 0.7)
+    with pytest.raises(ValueError, match=r"^FlashVideo Stage I Sampler: model comes through .* such as RescaleCFG"):
+        sample(rescaled, dynamic_cfg=True)
+    sample(rescaled, dynamic_cfg=False)
+    dynamic = comfy_nodes["FlashVideoDynamicCFG"].execute(model, 8.0, 5).result[0]
+    sample(dynamic, dynamic_cfg=True)
+    with pytest.raises(ValueError, match="^FlashVideo Dynamic CFG: model comes through"):
+        comfy_nodes["FlashVideoDynamicCFG"].execute(rescaled, 8.0, 5)
