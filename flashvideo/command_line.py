@@ -21,10 +21,11 @@ from .convert import DTYPES, convert_file
 from .devices import is_out_of_memory
 from .errors import CommandError
 from .generate_command import add_generate
+from .lora_files import convert_lora, is_lora
 from .models_command import add_models
 from .plan_command import add_plan
 from .refine_command import add_refine
-from .weightfiles import some
+from .weightfiles import open_weights, some
 
 CANCELLED = 130  # exit code of a command stopped with Ctrl+C
 TERMINATED = 143
@@ -88,8 +89,8 @@ class ProgressBars:
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("convert", help="convert a model to safetensors with ComfyUI's names")
-    parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, stage2.pt, 3d-vae.pt or a diffusers file")
+    parser = commands.add_parser("convert", help="convert a model or a LoRA to safetensors with ComfyUI's names")
+    parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, a LoRA, ...")
     parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors file to write")
     parser.add_argument("--dtype", choices=DTYPES, default="keep", help="data type of the new file (default: keep)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -98,6 +99,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, _terminate)
+    if options.source.is_file() and is_lora(open_weights(options.source).shapes):
+        if options.dtype != "keep":
+            raise CommandError("--dtype is for models: a LoRA keeps its data type.")
+        layers = convert_lora(options.source, options.target, force=options.force)
+        say(f"{options.target}: LoRA of {layers} layers of stage I, converted")
+        return
     bars = ProgressBars()
     try:
         checkpoint = convert_file(

@@ -75,7 +75,7 @@ def convert_file(
         raise CheckpointError(f"{source.name} is quantised already: convert the original instead.")
     if checkpoint.stage == "vae" and dtype == "fp8_e4m3fn":
         raise CheckpointError("the VAE loses too much in 8 bits: choose bf16, fp16 or keep.")
-    _check_target(source, target, force)
+    check_target(source, target, force)
     report = progress or _no_progress
     items = _layout(checkpoint, DTYPES[dtype])
     _check_space(target, sum(item.nbytes for item in items))
@@ -115,7 +115,8 @@ def sha256(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _check_target(source: Path, target: Path, force: bool) -> None:
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Refuse a target that can't or shouldn't be written. Raises CheckpointError."""
     if target.suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(f"{target.name} should end in .safetensors: that is what is written.")
     if not target.parent.is_dir():

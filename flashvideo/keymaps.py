@@ -92,7 +92,7 @@ _DIT_OFFICIAL: dict[str, tuple[Part, ...]] = {
 }
 
 # Stems that diffusers names otherwise; all others are the same. `{r}` counts the decoder's levels from the other end.
-_DIT_DIFFUSERS = {
+DIT_DIFFUSERS = {
     "time_embedding.linear_1": "time_embedding_linear_1",
     "time_embedding.linear_2": "time_embedding_linear_2",
     "transformer_blocks.{i}.norm1.linear": "blocks.{i}.norm1.linear",
@@ -176,13 +176,13 @@ def original_name(converted: str, layout: Layout, levels: int = 0) -> str:
     if layout.kind == "vae":
         if layout.naming == "official":
             converted = converted.replace(".conv_shortcut.", ".nin_shortcut.")
-            return _rename(converted, {new: old for old, new in _VAE_OFFICIAL.items()}, levels)
+            return rename(converted, {new: old for old, new in _VAE_OFFICIAL.items()}, levels)
         return converted
     stem, _, leaf = converted.rpartition(".")
     if layout.naming == "diffusers":
-        stem = _rename(stem, {new: old for old, new in _DIT_DIFFUSERS.items()})
+        stem = rename(stem, {new: old for old, new in DIT_DIFFUSERS.items()})
     elif layout.naming == "official":
-        stem = _rename(stem, {part.name: old for old, parts in _DIT_OFFICIAL.items() for part in parts})
+        stem = rename(stem, {part.name: old for old, parts in _DIT_OFFICIAL.items() for part in parts})
     return f"{layout.prefix}{stem}.{leaf}"
 
 
@@ -227,7 +227,7 @@ def _diffusers_dit_sources(keys: list[str], prefix: str) -> tuple[list[Source], 
     sources = []
     for key in keys:
         stem, dot, leaf = key.removeprefix(prefix).rpartition(".")
-        sources.append(Source(key, (Part(_rename(stem, _DIT_DIFFUSERS) + dot + leaf),)))
+        sources.append(Source(key, (Part(rename(stem, DIT_DIFFUSERS) + dot + leaf),)))
     return sources, []
 
 
@@ -235,7 +235,7 @@ def _official_vae_sources(keys: list[str], prefix: str) -> tuple[list[Source], l
     levels = 1 + max((int(match[1]) for key in keys if (match := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
     sources = []
     for key in keys:
-        name = _rename(key.removeprefix(prefix), _VAE_OFFICIAL, levels).replace(".nin_shortcut.", ".conv_shortcut.")
+        name = rename(key.removeprefix(prefix), _VAE_OFFICIAL, levels).replace(".nin_shortcut.", ".conv_shortcut.")
         sources.append(Source(key, (Part(name),)))
     return sources, []
 
@@ -253,7 +253,7 @@ _SOURCES = {
 }
 
 
-def _rename(name: str, table: dict[str, str], levels: int = 0) -> str:
+def rename(name: str, table: dict[str, str], levels: int = 0) -> str:
     """The entry of `table` that `name` fits, filled in; `name` itself if it fits none."""
     for template, replacement in table.items():
         if match := _pattern(template).fullmatch(name):

@@ -174,6 +174,31 @@ def lora(comfy_base: Path) -> Iterator[str]:
     path.unlink()
 
 
+@pytest.mark.parametrize("kohya", [False, True])
+def test_a_converted_cogvideox_lora_finds_its_layers(
+    submodule: Callable[[str], ModuleType], tmp_path: Path, kohya: bool
+) -> None:
+    """The published LoRAs' names are diffusers' or Kohya's, which ComfyUI places for its own models only."""
+    import comfy.sd
+
+    model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
+    shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+    files, state = submodule("flashvideo.lora_files"), {}
+    for old, new in submodule("flashvideo.keymaps").DIT_DIFFUSERS.items():
+        weight = f"{new.format(i=0)}.weight"
+        if "{i}" in new and len(shapes[weight]) == 2:
+            stem, up, down = f"transformer.{old.format(i=0)}", "lora_B", "lora_A"
+            if kohya:
+                stem, up, down = f"lora_unet_{old.format(i=0).replace('.', '_')}", "lora_up", "lora_down"
+            state |= {f"{stem}.{up}.weight": torch.ones(shapes[weight][0], 2)}
+            state |= {f"{stem}.{down}.weight": torch.ones(2, shapes[weight][1])}
+    save_file(state, tmp_path / "in.safetensors")
+    assert not comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)[0].patches
+    assert files.convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors") == 8
+    patched, _ = comfy.sd.load_lora_for_models(model, None, load_file(tmp_path / "out.safetensors"), 1.0, 0)
+    assert len(patched.patches) == 8
+
+
 def test_stock_lora_loader_changes_stage1_and_strength_0_restores_it(
     run_prompt: Any, captured: dict[str, Any], lora: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from flashvideo import command_line as cli
 from flashvideo import convert
 from flashvideo.checkpoints import CheckpointError, load_dit, read_dit, read_vae
 from flashvideo.convert import convert_file
+from flashvideo.lora_files import convert_lora
 from flashvideo.weightfiles import read_safetensors_header
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -209,6 +211,44 @@ def test_the_commands_start(start: tuple[str, ...], stage1: Path, tmp_path: Path
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("stage1.pt: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "up", "down"),
+    [
+        ("transformer.transformer_blocks.{}.attn1.to_{}", "lora_B", "lora_A"),
+        ("lora_unet_transformer_blocks_{}_attn1_to_{}", "lora_up", "lora_down"),
+    ],
+    ids=["diffusers", "kohya"],
+)
+def test_a_published_lora_gets_comfyuis_names(name: str, up: str, down: str, tmp_path: Path) -> None:
+    state, expected = {}, {}
+    for index, (block, layer) in enumerate((block, layer) for block in (0, 11) for layer in "qkv"):
+        for part, shape in ((up, (8, 2)), (down, (2, 8))):
+            tensor = torch.full(shape, float(index))
+            state[f"{name.format(block, layer)}.{part}.weight"] = tensor
+            expected[f"diffusion_model.blocks.{block}.{layer}.{part}.weight"] = tensor
+    if name.startswith("lora_unet"):
+        state[f"{name.format(0, 'q')}.alpha"] = expected["diffusion_model.blocks.0.q.alpha"] = torch.tensor(4.0)
+    save_file(state, tmp_path / "in.safetensors")
+    assert cli.main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 0
+    assert_same(load_file(tmp_path / "out.safetensors"), expected)
+    assert cli.main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 1
+
+
+def test_a_loras_strength_stays_and_strange_layers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stem = "transformer.transformer_blocks.3.attn1.to_out.0"
+    state = {f"{stem}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})}
+    save_file(state, tmp_path / "in.safetensors", metadata=metadata)
+    convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["diffusion_model.blocks.3.attn_out.alpha"] == 2
+
+    state["transformer.transformer_blocks.3.attn9.to_q.lora_A.weight"] = torch.ones(4, 4)
+    save_file(state, tmp_path / "strange.safetensors")
+    assert cli.main(["convert", str(tmp_path / "strange.safetensors"), str(tmp_path / "new.safetensors")]) == 1
+    assert "attn9" in capsys.readouterr().err
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 # Runs the command as `python -m flashvideo` does, and waits in the middle of writing.
