@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints import load_vae
 from ..nano import nano_state
 from .degradations import (
     RESAMPLERS,
@@ -24,6 +23,7 @@ from .degradations import (
     shrink_and_enlarge,
     sinc_kernel,
 )
+from .frozen_vae import FrozenVAE
 from .latents import enlarged_draft
 from .metrics import save_picture, sheet
 from .randomness import generator_for, normal_like
@@ -45,7 +45,7 @@ def degraded_clips(video: Tensor) -> list[tuple[str, Tensor]]:
     generator = generator_for(SCENES, "degradations")
     height, width = video.shape[-2:]
     steps = torch.tensor([600])
-    vae = load_vae(nano_state("vae"), dtype=torch.float32)
+    vae = FrozenVAE(nano_state("vae"), torch.device("cpu"))
     clips = [
         ("clean", video),
         ("weak, factor 4", shrink_and_enlarge(video, 4)),

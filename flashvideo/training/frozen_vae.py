@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -26,15 +27,15 @@ class FrozenVAE:
     hold on its device beside its weights; by default a share of what is free there whenever it is called.
     """
 
-    def __init__(self, path: Path, device: torch.device, room: float | None = None) -> None:
+    def __init__(self, source: Path | Mapping[str, Tensor], device: torch.device, room: float | None = None) -> None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.network = load_vae(path, device=device, dtype=dtype).requires_grad_(False)
-        self.path, self.device, self.dtype, self._room = path, device, dtype, room
+        self.network = load_vae(source, device=device, dtype=dtype).requires_grad_(False)
+        self.source, self.device, self.dtype, self._room = source, device, dtype, room
 
     @cached_property
     def digest(self) -> str:
         """The file's SHA-256: what depends on the decoder, too, depends on it."""
-        return sha256(self.path, lambda *_: None)
+        return sha256(Path(self.source), lambda *_: None)
 
     @torch.no_grad()
     def encode(self, video: Tensor, seed: int, *names: str | int) -> Tensor:

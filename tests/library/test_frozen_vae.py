@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def test_tiles_give_what_whole_pictures_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path / "models")
     whole = FrozenVAE(tmp_path / "models" / "vae.safetensors", CPU)
-    little = FrozenVAE(whole.path, CPU, room=0.2 * encode_bytes(whole.network, (1, 3, 9, 64, 96), whole.dtype))
+    little = FrozenVAE(whole.source, CPU, room=0.2 * encode_bytes(whole.network, (1, 3, 9, 64, 96), whole.dtype))
     video = torch.rand(3, 9, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents = torch.stack([whole.encode(video, 3, "clip", index) for index in range(2)])
     shown = whole.decode(latents)
