@@ -30,6 +30,7 @@ from .refine_command import (
     refine,
 )
 from .samplers import sample_stage1
+from .whole_files import write_whole
 
 RATE = Fraction(8)  # frames a second: what the model makes
 OFFICIAL_DRAFT, NANO_DRAFT = ("480x256", 49), ("112x64", 17)  # size and frames
@@ -65,7 +66,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 def _generate(options: argparse.Namespace) -> int:
     # Imported here, so that the other commands don't need PyAV.
     try:
-        from .refine_files import check_target, write_whole
+        from .refine_files import check_target
         from .video_files import CONTAINERS, read_comment, write_lossless
     except ModuleNotFoundError as error:
         raise CommandError(f"Video files need the package {error.name}: use ComfyUI's Python.") from error

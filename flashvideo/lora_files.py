@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .convert import check_target
 from .keymaps import DIT_DIFFUSERS, rename
 from .weightfiles import CheckpointError, open_weights, some
+from .whole_files import write_whole
 
 PREFIX = "diffusion_model."  # before a layer's name in ComfyUI
 _PARTS = re.compile(
@@ -48,13 +49,8 @@ def convert_lora(source: Path, target: Path, *, force: bool = False) -> int:
     layers = {name.rpartition(".lora_")[0] for name in state if ".lora_" in name}
     if (alpha := _alpha(weights.metadata)) is not None:
         state = {f"{layer}.alpha": torch.tensor(alpha) for layer in layers} | state
-    part = target.with_name(target.name + ".part")
-    try:
-        save_file(state, part, metadata={**weights.metadata, "format": "pt"})
-        part.replace(target)
-    except BaseException:  # an interruption too
-        part.unlink(missing_ok=True)
-        raise
+    data = save(state, metadata={**weights.metadata, "format": "pt"})
+    write_whole(target, lambda part: part.write_bytes(data))
     return len(layers)
 
 

@@ -28,6 +28,7 @@ from .video_files import (
     open_clip,
     write_video,
 )
+from .whole_files import write_whole
 from .work_folder import WorkFolder
 
 READ = "read"  # the phase before the others: the video is read to its end once
@@ -189,15 +190,3 @@ def _check_space(folder: WorkFolder, needed: int) -> None:
             "until it is done.",
             hint="--work DIR puts it elsewhere.",
         )
-
-
-def write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `target`, which takes its place at the end and not before."""
-    part = target.with_name(f"{target.stem}.part{target.suffix}")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

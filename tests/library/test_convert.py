@@ -236,13 +236,22 @@ def test_a_published_lora_gets_comfyuis_names(name: str, up: str, down: str, tmp
     assert cli.main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 1
 
 
-def test_a_loras_strength_stays_and_strange_layers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_loras_strength_stays_and_strange_layers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stem = "transformer.transformer_blocks.3.attn1.to_out.0"
     state = {f"{stem}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.r": 4})}
     save_file(state, tmp_path / "in.safetensors", metadata=metadata)
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["diffusion_model.blocks.3.attn_out.alpha"] == 2
+
+    precious = (tmp_path / "out.safetensors").read_bytes()
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
+        broken.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "the disk is full")))
+        convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", force=True)
+    assert (tmp_path / "out.safetensors").read_bytes() == precious
+    assert not list(tmp_path.glob("*.part*"))
 
     state["transformer.transformer_blocks.3.attn9.to_q.lora_A.weight"] = torch.ones(4, 4)
     save_file(state, tmp_path / "strange.safetensors")
