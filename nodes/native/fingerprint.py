@@ -18,6 +18,7 @@ DIGEST_BYTES = 12
 WHOLE = 2**20  # tensors of up to so many numbers are read whole
 # What says nothing of a patch's settings, or changes from run to run.
 _NOT_TAKEN_APART = (type, ModuleType, comfy.model_base.BaseModel)
+DEPTH = 32  # of objects within objects: a patch's settings lie near the surface
 PROBES = 256  # of a larger one so many are: no two trainings share them
 
 
@@ -53,6 +54,7 @@ class _Pieces:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, object]] = {}  # by id; kept, or another object could get the same
+        self._depth = 0
 
     def of(self, value: Any) -> Iterator[bytes]:
         """What a value consists of, as bytes."""
@@ -83,9 +85,11 @@ class _Pieces:
         self._seen[id(value)] = (len(self._seen), value)
         if isinstance(value, comfy.model_patcher.ModelPatcher):
             yield from self.of(value.patches)
-        elif not isinstance(value, _NOT_TAKEN_APART):
+        elif self._depth < DEPTH and not isinstance(value, _NOT_TAKEN_APART):
+            self._depth += 1
             for held in (*_made_with(value), getattr(value, "__dict__", None)):
                 yield from self.of(held)
+            self._depth -= 1
 
 
 def _made_with(value: Any) -> Iterator[Any]:
