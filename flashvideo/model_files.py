@@ -92,8 +92,10 @@ class FoundFile:
 
 
 def what_goes_into(kind: str) -> str:
-    """The official files for a kind of PLACES, and where they are, as part of a sentence."""
+    """The official files for a kind of folder, and where they are, as part of a sentence."""
     files = [file for role in ROLES if role.folder == kind for file in role.files]
+    if not files:  # "loras"
+        return "a LoRA for CogVideoX-5B, or one of your own training,"
     return f"{' or '.join(file.file for file in files)} (from huggingface.co/{files[0].repository})"
 
 

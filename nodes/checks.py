@@ -15,6 +15,15 @@ from .native.run import is_guided_otherwise
 STAGE_NAMES = {1: "stage I (the draft model)", 2: "stage II (the refiner)"}
 
 
+def check_model(model: comfy.model_patcher.ModelPatcher) -> None:
+    """The MODEL must be FlashVideo's, of either stage."""
+    if not isinstance(model.model, FlashVideoModel):
+        raise ValueError(
+            "model must be FlashVideo stage I or stage II, from Load FlashVideo Model; "
+            f"got a {type(model.model).__name__} model"
+        )
+
+
 def check_stage(model: comfy.model_patcher.ModelPatcher, stage: int) -> None:
     """The MODEL must be FlashVideo's, of that stage."""
     wanted = STAGE_NAMES[stage]

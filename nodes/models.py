@@ -1,16 +1,20 @@
-"""The loader of both stages."""
+"""The loaders of both stages and of their LoRAs."""
 
 from __future__ import annotations
 
+import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
 from ..flashvideo.nano import nano_state
+from .checks import check_model
 from .common import CATEGORY, found_as, named
 from .native.files import check_file, notice, options, resolve, shared
+from .native.lora import add_lora
 from .native.model import load_model
 
 FOLDER = "diffusion_models"
+LORA_FOLDER = "loras"
 # Saved workflows hold these names: they never change.
 BUILT_IN = {"FlashVideo-Nano Stage I (built-in)": "stage1", "FlashVideo-Nano Stage II (built-in)": "stage2"}
 WEIGHT_DTYPES = {
@@ -78,4 +82,54 @@ class FlashVideoModelLoader(io.ComfyNode):
         return io.NodeOutput(model, ui=notice(path, cls.hidden.unique_id))
 
 
-NODES = [FlashVideoModelLoader]
+class FlashVideoLoraLoader(io.ComfyNode):
+    """Puts a LoRA on stage I or stage II, whichever tool has named its layers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="FlashVideoLoraLoader",
+            display_name="Load FlashVideo LoRA",
+            category=CATEGORY,
+            **found_as("flashvideo lora", "cogvideox lora", "load lora", "style"),
+            description="Puts a LoRA on FlashVideo: a published one for CogVideoX-5B on stage I, as it was "
+            "downloaded, or one of your own training on the stage that it was trained on.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage I or stage II, from Load FlashVideo Model or another LoRA."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=options(LORA_FOLDER, ()),
+                    tooltip="The LoRA file, from models/loras. LoRAs for CogVideoX-5B suit stage I. One that was made "
+                    "for another model is refused.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much of the LoRA is added. 0 adds nothing, a negative number takes its style away. "
+                    "Useful: 0.5 to 1; more changes motion too. Default: 1.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the LoRA, for more LoRAs or a sampler.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
+        return check_file(LORA_FOLDER, lora_name, ())
+
+    @classmethod
+    def execute(cls, model: comfy.model_patcher.ModelPatcher, lora_name: str, strength: float) -> io.NodeOutput:
+        """Patch the model; loaded weights stay shared."""
+        with named("Load FlashVideo LoRA"):
+            check_model(model)
+            path = resolve(LORA_FOLDER, lora_name, ())
+            return io.NodeOutput(add_lora(model, path, strength) if strength else model)
+
+
+NODES = [FlashVideoModelLoader, FlashVideoLoraLoader]

@@ -58,6 +58,9 @@ def _make_all(words: list[str]) -> None:
         raise RuntimeError("The ComfyUI in .bed/ is not complete.")
     shutil.rmtree(base, ignore_errors=True)
     write_settings(base)
+    loras = base / "models" / "loras"
+    loras.mkdir(parents=True)
+    (loras / "cogvideox_5b_lora.safetensors").touch()  # for the LoRA loader to show a name
     with ComfyServer(bed, base, device_options=["--cpu"]) as server, sync_playwright() as playwright:
         browser = launch(playwright)
         if browser is None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,41 +174,110 @@ def lora(comfy_base: Path) -> Iterator[str]:
     path.unlink()
 
 
-@pytest.mark.parametrize("kohya", [False, True])
-def test_a_converted_cogvideox_lora_finds_its_layers(
-    submodule: Callable[[str], ModuleType], tmp_path: Path, kohya: bool
+STYLES = {
+    "diffusers": ("transformer.{}.lora_B.weight", "transformer.{}.lora_A.weight"),
+    "kohya": ("lora_unet_{}.lora_up.weight", "lora_unet_{}.lora_down.weight"),
+    "lycoris": ("lycoris_{}.lokr_w1", "lycoris_{}.lokr_w2"),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_published_cogvideox_lora_finds_its_layers(
+    submodule: Callable[[str], ModuleType],
+    comfy_nodes: dict[str, Any],
+    comfy_base: Path,
+    lora: str,
+    tmp_path: Path,
+    style: str,
 ) -> None:
-    """The published LoRAs' names are diffusers' or Kohya's, which ComfyUI places for its own models only."""
+    """Their names are those of diffusers, Kohya's scripts or LyCORIS, which ComfyUI places for its own models only."""
+    import comfy.lora
     import comfy.sd
 
     model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
     shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
-    files, state = submodule("flashvideo.lora_files"), {}
+    state = {}
     for old, new in submodule("flashvideo.keymaps").DIT_DIFFUSERS.items():
         weight = f"{new.format(i=0)}.weight"
-        if "{i}" in new and len(shapes[weight]) == 2:
-            stem, up, down = f"transformer.{old.format(i=0)}", "lora_B", "lora_A"
-            if kohya:
-                stem, up, down = f"lora_unet_{old.format(i=0).replace('.', '_')}", "lora_up", "lora_down"
-            state |= {f"{stem}.{up}.weight": torch.ones(shapes[weight][0], 2)}
-            state |= {f"{stem}.{down}.weight": torch.ones(2, shapes[weight][1])}
-    save_file(state, tmp_path / "in.safetensors")
+        if "{i}" not in new or len(shapes[weight]) != 2:
+            continue
+        stem, (rows, columns) = old.format(i=0), shapes[weight]
+        up, down = (name.format(stem if style == "diffusers" else stem.replace(".", "_")) for name in STYLES[style])
+        if style == "lycoris":
+            state |= {up: torch.full((2, 2), 0.5), down: torch.ones(rows // 2, columns // 2)}
+        else:
+            state |= {up: torch.ones(rows, 2), down: torch.full((2, columns), 0.25)}
+    source, target = comfy_base / "models" / "loras" / lora, tmp_path / "out.safetensors"
+    save_file(state, source)
     assert not comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)[0].patches
-    assert files.convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors") == 8
-    patched, _ = comfy.sd.load_lora_for_models(model, None, load_file(tmp_path / "out.safetensors"), 1.0, 0)
-    assert len(patched.patches) == 8
+    assert submodule("flashvideo.lora_files").convert_lora(source, target) == 8
+    stock, _ = comfy.sd.load_lora_for_models(model, None, load_file(target), 0.5, 0)
+    (ours,) = comfy_nodes["FlashVideoLoraLoader"].execute(model, lora, 0.5).result
+    assert len(stock.patches) == len(ours.patches) == 8
+    key = "diffusion_model.blocks.0.q.weight"
+    plain = model.model.state_dict()[key].float()
+    weights = [comfy.lora.calculate_weight(patched.patches[key], plain.clone(), key) for patched in (stock, ours)]
+    assert torch.equal(*weights)
+    torch.testing.assert_close(weights[0] - plain, torch.full_like(plain, 0.25))
 
 
-def test_stock_lora_loader_changes_stage1_and_strength_0_restores_it(
-    run_prompt: Any, captured: dict[str, Any], lora: str
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {
+                "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 3072),
+                "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.ones(3072, 4),
+            },
+            r"made for another model: its diffusion_model\.blocks\.0\.q is 3072 numbers wide, this model's 128",
+        ),
+        (
+            {"diffusion_model.blocks.41.q.lora_A.weight": torch.ones(4, 128)},
+            r"made for another model: this one has no layer diffusion_model\.blocks\.41\.q",
+        ),
+        (
+            {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(4, 128)},
+            "this one has no layer lora_unet_down_blocks_0",
+        ),
+        ({"transformer.transformer_blocks.0.attn9.to_q.lora_A.weight": torch.ones(4, 128)}, "attn9"),
+        ({"a_strange_layer.lokr_w1": torch.ones(4, 4)}, "it is no LoRA, or one for another model"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused(
+    submodule: Callable[[str], ModuleType],
+    comfy_nodes: dict[str, Any],
+    comfy_base: Path,
+    lora: str,
+    state: dict[str, torch.Tensor],
+    message: str,
+) -> None:
+    model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
+    save_file(state, comfy_base / "models" / "loras" / lora)
+    with pytest.raises(ValueError, match=f"^Load FlashVideo LoRA: {lora} .*{message}"):
+        comfy_nodes["FlashVideoLoraLoader"].execute(model, lora, 1.0)
+
+
+def test_a_missing_lora_and_a_strange_model_are_told(comfy_nodes: dict[str, Any], lora: str) -> None:
+    node = comfy_nodes["FlashVideoLoraLoader"]
+    assert node.validate_inputs(lora) is True
+    assert "Put a LoRA for CogVideoX-5B, or one of your own training, into " in node.validate_inputs("gone.safetensors")
+    with pytest.raises(ValueError, match="^Load FlashVideo LoRA: model must be FlashVideo stage I or stage II"):
+        node.execute(SimpleNamespace(model=object()), lora, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("loader", "strength_input"), [("LoraLoaderModelOnly", "strength_model"), ("FlashVideoLoraLoader", "strength")]
+)
+def test_lora_loaders_change_stage1_and_strength_0_restores_it(
+    run_prompt: Any, captured: dict[str, Any], lora: str, loader: str, strength_input: str
 ) -> None:
     def draft(strength: float | None) -> torch.Tensor:
         graph = text_to_video()
         for node in ("refined", "finish"):
             del graph[node]
         if strength is not None:
-            inputs = {"model": ["model1", 0], "lora_name": lora, "strength_model": strength}
-            graph["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+            inputs = {"model": ["model1", 0], "lora_name": lora, strength_input: strength}
+            graph["lora"] = {"class_type": loader, "inputs": inputs}
             graph["stage1"]["inputs"]["model"] = ["lora", 0]
         run_prompt(graph)
         return captured["draft"]["samples"].clone()

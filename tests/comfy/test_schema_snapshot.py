@@ -35,9 +35,10 @@ def input_facts(port: Any) -> Node:
         value = getattr(port, name, None)
         if value is not None:
             facts[name] = value
-    if getattr(port, "options", None):
-        loader = any(option.endswith(BUILT_IN) for option in port.options)
-        facts["options"] = [option for option in port.options if not loader or option.endswith(BUILT_IN)]
+    loader = port.id.endswith("_name")
+    options = [option for option in getattr(port, "options", None) or [] if not loader or option.endswith(BUILT_IN)]
+    if options:
+        facts["options"] = options
     return facts
 
 

@@ -163,9 +163,8 @@ def test_files_and_downloads_are_named_where_the_page_looks_for_them(path: Path)
 def test_only_what_needs_a_file_of_the_artist_is_off(path: Path) -> None:
     nodes = read_workflow(path)["nodes"]
     bypassed = {node["type"] for node in nodes if node["mode"] == BYPASSED}
-    assert bypassed <= {"LoraLoaderModelOnly", "TorchCompileModel"}
-    ours = [node["type"] for node in nodes if node["type"].startswith("FlashVideo") and node["mode"] != ALWAYS]
-    assert not ours
+    assert bypassed <= {"FlashVideoLoraLoader", "TorchCompileModel"}
+    assert not [node["type"] for node in nodes if node["type"].startswith("FlashVideo") and node["mode"] == MUTED]
 
 
 @FILES

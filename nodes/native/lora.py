@@ -1,0 +1,28 @@
+"""LoRAs on both stages, by ComfyUI's own patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_patcher
+
+from ...flashvideo.lora_files import check_fit, read_lora
+from ...flashvideo.weightfiles import CheckpointError
+
+
+def add_lora(model: comfy.model_patcher.ModelPatcher, path: Path, strength: float) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL with the LoRA in a file added, times `strength`. Raises CheckpointError if it doesn't fit."""
+    lora = read_lora(path)
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    state = model.model.state_dict()
+    try:
+        check_fit(lora, {name: tuple(state[key].shape) for name, key in names.items() if key in state})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name} can't be used: {error}") from None
+    patches = comfy.lora.load_lora(lora, names)
+    if not patches:
+        raise CheckpointError(f"{path.name} can't be used: it is no LoRA, or one for another model.")
+    patched = model.clone()
+    patched.add_patches(patches, strength)
+    return patched
