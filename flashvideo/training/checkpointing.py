@@ -75,6 +75,8 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise TrainingError(f"{path}: there is no checkpoint to go on from; start without --resume.") from error
+    except PermissionError as error:
+        raise TrainingError(f"{path} can't be read: {error.strerror}.") from error
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, OSError) as error:
         raise TrainingError(f"{path} is damaged, or no checkpoint of this program.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

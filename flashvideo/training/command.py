@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,17 +68,23 @@ def _train(options: argparse.Namespace) -> int:
     if options.config is None:
         raise TrainingError(f"train {options.kind} needs a config: add --config FILE.")
     settings = _settings(options.kind, options.config, options)
-    task = _task(options.kind, settings, options)
     folder = options.out or settings.out
     if options.export is not None:
-        export(task, folder, options.export)
+        export(_task(options.kind, settings, options), folder, options.export)
         return 0
-    trainer = Trainer(task, settings.loop, folder)
-    if options.resume:
-        trainer.resume()
-    else:
-        trainer.start_anew()
-    ended_by = trainer.run(Limits(options.steps, options.minutes))
+    try:
+        trainer = Trainer(_task(options.kind, settings, options), settings.loop, folder)
+        if options.resume:
+            trainer.resume()
+        else:
+            trainer.start_anew()
+        ended_by = trainer.run(Limits(options.steps, options.minutes))
+    except KeyboardInterrupt:  # while clips were encoded, or asked for twice
+        sys.stderr.write(
+            "\nStopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "
+            "them; with --resume, if there was a checkpoint.\n"
+        )
+        return _exit_code(signal.SIGINT)
     done = trainer.step == settings.loop.steps
     rest = "done" if done else "--resume goes on"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")

@@ -53,7 +53,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises TrainingError if it isn't there or isn't TOML."""
     parser = _toml_parser()
     try:
-        return parser.loads(path.read_text(encoding="utf-8"))
+        return parser.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise TrainingError(f"{path}: there is no such config file.") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError

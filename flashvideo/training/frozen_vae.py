@@ -23,12 +23,13 @@ from .randomness import generator_for, normal_like
 class FrozenVAE:
     """A trained VAE that doesn't learn: in tiles where whole pictures would not fit, which gives the same to rounding.
 
-    In float32 on a processor, elsewhere in bfloat16, as the official code encodes. `room` is how many bytes it may
-    hold on its device beside its weights; by default a share of what is free there whenever it is called.
+    On CUDA in bfloat16, as the official code encodes, elsewhere in float32. `room` is how many bytes it may
+    hold on its device beside its weights; by default a share of what is free there whenever it is called, as far as the
+    device tells (CUDA does).
     """
 
     def __init__(self, source: Path | Mapping[str, Tensor], device: torch.device, room: float | None = None) -> None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.network = load_vae(source, device=device, dtype=dtype).requires_grad_(False)
         self.source, self.device, self.dtype, self._room = source, device, dtype, room
 

@@ -55,6 +55,8 @@ class ClipSettings:
             raise TrainingError(f"Clips must have sides of multiples of {PIXEL_MULTIPLE} and 4n+1 frames; got {size}.")
         if min(self.clips, self.validation_clips) < 1:
             raise TrainingError("There must be at least one clip to learn from, and one to validate with.")
+        if self.folder and any(self.scene):
+            raise TrainingError("`scene` is for drawn scenes; clips from a folder are cut from its videos.")
 
     def open(self, split: str, seed: int) -> Source:
         """Return the clips of "train" or "validation"."""

@@ -21,7 +21,7 @@ from .checkpointing import BEST, LAST, load_state, save_state
 from .config import LoopSettings
 from .errors import TrainingError
 from .metrics import MetricsFile, save_picture, save_plot
-from .optimise import RunningMean, learning_rate, make_optimiser, trainable
+from .optimise import RunningMean, learning_rate, load_optimiser, make_optimiser, trainable
 
 METRICS = "metrics.jsonl"
 PLOT = "metrics.png"
@@ -105,19 +105,31 @@ class Trainer:
     def resume(self) -> None:
         """Go on from last.pt, with all clips made.
 
-        Raises TrainingError if it isn't there, is damaged, or is of another network.
+        Raises TrainingError if it isn't there, is damaged, or is of another network or optimiser.
         """
         state = load_state(self.folder / LAST)
         check_description(state, self.task, self.folder / LAST)
+        self._check_learning(state)
         if state["step"] < self.settings.steps:
             self.task.prepare()  # before the weights: preference tuning lets the network it began with choose
         for name, parameter in trainable(self.task.model).items():
             parameter.data.copy_(state["model"][name])
         self.mean.load(state["mean"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        load_optimiser(self.optimiser, state["optimiser"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self._saved = self.step
         self.metrics.truncate(self.step)
+
+    def _check_learning(self, state: dict[str, Any]) -> None:
+        """What learns, and by which optimiser, must be as in the run so far. Raises TrainingError."""
+        path, now = self.folder / LAST, trainable(self.task.model)
+        if changed := sorted(now.keys() ^ state["model"].keys()):
+            raise TrainingError(f"{path} can't go on with this config: other weights learn, such as {changed[0]}.")
+        if state["optimiser"].keys() != self.optimiser.state_dict().keys():
+            raise TrainingError(
+                f"{path} can't go on with this config: it was trained by another optimiser than "
+                f"{self.settings.optimiser}."
+            )
 
     def start_anew(self) -> None:
         """Take an empty folder, and have all clips made. Raises TrainingError if a run is in it already."""
@@ -165,7 +177,9 @@ class Trainer:
             kept = f"{self.folder / LAST} holds step {self._saved}: --resume goes on from there."
             if self._saved < 0:
                 kept = "No checkpoint was written yet."
-            reason = str(error) if isinstance(error, TrainingError) else f"{error.filename or ''}: {error.strerror}."
+            reason = str(error)
+            if not isinstance(error, TrainingError):
+                reason = f"{error.filename or self.folder}: {error.strerror}."
             raise TrainingError(f"{reason} {kept}") from error
 
     def _report(self, values: dict[str, Tensor], bar: tqdm) -> None:

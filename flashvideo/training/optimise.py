@@ -116,6 +116,14 @@ def make_optimiser(model: nn.Module, settings: LoopSettings) -> torch.optim.Opti
     return Together(Muon(hidden, settings.learning_rate, settings.weight_decay), adamw)
 
 
+def load_optimiser(optimiser: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
+    """Go on from a checkpoint's moments, with the settings that the optimiser was made with."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for group, values in zip(optimiser.param_groups, settings, strict=True):
+        group.update(values)
+
+
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the layers, large enough to be made orthogonal; tables of embeddings are none."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

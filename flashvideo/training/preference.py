@@ -84,6 +84,12 @@ class PreferenceSettings(Stage2Settings):
             raise TrainingError("Preference tuning starts from a trained stage II: set `weights` in [network].")
         if len(self.phases) != 1:
             raise TrainingError(f"Preference tuning has one of [[phases]]; got {len(self.phases)}.")
+        phase = self.phases[0]
+        if any(phase.window) or phase.lengths or self.pixels.weight:
+            raise TrainingError(
+                "Preference tuning learns whole clips, and latents alone: take `window` and `lengths` out of "
+                "[[phases]], and [pixels] out of the config."
+            )
 
 
 class ChosenData(Dataset):

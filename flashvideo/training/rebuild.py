@@ -217,6 +217,8 @@ def _side_by_side(
 
 def export(task: Any, run: Path, folder: Path) -> None:
     """Write the best weights of a run so far to a folder."""
+    if not (run / BEST).is_file():
+        raise TrainingError(f"{run / BEST}: there is none yet; the first is kept after [loop] validate_every steps.")
     state = load_state(run / BEST)
     check_description(state, task, run / BEST)
     for name, parameter in trainable(task.model).items():

@@ -14,7 +14,7 @@ from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ..degradation import DEGRADATION_STEP, degrade_latent
 from ..dit import FlashVideoDiT
 from ..samplers import sample_stage2
-from ..schedule import STAGE2_SHIFT
+from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
 from .config import LoopSettings
 from .degradations import LatentDegradation, StrongDegradation, WeakDegradation
 from .errors import TrainingError
@@ -105,6 +105,16 @@ class DegradationSettings:
             raise TrainingError(
                 "[degradation] strong_probability and coded_probability must be 0 or more, and at most 1 together; "
                 f"got {' and '.join(map(str, chances))}."
+            )
+        low, high = self.latent_steps
+        if not 0 <= low <= high < TRAIN_STEPS:
+            raise TrainingError(
+                f"[degradation] latent_steps must be two of 0 to {TRAIN_STEPS - 1}, the smaller first; "
+                f"got {low} and {high}."
+            )
+        if not 1 <= self.factor[0] <= self.factor[1]:
+            raise TrainingError(
+                f"[degradation] factor must be two numbers of 1 or more, the smaller first; got {list(self.factor)}."
             )
         if self.latent_power <= 0:
             raise TrainingError(f"[degradation] latent_power must be above 0; got {self.latent_power}.")

@@ -17,6 +17,7 @@ from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import ClipSettings
 from flashvideo.training.loop import Limits, Trainer
 from flashvideo.training.networks import NetworkSettings
+from flashvideo.training.pixels import PixelSettings
 from flashvideo.training.preference import SCORERS, ChoiceSettings, PreferenceSettings, PreferenceTask
 from flashvideo.training.randomness import generator_for, normal_like
 from flashvideo.training.stage2 import Phase
@@ -111,5 +112,9 @@ def test_what_can_not_choose_is_refused(tmp_path: Path) -> None:
         ChoiceSettings(scorer="taste")
     with pytest.raises(TrainingError, match="at least 1"):
         ChoiceSettings(candidates=0)
+    with pytest.raises(TrainingError, match="learns whole clips, and latents alone"):
+        settings(tmp_path, pixels=PixelSettings(weight=1.0, window=2, edge=0))
+    with pytest.raises(TrainingError, match="learns whole clips, and latents alone"):
+        settings(tmp_path, phases=(Phase(2, 1, ClipSettings(16, 32, 5, clips=3, validation_clips=1), lengths=(1,)),))
     with pytest.raises(TrainingError, match="set `weights`"):
         settings(tmp_path, network=NetworkSettings())

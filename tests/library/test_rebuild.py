@@ -26,7 +26,7 @@ from flashvideo.training.captions import caption, parse_prompt
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.latents import ClipSettings
-from flashvideo.training.optimise import Together, make_optimiser, orthogonal
+from flashvideo.training.optimise import Together, load_optimiser, make_optimiser, orthogonal
 from flashvideo.training.prompts import HELD_OUT_PROMPTS, judge_prompts
 from flashvideo.training.scenes import HELD_OUT, SceneStream
 from flashvideo.training.vae import fit_preview
@@ -81,6 +81,19 @@ def test_muon_goes_on_where_it_was(dtype: torch.dtype) -> None:
         step(after, resumed, gradient)
     assert torch.equal(straight.weight, resumed.weight)
     assert {each["momentum"].dtype for each in after.parts[0].state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_changed_config_counts_when_training_goes_on(name: str) -> None:
+    """The moments come from the checkpoint, the settings from the config."""
+    model = nn.Linear(20, 20)
+    before, after = (
+        make_optimiser(model, LoopSettings(steps=1, learning_rate=1e-2, optimiser=name, weight_decay=decay, beta2=beta))
+        for decay, beta in ((0.01, 0.99), (0.5, 0.9))
+    )
+    load_optimiser(after, copy.deepcopy(before.state_dict()))
+    assert {group["weight_decay"] for group in after.param_groups} == {0.5, 0.0}
+    assert {group["betas"][1] for group in after.param_groups if "betas" in group} == {0.9}
 
 
 def test_both_optimisers_learn_a_linear_map() -> None:

@@ -27,7 +27,7 @@ from flashvideo.training.optimise import RunningMean, learning_rate
 from flashvideo.training.stage1 import Stage1Settings
 from flashvideo.training.stage2 import Stage2Settings
 from flashvideo.training.text import TextSettings
-from flashvideo.training.vae import VAESettings
+from flashvideo.training.vae import VAESettings, VAETask
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "flashvideo" / "training" / "configs"
@@ -71,9 +71,7 @@ clips = 2
 def vae_config(tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a tiny VAE whose run is tmp_path/run; returns its path."""
 
-    def write(
-        steps: int = 40, rate: float = 1e-3, checkpoint_every: int = 10, optimiser: str = "adamw"
-    ) -> Path:
+    def write(steps: int = 40, rate: float = 1e-3, checkpoint_every: int = 10, optimiser: str = "adamw") -> Path:
         path, out = tmp_path / "vae.toml", (tmp_path / "run").as_posix()
         path.write_text(
             VAE.format(out=out, steps=steps, rate=rate, checkpoint_every=checkpoint_every, optimiser=optimiser)
@@ -234,16 +232,29 @@ def test_a_run_is_never_overwritten(vae_config: Callable, tmp_path: Path, capsys
     assert load_state(tmp_path / "run" / LAST)["step"] == 1
 
 
+def test_ctrl_c_before_the_first_step_says_what_is_kept(
+    vae_config: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own answer to Ctrl+C begins with its first step; clips are made before."""
+    monkeypatch.setattr(VAETask, "prepare", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train("vae", vae_config()) == 128 + signal.SIGINT
+    assert "that were stored are kept, and the same command goes on" in capsys.readouterr().err
+
+
 def test_resuming_needs_a_whole_checkpoint_of_the_same_network(
     vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config, last = vae_config(), tmp_path / "run" / LAST
     assert train("vae", config, "--resume") == 1
     assert "no checkpoint to go on from; start without --resume" in capsys.readouterr().err
+    assert train("vae", config, "--export", str(tmp_path)) == 1
+    assert "best.pt: there is none yet" in capsys.readouterr().err
     assert train("vae", config, "--steps", "1") == 0
     config.write_text(config.read_text().replace("decoder_blocks = 1", "decoder_blocks = 2"))
     assert train("vae", config, "--resume") == 1
     assert "belongs to another network" in capsys.readouterr().err
+    assert train("vae", vae_config(optimiser="muon"), "--resume") == 1
+    assert "was trained by another optimiser than muon" in capsys.readouterr().err
     last.write_bytes(last.read_bytes()[:5000])
     assert train("vae", vae_config(), "--resume") == 1
     assert "last.pt is damaged" in capsys.readouterr().err

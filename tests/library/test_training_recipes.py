@@ -349,6 +349,12 @@ def test_references_are_chosen_by_their_probabilities() -> None:
         DegradationSettings(strong_probability=-0.1, coded_probability=0.4)
     with pytest.raises(TrainingError, match="latent_power must be above 0; got 0"):
         DegradationSettings(latent_power=0)
+    for steps in ((750, 600), (600, 1000), (-1, 600)):
+        with pytest.raises(TrainingError, match="latent_steps must be two of 0 to 999, the smaller first"):
+            DegradationSettings(latent_steps=steps)
+    for factor in ((0.5, 4.0), (4.0, 2.0)):
+        with pytest.raises(TrainingError, match="factor must be two numbers of 1 or more"):
+            DegradationSettings(factor=factor)
 
 
 def test_a_piece_is_cut_where_a_degraded_whole_is() -> None:
