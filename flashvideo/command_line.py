@@ -103,7 +103,7 @@ def _convert(options: argparse.Namespace) -> None:
         if options.dtype != "keep":
             raise CommandError("--dtype is for models: a LoRA keeps its data type.")
         layers = convert_lora(options.source, options.target, force=options.force)
-        say(f"{options.target}: LoRA of {layers} layers of stage I, converted")
+        say(f"{options.target}: LoRA of {layers} layers of CogVideoX, converted")
         return
     bars = ProgressBars()
     try:

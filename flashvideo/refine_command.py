@@ -25,14 +25,12 @@ from .samplers import SOLVERS
 from .schedule import STAGE2_SHIFT
 from .t5 import MOTIONS, T5Tokens, contexts, load_encoder, with_motion
 from .tiles import TILE
-from .weightfiles import open_weights
 from .windows import OVERLAP, WINDOW
 
 BUILT_IN = "nano"
 MOTION = "medium"  # the official script's for stage II
 CANCELLED = 130
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")  # of a text encoder's file
 
 
 def add_refine(commands: argparse._SubParsersAction) -> None:
@@ -300,8 +298,6 @@ def encode_prompt(text: str, options: argparse.Namespace, text_dim: int, device:
     if options.text_encoder is None and options.model is not None:
         raise CommandError("A prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
     source = model_file(options.text_encoder, "text_encoder")
-    if any(name.endswith(_QUANTISED) for name in open_weights(source).shapes):
-        raise CommandError(f"{source} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
     tokens = T5Tokens(options.tokenizer)
     dtype = torch.float32 if options.text_encoder is None else torch.bfloat16  # as the official script has it
     context = contexts(load_encoder(source, device, dtype), tokens, [text])

@@ -23,6 +23,12 @@ TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 NO_MOTION = "none"
 MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
 _BLOCK_COUNT = re.compile(r"encoder\.block\.(\d+)\.")
+_QUANTISED = (
+    "scaled_fp8",
+    ".scale_weight",
+    ".weight_scale",
+    ".comfy_quant",
+)  # of scale factors
 
 
 def with_motion(text: str, motion: str) -> str:
@@ -112,10 +118,12 @@ def load_encoder(
 ) -> T5Encoder:
     """Load a T5 encoder of any size from one file or a state; its sizes follow from the weights.
 
-    Raises CommandError for another model's file.
+    Raises CommandError for another model's file, and for a quantised one.
     """
     weights = open_weights(path)
     shapes = weights.shapes
+    if any(name.endswith(_QUANTISED) for name in shapes):
+        raise CommandError(f"{weights.label} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
     blocks = [int(match[1]) for name in shapes if (match := _BLOCK_COUNT.match(name))]
     try:
         first = "encoder.block.0.layer."

@@ -100,8 +100,8 @@ class FlashVideoLoraLoader(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=options(LORA_FOLDER, ()),
-                    tooltip="The LoRA file, from models/loras. LoRAs for CogVideoX-5B suit stage I. One that was made "
-                    "for another model is refused.",
+                    tooltip="The LoRA file, from models/loras. LoRAs for CogVideoX-5B suit stage I. One whose "
+                    "layers don't fit is refused.",
                 ),
                 io.Float.Input(
                     "strength",

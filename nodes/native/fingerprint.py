@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from types import ModuleType
 from typing import Any
 
+import comfy.hooks
 import comfy.model_base
 import comfy.model_patcher
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DIGEST_BYTES = 12
 WHOLE = 2**20  # tensors of up to so many numbers are read whole
 # What says nothing of a patch's settings, or changes from run to run.
 _NOT_TAKEN_APART = (type, ModuleType, comfy.model_base.BaseModel)
+_COMPILED = "OptimizedModule"  # torch.compile's, whose module is slow to import
+_COMPILING = "torch.compile"  # by that name ComfyUI keeps the wrapper that compiles; its settings are options
+_NO_SETTINGS = {"__dict__", "__weakref__"}  # what slots are named beside attributes
+_RUNNING = {"_skip_adding"}  # what hooks remember of the run at hand
 DEPTH = 32  # of objects within objects: a patch's settings lie near the surface
+_PLAIN = (str, bytes, int, float, complex, range, slice, torch.dtype, torch.device)
 PROBES = 256  # of a larger one so many are: no two trainings share them
 
 
@@ -28,15 +35,11 @@ def fingerprint(*values: object) -> str:
     Of functions the name counts, and what they were made with: a patch's settings, as a rule. Of other objects the
     class and all they hold.
     """
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    pieces = _Pieces()
-    for piece in chain.from_iterable(pieces.of(value) for value in values):
-        digest.update(piece)
-    return digest.hexdigest()
+    return _digest(values, _Pieces())
 
 
 def weights_fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
-    """The fingerprint of a MODEL's or VAE's weights, LoRAs and options, wherever ComfyUI keeps the weights now."""
+    """The fingerprint of a MODEL's or VAE's weights, LoRAs, options and wrappers, wherever the weights are now."""
     # Not all of the model's state: ComfyUI swaps its model_sampling from run to run.
     network = getattr(patcher.model, "diffusion_model", patcher.model)
     prefix = "" if network is patcher.model else "diffusion_model."
@@ -46,14 +49,28 @@ def weights_fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
     }
     replaced = {name: each for name, each in patcher.object_patches.items() if name != "model_sampling"}
     hooks = list(getattr(patcher, "hook_patches", {}).values())
-    return fingerprint(weights, patcher.patches, patcher.model_options, replaced, hooks)
+    wrappers = [{key: each for key, each in of.items() if key != _COMPILING} for of in patcher.wrappers.values()]
+    told = (weights, patcher.patches, patcher.model_options, replaced, hooks, wrappers)
+    return _digest(told, _Pieces(patcher.model.modules()))
+
+
+def _digest(values: Iterable[object], pieces: _Pieces) -> str:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for piece in chain.from_iterable(pieces.of(value) for value in values):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 class _Pieces:
-    """Takes values apart, each object once: what holds itself comes to an end."""
+    """Takes values apart, each object once: what holds itself comes to an end.
 
-    def __init__(self) -> None:
+    The modules `known` are not taken apart: what runs changes them, and their weights are counted elsewhere.
+    """
+
+    def __init__(self, known: Iterable[nn.Module] = ()) -> None:
         self._seen: dict[int, tuple[int, object]] = {}  # by id; kept, or another object could get the same
+        self._known = {id(module) for module in known}
+        self._inside: set[int] = set()  # collections that are being taken apart
         self._depth = 0
 
     def of(self, value: Any) -> Iterator[bytes]:
@@ -64,17 +81,28 @@ class _Pieces:
             if flat.numel() > WHOLE:
                 flat = flat[:: flat.numel() // PROBES]
             yield flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        elif isinstance(value, Mapping):
-            for key in sorted(value, key=str):
-                yield from chain(self.of(str(key)), self.of(value[key]))
-        elif isinstance(value, (list, tuple)):
-            yield f"{len(value)}".encode()
-            for each in value:
-                yield from self.of(each)
-        elif value is None or isinstance(value, (str, bytes, int, float, torch.dtype, torch.device)):
+        elif isinstance(value, (np.ndarray, np.generic)):
+            yield f"{value.dtype} {value.shape} ".encode() + np.ascontiguousarray(value).tobytes()
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            yield from self._of_collection(value)
+        elif value is None or isinstance(value, _PLAIN):
             yield f"{type(value).__name__} {value!r} ".encode()
         else:
             yield from self._of_object(value)
+
+    def _of_collection(self, value: Any) -> Iterator[bytes]:
+        if id(value) in self._inside:
+            yield b"itself"
+            return
+        self._inside.add(id(value))
+        if isinstance(value, Mapping):
+            for key in sorted(value, key=str):
+                yield from chain(self.of(str(key)), self.of(value[key]))
+        else:
+            yield f"{len(value)}".encode()
+            for each in sorted(value, key=_order) if isinstance(value, (set, frozenset)) else value:
+                yield from self.of(each)
+        self._inside.remove(id(value))
 
     def _of_object(self, value: Any) -> Iterator[bytes]:
         kind = value if hasattr(value, "__qualname__") else type(value)
@@ -85,11 +113,28 @@ class _Pieces:
         self._seen[id(value)] = (len(self._seen), value)
         if isinstance(value, comfy.model_patcher.ModelPatcher):
             yield from self.of(value.patches)
-        elif self._depth < DEPTH and not isinstance(value, _NOT_TAKEN_APART):
+        elif isinstance(value, comfy.hooks.HookKeyframeGroup):  # remembers where the run at hand is
+            yield from self.of([(each.strength, each.start_percent, each.guarantee_steps) for each in value.keyframes])
+        elif self._depth < DEPTH and not self._is_left_whole(value):
             self._depth += 1
-            for held in (*_made_with(value), getattr(value, "__dict__", None)):
+            attributes = {name: each for name, each in _attributes(value).items() if name not in _RUNNING}
+            for held in (*_made_with(value), attributes):
                 yield from self.of(held)
             self._depth -= 1
+
+    def _is_left_whole(self, value: Any) -> bool:
+        return isinstance(value, _NOT_TAKEN_APART) or id(value) in self._known or type(value).__name__ == _COMPILED
+
+
+def _order(value: Any) -> str:
+    """By what the members of a set are taken apart: the same in every run."""
+    return f"{type(value).__qualname__} {value if isinstance(value, _PLAIN) else ''}"
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = {name for each in slots for name in ([each] if isinstance(each, str) else each)} - _NO_SETTINGS
+    return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 
 def _made_with(value: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ import comfy.lora
 import comfy.model_patcher
 
 from ...flashvideo.lora_files import check_fit, read_lora
-from ...flashvideo.weightfiles import CheckpointError
+from ...flashvideo.weightfiles import CheckpointError, some
 
 
 def add_lora(model: comfy.model_patcher.ModelPatcher, path: Path, strength: float) -> comfy.model_patcher.ModelPatcher:
@@ -20,9 +20,12 @@ def add_lora(model: comfy.model_patcher.ModelPatcher, path: Path, strength: floa
         check_fit(lora, {name: tuple(state[key].shape) for name, key in names.items() if key in state})
     except CheckpointError as error:
         raise CheckpointError(f"{path.name} can't be used: {error}") from None
-    patches = comfy.lora.load_lora(lora, names)
+    patches = comfy.lora.load_lora(lora, names, log_missing=False)
     if not patches:
         raise CheckpointError(f"{path.name} can't be used: it is no LoRA, or one for another model.")
+    used = set().union(*(getattr(patch, "loaded_keys", lora) for patch in patches.values()))
+    if unused := sorted(lora.keys() - used):
+        raise CheckpointError(f"{path.name} can't be used: no layer of this model takes {some(unused)}.")
     patched = model.clone()
     patched.add_patches(patches, strength)
     return patched

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
-from .sampling import RefinerSampling, Stage1ExactSampling, flow_to_sigma
+from .sampling import RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
 
 # A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
 ANY_SCALE = 2.0
@@ -44,6 +44,21 @@ def is_guided_otherwise(model: comfy.model_patcher.ModelPatcher) -> bool:
     return guide is not None and guide.__module__ != __name__
 
 
+def _as_elsewhere(guide: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str, Any]], Tensor]:
+    """Another node's guidance for a latent as ComfyUI's samplers have it, which is the clean one and sigma times noise.
+
+    Stage I's exact run keeps the latent's variance at 1 instead.
+    """
+
+    def guided(args: dict[str, Any]) -> Tensor:
+        x, sigma = args["input"], per_sample(args["sigma"], args["input"].ndim)
+        there = x * (1 + sigma**2) ** 0.5
+        seen = {name: there - args[f"{name}_denoised"] for name in ("cond", "uncond")}
+        return x - there + guide({**args, **seen, "input": there})
+
+    return guided
+
+
 def seeded_noise(shape: torch.Size, seed: int) -> Callable[[], Tensor]:
     """Draws of standard normal noise [B, C, T, H, W], the same for every device; the first is ComfyUI's for a seed."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -66,7 +81,11 @@ def run_stage1(
 
     Of `latent` only the shape counts. `draw()` gives the initial latent, then the noise of each step but the last.
     """
+    guided = is_guided_otherwise(model)
     model = with_dynamic_cfg(model, scale) if dynamic else model.clone()
+    if guided and not dynamic:
+        options = model.model_options
+        options["sampler_cfg_function"] = _as_elsewhere(options["sampler_cfg_function"])
     sampling = Stage1ExactSampling(steps)
     model.add_object_patch("model_sampling", sampling)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,8 @@ def lora(comfy_base: Path) -> Iterator[str]:
 
 STYLES = {
     "diffusers": ("transformer.{}.lora_B.weight", "transformer.{}.lora_A.weight"),
-    "kohya": ("lora_unet_{}.lora_up.weight", "lora_unet_{}.lora_down.weight"),
+    "peft": ("base_model.model.{}.lora_B.style.weight", "base_model.model.{}.lora_A.style.weight"),
+    "kohya": ("lora_unet__{}.lora_up.weight", "lora_unet__{}.lora_down.weight"),
     "lycoris": ("lycoris_{}.lokr_w1", "lycoris_{}.lokr_w2"),
 }
 
@@ -196,24 +198,27 @@ def test_a_published_cogvideox_lora_finds_its_layers(
 
     model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
     shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
+    layers = submodule("flashvideo.keymaps").DIT_DIFFUSERS | {
+        name: name for name in ("patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")
+    }
     state = {}
-    for old, new in submodule("flashvideo.keymaps").DIT_DIFFUSERS.items():
-        weight = f"{new.format(i=0)}.weight"
-        if "{i}" not in new or len(shapes[weight]) != 2:
+    for old, new in layers.items():
+        layer, (rows, *columns) = old.format(i=0), shapes[f"{new.format(i=0)}.weight"]
+        if not columns:  # a norm's
             continue
-        stem, (rows, columns) = old.format(i=0), shapes[weight]
-        up, down = (name.format(stem if style == "diffusers" else stem.replace(".", "_")) for name in STYLES[style])
+        layer = layer if style in ("diffusers", "peft") else layer.replace(".", "_")
+        up, down = (name.format(layer) for name in STYLES[style])
         if style == "lycoris":
-            state |= {up: torch.full((2, 2), 0.5), down: torch.ones(rows // 2, columns // 2)}
+            state |= {up: torch.full((2, 2), 0.5), down: torch.ones(rows // 2, math.prod(columns) // 2)}
         else:
-            state |= {up: torch.ones(rows, 2), down: torch.full((2, columns), 0.25)}
+            state |= {up: torch.ones(rows, 2), down: torch.full((2, math.prod(columns)), 0.25)}
     source, target = comfy_base / "models" / "loras" / lora, tmp_path / "out.safetensors"
     save_file(state, source)
     assert not comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)[0].patches
-    assert submodule("flashvideo.lora_files").convert_lora(source, target) == 8
+    assert submodule("flashvideo.lora_files").convert_lora(source, target) == 14
     stock, _ = comfy.sd.load_lora_for_models(model, None, load_file(target), 0.5, 0)
     (ours,) = comfy_nodes["FlashVideoLoraLoader"].execute(model, lora, 0.5).result
-    assert len(stock.patches) == len(ours.patches) == 8
+    assert len(stock.patches) == len(ours.patches) == 14
     key = "diffusion_model.blocks.0.q.weight"
     plain = model.model.state_dict()[key].float()
     weights = [comfy.lora.calculate_weight(patched.patches[key], plain.clone(), key) for patched in (stock, ours)]
@@ -229,7 +234,7 @@ def test_a_published_cogvideox_lora_finds_its_layers(
                 "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 3072),
                 "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.ones(3072, 4),
             },
-            r"made for another model: its diffusion_model\.blocks\.0\.q is 3072 numbers wide, this model's 128",
+            r"made for another model: its diffusion_model\.blocks\.0\.q is 3072 by 3072 .* this model's 128 by 128",
         ),
         (
             {"diffusion_model.blocks.41.q.lora_A.weight": torch.ones(4, 128)},
@@ -240,7 +245,31 @@ def test_a_published_cogvideox_lora_finds_its_layers(
             "this one has no layer lora_unet_down_blocks_0",
         ),
         ({"transformer.transformer_blocks.0.attn9.to_q.lora_A.weight": torch.ones(4, 128)}, "attn9"),
-        ({"a_strange_layer.lokr_w1": torch.ones(4, 4)}, "it is no LoRA, or one for another model"),
+        (
+            {
+                "lycoris_transformer_blocks_0_attn1_to_q.lokr_w1": torch.ones(48, 48),
+                "lycoris_transformer_blocks_0_attn1_to_q.lokr_w2": torch.ones(64, 64),
+            },
+            "its .* is 3072 by 3072 numbers",
+        ),
+        (
+            {
+                f"diffusion_model.blocks.0.q.hada_w{i}": torch.ones(*((1920, 4) if i[-1] == "a" else (4, 1920)))
+                for i in ("1_a", "1_b", "2_a", "2_b")
+            },
+            "its .* is 1920 by 1920 numbers",
+        ),
+        ({"diffusion_model.blocks.0.q.lora_B.weight": torch.ones(128, 4)}, "it is damaged: .* lacks 'lora_A'"),
+        ({"transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": torch.ones(4)}, "isn't known: .*lora_B.bias"),
+        ({"an_image_model.weight": torch.ones(4, 4)}, "it is no LoRA, or one for another model"),
+        (
+            {
+                "diffusion_model.blocks.0.q.lora_A.weight": torch.ones(4, 128),
+                "diffusion_model.blocks.0.q.lora_B.weight": torch.ones(128, 4),
+                "diffusion_model.blocks.0.q.something": torch.ones(4),
+            },
+            "no layer of this model takes diffusion_model.blocks.0.q.something",
+        ),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(
@@ -531,6 +560,19 @@ def test_guidance_of_another_node_is_not_undone_silently(
     with pytest.raises(ValueError, match=r"^FlashVideo Stage I Sampler: model comes through .* such as RescaleCFG"):
         sample(rescaled, dynamic_cfg=True)
     sample(rescaled, dynamic_cfg=False)
+
+    plain = sample(model, dynamic_cfg=False).result[0]["samples"]
+    spreads, guided = [], model.clone()
+
+    def guide(args: dict[str, Any]) -> torch.Tensor:
+        spreads.append((float(args["input"].std()), float(args["sigma"][0])))
+        assert torch.equal(args["cond"], args["input"] - args["cond_denoised"])
+        return args["uncond"] + args["cond_scale"] * (args["cond"] - args["uncond"])
+
+    guided.set_model_sampler_cfg_function(guide)
+    torch.testing.assert_close(sample(guided, dynamic_cfg=False).result[0]["samples"], plain, rtol=1e-3, atol=1e-3)
+    for spread, sigma in spreads:  # as ComfyUI's own samplers have it: a latent of about 1, and sigma times noise
+        assert abs(spread / (1 + sigma**2) ** 0.5 - 1) < 0.2
     dynamic = comfy_nodes["FlashVideoDynamicCFG"].execute(model, 8.0, 5).result[0]
     sample(dynamic, dynamic_cfg=True)
     with pytest.raises(ValueError, match="^FlashVideo Dynamic CFG: model comes through"):

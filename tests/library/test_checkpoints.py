@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, open_checkpoint, read_dit, read_vae
 from flashvideo.config import STAGE2, DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
+from flashvideo.errors import CommandError
 from flashvideo.keymaps import Layout, original_name
 from flashvideo.nano import nano_state
 from flashvideo.t5 import load_encoder
@@ -215,6 +216,9 @@ def test_files_with_scale_factors_are_refused() -> None:
         for load in (load_dit, read_dit):
             with pytest.raises(CheckpointError, match="is quantised"):
                 load(source)
+    for name in ("scaled_fp8", "encoder.block.0.layer.0.SelfAttention.q.scale_weight"):
+        with pytest.raises(CommandError, match=r"is quantised, which only ComfyUI reads: take t5xxl_fp16"):
+            load_encoder({**nano_state("text_encoder"), name: torch.ones(1)})
 
 
 def test_a_layer_that_no_network_has_is_refused_at_once() -> None:

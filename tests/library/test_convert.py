@@ -22,7 +22,7 @@ from flashvideo import command_line as cli
 from flashvideo import convert
 from flashvideo.checkpoints import CheckpointError, load_dit, read_dit, read_vae
 from flashvideo.convert import convert_file
-from flashvideo.lora_files import convert_lora
+from flashvideo.lora_files import convert_lora, read_lora
 from flashvideo.weightfiles import read_safetensors_header
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -246,6 +246,17 @@ def test_a_loras_strength_stays_and_strange_layers_are_refused(
     convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["diffusion_model.blocks.3.attn_out.alpha"] == 2
 
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2, "transformer.use_rslora": True})}
+    save_file(state, tmp_path / "in.safetensors", metadata=metadata)
+    convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", force=True)
+    assert load_file(tmp_path / "out.safetensors")["diffusion_model.blocks.3.attn_out.alpha"] == 2 * 4**0.5
+    for settings, refusal in (({"lora_alpha": 1, "alpha_pattern": {"to_q": 2}}, "several strengths"), ([], "metadata")):
+        text = json.dumps(settings and {f"transformer.{name}": value for name, value in settings.items()})
+        save_file(state, tmp_path / "in.safetensors", metadata={"lora_adapter_metadata": text})
+        with pytest.raises(CheckpointError, match=rf"in\.safetensors.*{refusal}"):
+            read_lora(tmp_path / "in.safetensors")
+
+    save_file(state, tmp_path / "in.safetensors")
     precious = (tmp_path / "out.safetensors").read_bytes()
     with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
         broken.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "the disk is full")))
