@@ -113,14 +113,15 @@ class Bench:
         """Median time of `rounds` runs after one that warms up."""
         return medians(alternate({"run": run}, rounds, self.device))["run"]
 
-    def add(self, work: str, precision: str, attention: str, layers: str, flops: float, run: Callable[[], object],
-            scale: float = 1.0, size: int = 512) -> float:  # fmt: skip
-        """Time `run`, 1 / `scale` of the work, and add a row; returns the seconds, infinite if it can't run."""
+    def add(self, work: str, precision: str, attention: str, layers: str, flops: float,
+            make: Callable[[], Callable[[], object]], scale: float = 1.0, size: int = 512) -> float:  # fmt: skip
+        """Time what `make` makes, 1 / `scale` of the work, and add a row; returns the seconds, infinite if it can't."""
         seconds = memory = None
         if time.perf_counter() > self.end:
             layers = "skipped: time budget"
         else:
             try:
+                run = make()
                 memory = peak_memory(run, self.device) / 1e9
                 seconds = self.seconds(run) * scale
             except torch.OutOfMemoryError:
@@ -167,14 +168,14 @@ def run_stage(bench: Bench, plan: Plan, work: str, config: DiTConfig, video: Vid
         run = evaluation(replace(config, num_layers=layers), video, precision, bench.device)
         for name, backend in backends.items():
             with attention_backend(backend):
-                seconds = bench.add(work, precision, name, f"{layers} of {config.num_layers}", flops, run,
-                                    config.num_layers / layers, plan.matmul)  # fmt: skip
+                seconds = bench.add(work, precision, name, f"{layers} of {config.num_layers}", flops,
+                                    lambda run=run: run, config.num_layers / layers, plan.matmul)  # fmt: skip
             best = min(best, (seconds, precision, name))
     del run
     _, precision, name = best
-    run = evaluation(config, video, precision, bench.device)
-    with attention_backend(backends[name]):
-        bench.add(work, precision, name, "all", flops, run, size=plan.matmul)
+    with attention_backend(backends[name]):  # all layers may not fit: they are made where that is told
+        make = partial(evaluation, config, video, precision, bench.device)
+        bench.add(work, precision, name, "all", flops, make, size=plan.matmul)
 
 
 def attention_backend(backend: SDPBackend | None) -> sdpa_kernel:
@@ -192,7 +193,7 @@ def run_vae(bench: Bench, plan: Plan, video: Video) -> None:
         latent = torch.randn(video.latent, device=bench.device).to(dtype)
         for work, run in (("encode", partial(vae.encode, pixels)), ("decode", partial(vae.decode, latent))):
             flops = counted_flops(run)
-            bench.add(f"VAE {work}, {video}", precision, "", "all", flops, run, size=plan.matmul)
+            bench.add(f"VAE {work}, {video}", precision, "", "all", flops, lambda run=run: run, size=plan.matmul)
 
 
 def counted_flops(run: Callable[[], object]) -> float:
@@ -215,13 +216,15 @@ def main() -> None:
     if not options.small and torch.device(options.device).type != "cuda":
         raise SystemExit("The official sizes need a CUDA or ROCm GPU; --small runs on a CPU.")
     bench, plan = Bench(options.device), SMALL if options.small else OFFICIAL
-    for work, config, video in plan.stages:
-        run_stage(bench, plan, work, config, video)
-    for video in plan.vae_videos:
-        run_vae(bench, plan, video)
-    facts = {f"matmul {name}": f"{rate / 1e12:.3g} TFLOP/s" for name, rate in bench.rates.items()}
-    title = "Small sizes" if options.small else "Official sizes, batch 1, random weights"
-    report(title, COLUMNS, bench.rows, device=options.device, facts=facts, target=options.json)
+    try:
+        for work, config, video in plan.stages:
+            run_stage(bench, plan, work, config, video)
+        for video in plan.vae_videos:
+            run_vae(bench, plan, video)
+    finally:  # what was measured is told, whatever ended it
+        facts = {f"matmul {name}": f"{rate / 1e12:.3g} TFLOP/s" for name, rate in bench.rates.items()}
+        title = "Small sizes" if options.small else "Official sizes, batch 1, random weights"
+        report(title, COLUMNS, bench.rows, device=options.device, facts=facts, target=options.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Does memory stay where it is while a long video is refined? `python benchmarks/long_memory.py`
 
 Writes a procedural video of --minutes at --rate frames a second, refines it with FlashVideo-Nano in this process, from
-file to file as the command does but without making it larger, and prints the most resident memory in every minute of
-the video, phase by phase. One step without guidance: how often a window is evaluated doesn't change what is held.
+file to file as the command does but without making it larger, and prints the most resident memory after a piece of work
+in every minute of the video, phase by phase. One step without guidance: how often a window is evaluated doesn't change
+what is held.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
         minutes = [max(held[phase, minute], default=0) / 2**20 for minute in range(options.minutes)]
         rows.append([phase, *minutes, 100 * (minutes[-1] / minutes[0] - 1)])
     report(
-        f"Resident memory over {options.minutes} minutes of {options.width}x{options.height}, MB",
+        f"Resident memory between pieces of work, {options.minutes} minutes of {options.width}x{options.height}, MB",
         ["phase", *(f"minute {minute + 1}" for minute in range(options.minutes)), "growth, %"],
         rows,
         device=options.device,

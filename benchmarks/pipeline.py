@@ -35,6 +35,7 @@ from flashvideo.nano import NANO_STAGE1, nano_state  # noqa: E402
 WIDTH, HEIGHT, FRAMES, SCALE = 128, 96, 17, 2.0
 STEPS1, STEPS2 = 10, 4
 NANO = "FlashVideo-Nano"
+SAME_WORK = ["--use-pytorch-cross-attention", "--force-fp32", "--fp32-vae"]  # as the library computes here
 
 
 def main() -> None:
@@ -48,9 +49,12 @@ def main() -> None:
     if not comfyui:
         raise SystemExit("Set COMFYUI_PATH to ComfyUI's folder.")
     bed = Bed(sys.executable, comfyui, "yours", True, "")
+    if options.device not in ("cpu", "cuda"):
+        raise SystemExit("--device takes cuda or cpu: ComfyUI picks any other by itself.")
+    device_options = ["--cpu"] if options.device == "cpu" else []
     with (
         tempfile.TemporaryDirectory() as base,
-        ComfyServer(bed, Path(base), options=["--use-pytorch-cross-attention"]) as server,
+        ComfyServer(bed, Path(base), device_options=device_options, options=SAME_WORK) as server,
     ):
         clock = _server_clock(server.pid) if is_single_thread(options.device) else time.perf_counter
         library = run_library(options.device)

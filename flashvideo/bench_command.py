@@ -23,4 +23,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    return subprocess.call([sys.executable, str(BENCHMARKS / f"{options.name}.py"), *options.options])
+    process = subprocess.Popen([sys.executable, str(BENCHMARKS / f"{options.name}.py"), *options.options])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the script hears it too, and stops what it has started
+            continue

@@ -150,7 +150,7 @@ class ComfyServer:
 def link_pack(custom_nodes: Path) -> Path:
     """Link the project's folder into custom_nodes under the pack's name; returns the link."""
     link = custom_nodes / PACK_NAME
-    if link.is_symlink() and link.resolve() == ROOT:
+    if link.exists() and link.resolve() == ROOT:  # also a junction, which is no symbolic link
         return link
     if link.is_symlink():
         link.unlink()

@@ -40,7 +40,10 @@ def python_of(tree: Path, named: str | None) -> Path | None:
     if named:
         if _runs_comfyui(Path(named)):
             return Path(named)
-        raise SetUpError(f"COMFYUI_PYTHON is {named}, but that Python can't import torch and aiohttp.")
+        raise SetUpError(
+            f"COMFYUI_PYTHON is {named}, but that Python can't import torch and aiohttp, or is one that can't be given "
+            "the test tools from outside, as the portable build's. Leave COMFYUI_PYTHON out: another one is set up."
+        )
     folders = [place / name for place in (tree, tree.parent) for name in ("venv", ".venv")]
     candidates = [folder / program for folder in folders for program in ("bin/python", "Scripts/python.exe")]
     candidates += [tree.parent / name / "python.exe" for name in ("python_embeded", "python_embedded")]
@@ -65,7 +68,7 @@ def github_answers() -> bool:
 
 def clone_with_comfy_cli(python: Path) -> Path:
     """Clone the newest stable ComfyUI and install its requirements into the environment of `python`."""
-    if _complete("comfy-cli"):
+    if _complete("comfy-cli") and _runs_comfyui(python):  # an environment that was made anew lacks its packages
         return TREE
     cli = install.virtual_environment(BED / "comfy-cli")
     install.pip(cli, "comfy-cli", [_COMFY_CLI])
@@ -127,7 +130,8 @@ def _clear_tree() -> None:
 
 
 def _runs_comfyui(python: Path) -> bool:
-    command = [str(python), "-B", "-c", "import torch, aiohttp"]
+    # The portable build's Python heeds no PYTHONPATH, by which the test tools come.
+    command = [str(python), "-B", "-c", "import sys, torch, aiohttp; sys.exit(sys.flags.ignore_environment)"]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:

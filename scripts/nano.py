@@ -1,6 +1,6 @@
 """Build FlashVideo-Nano from nothing, repeat the paper's tables on it, or measure, with the Python in `.bed/`.
 
-    python scripts/nano.py train|ablate|bench [options of `python -m flashvideo train nano`, `ablate` or `bench`]
+python scripts/nano.py train|ablate|bench [options of `python -m flashvideo train nano`, `ablate` or `bench`]
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ def main() -> int:
 
         options += ["--clip", str(footage(bed))]
     command = [sys.executable, "-m", "flashvideo", *options]
-    # ComfyUI carries the text encoder's tokenizer.
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": bed.comfyui})
+    env = {**os.environ, "COMFYUI_PATH": bed.comfyui}  # ComfyUI carries the text encoder's tokenizer
+    if os.name == "posix":  # in place of this program: signals then reach the command itself
+        os.chdir(ROOT)
+        os.execve(sys.executable, command, env)
+    process = subprocess.Popen(command, cwd=ROOT, env=env)
     while True:
         try:
             return process.wait()

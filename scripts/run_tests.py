@@ -7,9 +7,10 @@ Each folder of tests has a process of its own, because a process can hold one Co
 
 from __future__ import annotations
 
-import shutil
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,14 @@ def main() -> int:
     style_is_good = _style()
     if "--lint-only" in sys.argv:
         return 0 if style_is_good else 1
+    TEMPORARY.mkdir(parents=True, exist_ok=True)
     try:
-        outcomes = [_run(folder, options) for folder in FOLDERS if _has_tests(folder)]
+        # Of this run alone: another one, or a server, may use its own beside it.
+        with tempfile.TemporaryDirectory(prefix="tests-", dir=TEMPORARY, ignore_cleanup_errors=True) as own:
+            outcomes = [_run(folder, options, Path(own)) for folder in FOLDERS if _has_tests(folder)]
     except KeyboardInterrupt:
         say("\nCancelled.")
         return 130
-    finally:
-        shutil.rmtree(TEMPORARY, ignore_errors=True)
     return _sum_up(outcomes, style_is_good)
 
 
@@ -66,15 +68,15 @@ def _has_tests(folder: str) -> bool:
     return False
 
 
-def _run(folder: str, options: list[str]) -> Outcome:
+def _run(folder: str, options: list[str], temporary: Path) -> Outcome:
     """Run one folder's tests in a process of their own."""
     say(f"\n{folder}")
     name = Path(folder).name
-    report = TEMPORARY / f"{name}.xml"
-    TEMPORARY.mkdir(parents=True, exist_ok=True)
-    own = [f"--junitxml={report}", f"--basetemp={TEMPORARY / name}", "-q"]
+    report = temporary / f"{name}.xml"
+    own = [f"--junitxml={report}", f"--basetemp={temporary / name}", "-q"]
+    env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "pytest", folder, *own, *options], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "pytest", folder, *own, *options], cwd=ROOT, env=env)
     try:
         code = process.wait()
     except BaseException:
@@ -107,7 +109,9 @@ def _sum_up(outcomes: list[Outcome], style_is_good: bool) -> int:
         if outcome.folder == FOLDERS[0] and outcome.seconds > _LIBRARY_SECONDS:
             say(f"Note: the library's tests should take less than {_LIBRARY_SECONDS} s.")
     passed, failed, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("passed", "failed", "skipped"))
-    good = style_is_good and bool(outcomes) and not any(outcome.broken for outcome in outcomes)
+    if not passed + failed + skipped:
+        say("No test was chosen.")
+    good = style_is_good and passed + failed + skipped > 0 and not any(outcome.broken for outcome in outcomes)
     style = "" if style_is_good else ", the style check failed"
     spent = sum(outcome.seconds for outcome in outcomes)
     say(f"{'Good' if good else 'Not good'}: {len(outcomes)} folders in {seconds(spent)}{style}")

@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -210,14 +212,26 @@ def test_a_missing_file_is_answered_with_what_to_put_where(
         assert words in said, f"{words}: {said}"
 
 
-def test_search_finds_the_nodes_by_what_artists_call_it(live: dict[str, Node], comfy_nodes: dict[str, Any]) -> None:
+def _record(said: list[str], *words: str) -> dict[str, Any]:
+    said.extend(words)
+    return {}
+
+
+def test_search_finds_the_nodes_by_what_artists_call_it(
+    live: dict[str, Node], comfy_nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the nodes say, whether this ComfyUI's search knows such words or not."""
     found: dict[str, list[str]] = {}
     for name in live:
-        schema = comfy_nodes[name].define_schema()
-        if not hasattr(schema, "search_aliases"):
-            return  # a ComfyUI whose search knows names only
-        assert schema.search_aliases, name
-        for words in schema.search_aliases:
+        node, said = comfy_nodes[name], []
+        recorder = partial(_record, said)
+        monkeypatch.setattr(sys.modules[node.__module__], "found_as", recorder)
+        schema = node.define_schema()
+        assert said, name
+        for words in said:
             found.setdefault(words, []).append(name)
+        monkeypatch.undo()
+        assert getattr(node.define_schema(), "search_aliases", said) == said
+        assert schema.node_id == name
     for words in ("video upscale", "refine", "enhance", "text to video", "super resolution"):
         assert found[words], words

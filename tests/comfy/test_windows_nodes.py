@@ -86,21 +86,22 @@ def test_a_latent_of_one_window_is_refined_as_before_to_the_last_bit(refine: Cal
     assert torch.equal(refine(latent), refine(latent, window=0))
 
 
-def test_windows_differ_from_the_whole_no_more_at_their_borders_than_inside(
+def test_windows_begin_and_end_without_a_step(
     refine: Callable[..., Tensor], submodule: Callable[[str], ModuleType]
 ) -> None:
-    frames = 94
+    """By how much the difference from the whole changes from frame to frame; hard cuts would give about 5."""
+    frames = 40
     plan = submodule("flashvideo.windows").plan_windows(frames)
-    squares = torch.zeros(frames)
+    steps = torch.zeros(frames - 1)
     for seed in range(3):
-        latent = wandering(frames, seed)
+        latent = wandering(frames, seed)[..., :4, :4]
         difference = refine(latent, cfg=1.0) - refine(latent, cfg=1.0, window=0)
-        squares += difference.square().mean((0, 1, 3, 4))
+        steps += difference.diff(dim=2).square().mean((0, 1, 3, 4))
     cuts = [*plan.starts[1:], *(start + plan.length for start in plan.starts[:-1])]
-    border = torch.zeros(frames, dtype=torch.bool)
-    border[[frame for cut in cuts for frame in (cut - 1, cut)]] = True
-    assert float(squares.min()) > 0
-    assert float(squares[border].mean().sqrt() / squares[~border].mean().sqrt()) <= 1.05
+    border = torch.zeros(frames - 1, dtype=torch.bool)
+    border[[cut - 1 for cut in cuts]] = True
+    assert float(steps.min()) > 0
+    assert float((steps[border].mean() / steps[~border].mean()).sqrt()) < 2
 
 
 def test_comfyui_makes_room_for_a_window_and_not_for_the_video(

@@ -20,7 +20,7 @@ from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_STAGE2, NANO_VAE, build_nano
 from flashvideo.plan_command import add_plan
 from flashvideo.planner import GB, NANO, OFFICIAL, Plan, Setting, make_plan
-from flashvideo.planner_budget import LADDER, RESERVED, Advice, Budget, advise, on_card
+from flashvideo.planner_budget import LADDER, RESERVED, Advice, Budget, advise, on_card, rung_size
 from flashvideo.planner_calibration import Rates, calibrate
 from flashvideo.planner_flops import Flops, dit_flops
 from flashvideo.planner_plot import LIMIT, TIME, WEIGHTS, WORK, plot
@@ -139,6 +139,7 @@ def test_advice_is_within_the_budget_and_nothing_better_is(setting: Setting, bud
     advice = ask(setting, budget)
     setting = on_card(setting, budget.memory)
     assert advice.fits == within(make_plan(setting), budget)
+    assert (advice.length is not None) == within(make_plan(replace(setting, frames=1)), budget)
     if advice.length is not None:
         assert within(advice.length, budget)
         frames = advice.length.setting.frames
@@ -153,6 +154,12 @@ def test_advice_is_within_the_budget_and_nothing_better_is(setting: Setting, bud
             scale = short / min(setting.width, setting.height)
             larger = replace(setting, width=round(setting.width * scale), height=round(setting.height * scale))
             assert short <= min(best.width, best.height) or not within(make_plan(larger), budget)
+    sizes = [(setting.width, setting.height), *(rung_size(setting, rung) for rung in LADDER)]
+    sized = [make_plan(replace(setting, width=width, height=height)) for width, height in sizes]
+    assert (advice.resolution is not None) == any(within(plan, budget) for plan in sized)
+    kinds = ({"precision": "bf16"}, {"precision": "fp8"}, {"networks": NANO})
+    kept = [make_plan(replace(setting, **kind)) for kind in kinds]
+    assert (advice.precision is not None) == any(within(plan, budget) for plan in kept)
     if advice.precision is not None:
         assert within(advice.precision, budget)
     if advice.nearest is not None:

@@ -77,7 +77,7 @@ def test_operations_of_the_vae_in_tiles_are_those_counted(
 ) -> None:
     """The less may be stored between groups of units, the more is computed again."""
     monkeypatch.setattr("flashvideo.vae_tiles.MAIN_MEMORY", torch.device("meta"))  # nothing comes back from there
-    network, video = vae_outline(NANO_VAE), (9, 128, 192)
+    network, video = vae_outline(NANO_VAE), (5, 64, 128)
     shape = latent_shape(video)
     latent, frames = torch.empty(1, 16, *shape, device="meta"), torch.empty(1, 3, *video, device="meta")
     tiles = plan_tiles(network.decoder, shape, torch.float32, math.inf, store, side=8)
@@ -112,7 +112,7 @@ def test_memory_of_the_transformer_is_what_was_measured(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_the_refiner_is_what_a_run_took(dtype: torch.dtype) -> None:
     network = FlashVideoDiT(NANO_STAGE2, dtype=dtype).eval()
-    context, shape = torch.zeros(1, 226, NANO_STAGE2.text_dim, dtype=dtype), (5, 24, 48)
+    context, shape = torch.zeros(1, 226, NANO_STAGE2.text_dim, dtype=dtype), (3, 16, 24)
     with LiveBytes(context, *network.parameters()) as memory, torch.no_grad():
         start = torch.zeros(1, 16, *shape)
         solve_flow(guided_velocity(network, context, torch.zeros_like(context), 13.0, 675), start, stage2_times(2))
@@ -122,7 +122,7 @@ def test_memory_of_the_refiner_is_what_a_run_took(dtype: torch.dtype) -> None:
 
 def test_a_refiner_in_tiles_costs_what_a_run_took() -> None:
     network = FlashVideoDiT(NANO_STAGE2).eval()
-    context, video = torch.zeros(1, 226, NANO_STAGE2.text_dim), (17, 256, 448)
+    context, video = torch.zeros(1, 226, NANO_STAGE2.text_dim), (5, 192, 256)
     setting = Setting(video[2], video[1], video[0], 0, 2, tile=160, precision="fp32", networks=NANO, device="cpu")
     phase = next(phase for phase in make_plan(setting).phases if phase.name == "stage II")
 

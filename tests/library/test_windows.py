@@ -182,6 +182,8 @@ def test_noise_depends_on_seed_and_frame_number_alone() -> None:
     frames = torch.stack([frame_noise(shape, 5, index) for index in range(20)])
     assert torch.equal(frames[7], frame_noise(shape, 5, 7))
     assert not torch.equal(frames[7], frame_noise(shape, 6, 7))
+    expected = torch.tensor([-0.0599609, -1.0187253, 1.6895623, -0.9398739])  # as in every release
+    torch.testing.assert_close(frame_noise((1, 1, 4), 5, 7).flatten(), expected, rtol=0, atol=1e-6)
     flat = frames.flatten(1)
     assert abs(float(flat.mean())) < 4 / flat.numel() ** 0.5
     assert abs(float(flat.std()) - 1) < 4 / (2 * flat.numel()) ** 0.5
@@ -219,21 +221,21 @@ def nano_velocity(state: dict[str, Tensor], strength: int = 675) -> Velocity:
     return torch.no_grad()(velocity)
 
 
-@pytest.mark.parametrize("name", ["looking around", "Nano"])
-def test_windows_differ_from_the_whole_no_more_at_their_borders_than_inside(name: str, nano: Velocity) -> None:
+@pytest.mark.parametrize(("name", "side", "most"), [("looking around", 8, 1.2), ("Nano", 4, 2.0)])
+def test_windows_begin_and_end_without_a_step(name: str, side: int, most: float, nano: Velocity) -> None:
+    """By how much the difference from the whole changes from frame to frame: with hard cuts it is 2.6 and 5.3."""
     network = nano if name == "Nano" else looking_around
-    plan = plan_windows(58)
-    squares = torch.zeros(58)
+    plan = plan_windows(40)
+    steps = torch.zeros(39)
     for seed in range(3):
-        latent = wandering(58, seed)
-        whole = solve_flow(network, latent, TIMES)
-        windowed = solve_flow(windowed_velocity(network, plan), latent, TIMES)
-        squares += (windowed - whole).square().mean((0, 1, 3, 4))
+        latent = wandering(40, seed)[..., :side, :side]
+        difference = solve_flow(windowed_velocity(network, plan), latent, TIMES) - solve_flow(network, latent, TIMES)
+        steps += difference.diff(dim=2).square().mean((0, 1, 3, 4))
     cuts = [*plan.starts[1:], *(start + plan.length for start in plan.starts[:-1])]
-    border = torch.zeros(58, dtype=torch.bool)
-    border[[frame for cut in cuts for frame in (cut - 1, cut)]] = True
-    assert float(squares.min()) > 0  # the windows do have opinions of their own
-    assert float(squares[border].mean().sqrt() / squares[~border].mean().sqrt()) <= 1.05
+    border = torch.zeros(39, dtype=torch.bool)
+    border[[cut - 1 for cut in cuts]] = True
+    assert float(steps.min()) > 0  # the windows do have opinions of their own
+    assert float((steps[border].mean() / steps[~border].mean()).sqrt()) < most
 
 
 def beat(quality: Tensor, period: int) -> float:
@@ -281,7 +283,7 @@ def test_a_refined_clip_beats_neither_with_the_windows_nor_with_the_chunks() -> 
 def _sharpness_and_motion(scene: Scene, window: int) -> tuple[Tensor, Tensor]:
     """Of each refined frame of a scene; `window` frames lie between one window's start and the next."""
     frames = 4 * 13 + window * 14 + 1
-    video = render(scene, frames, 256, 448)[:, :, 96:160, 192:256]
+    video = render(scene, 1, 256, 448)[:, :, 96:160, 192:256].expand(-1, frames, -1, -1)
     draft = functional.interpolate(video.transpose(0, 1), scale_factor=0.25, mode="area")
     blurred = functional.interpolate(draft, scale_factor=4.0, mode="bilinear").transpose(0, 1)
     vae = load_vae(nano_state("vae"), dtype=torch.float32)

@@ -43,12 +43,8 @@ def save_page(table: TableResult, path: Path, *, whole: bool) -> bool:
 
 
 def shown_clips(table: TableResult, rows: Sequence[Row]) -> list[str]:
-    """A procedural clip and the real one, or whatever all rows have a picture of."""
-    if not rows:
-        return []
-    seen = [name for name in (*table.procedural, *table.real) if all(name in row.pictures for row in rows)]
-    real = [name for name in table.real if name in seen]
-    return [*seen[:1], *real] if real else seen[:2]
+    """The first two procedural clips that all rows have a picture of; real footage is not ours to show."""
+    return [name for name in table.procedural if rows and all(name in row.pictures for row in rows)][:2]
 
 
 def busiest(picture: Image.Image) -> Box:
