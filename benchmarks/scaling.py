@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="only so many of the sizes, the smallest first")
     options = parser.parse_args()
     network = make_network(options.width, options.layers, DTYPES[options.dtype], options.device)
-    rows = [measure(network, size, options.rounds, options.device) for size in SIZES]
+    rows = [measure(network, size, options.rounds, options.device) for size in SIZES[: options.sizes]]
     exponents = [fit([row[1] for row in rows], [row[i] for row in rows]) for i in (2, 3)]
     for before, row in zip([None, *rows], rows, strict=False):
         row.append(None if before is None else (row[5] - before[5]) * 1e6 / (row[1] - before[1]))

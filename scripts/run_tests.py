@@ -3,6 +3,7 @@
     python scripts/run_tests.py [--lint-only] [options for pytest ...]
 
 Each folder of tests has a process of its own, because a process can hold one ComfyUI, and the library's tests none.
+These have several, file by file, as their tensors are too small for several threads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from bed import BED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 FOLDERS = ("tests/library", "tests/comfy", "tests/browser", "tests/server")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
+_PROCESSES = 4  # of the library's tests at most, a gigabyte each
+_ONE_PROCESS = {"-s", "--pdb", "--capture=no"}  # what somebody does who looks closely
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def _run(folder: str, options: list[str], temporary: Path) -> Outcome:
     report = temporary / f"{name}.xml"
     own = [f"--junitxml={report}", f"--basetemp={temporary / name}", "-q"]
     env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
+    if folder == FOLDERS[0] and not _ONE_PROCESS & set(options):
+        own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
+        env["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "pytest", folder, *own, *options], cwd=ROOT, env=env)
     try:

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "ComfyUI-FlashVideo"
+HERE = ("127.0.0.1", "::1", "localhost")
 COMFYUI = os.environ.get("FLASHVIDEO_COMFYUI")
 if not COMFYUI:
     pytest.exit("These tests run inside ComfyUI: use `make test` (FLASHVIDEO_COMFYUI names ComfyUI's folder).", 2)
@@ -157,6 +159,25 @@ def comfy_nodes(comfy_base: Path) -> dict[str, Any]:
         pytest.fail(f"ComfyUI could not load the pack:\n{heard.getvalue()}", pytrace=False)
     nodes.NODE_CLASS_MAPPINGS.update({"TestValue": Value, "TestCapture": Capture})
     return nodes.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the pack goes out: connections to other machines fail, as do questions for their addresses."""
+    connect, find = socket.socket.connect, socket.getaddrinfo
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in HERE:
+            pytest.fail(f"a connection to {address}")
+        connect(self, address)
+
+    def find_here(host: Any, *rest: Any, **options: Any) -> Any:
+        if host not in (None, *HERE):
+            pytest.fail(f"a question for the address of {host}")
+        return find(host, *rest, **options)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
+    monkeypatch.setattr(socket, "getaddrinfo", find_here)
 
 
 @pytest.fixture(scope="session")

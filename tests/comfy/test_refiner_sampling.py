@@ -73,6 +73,24 @@ def test_every_sampler_ends_at_the_right_spread(
     assert abs(float(refined.std()) - 1) < SPREAD_TOLERANCE
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m", "res_multistep"])
+def test_the_refiners_solvers_are_the_samplers_of_that_name(
+    comfy_nodes: dict[str, Any], model: Any, text: dict[str, list], sample: Callable[..., Tensor], solver: str
+) -> None:
+    latent, settings = numbers(1, 16, 3, 4, 6, seed=1), {"steps": 4, "cfg": 4.0}
+    refiner, choices = comfy_nodes["FlashVideoStage2Refiner"], {**text, **settings, "shift": 2.5}
+    degraded = comfy_nodes["FlashVideoLatentDegradation"].execute({"samples": latent}, STRENGTH, 2).result[0]
+
+    def refined(name: str) -> Tensor:
+        with torch.inference_mode():
+            return refiner.execute(model, latent=degraded, solver=name, **choices).result[0]["samples"]
+
+    set_up = comfy_nodes["FlashVideoRefinerSettings"].execute(model, STRENGTH, 2.5).result[0]
+    torch.testing.assert_close(refined(solver), sample(set_up, solver, latent, **settings), rtol=0, atol=2e-3)
+    others = [refined(name) for name in ("euler", "heun") if name != solver]
+    assert min(float((refined(solver) - other).abs().max()) for other in others) > 0.01
+
+
 def test_the_preferred_samplers_exist() -> None:
     assert set(SAMPLERS) >= PREFERRED
 

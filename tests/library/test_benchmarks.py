@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 # Program, its options, the first column, and a part of what stands there.
 RUNS = [
     ("dit", "--width 64 --rounds 1 --sizes 1 --dtypes float32", "dtype", {"float32"}),
-    ("scaling", "--width 64 --rounds 1", "latent frames x rows x columns", {"exponent"}),
+    ("scaling", "--width 64 --rounds 1 --sizes 3", "latent frames x rows x columns", {"exponent"}),
     ("attention", "--clips 1 --clip 5 64 64 --grid 2 6 8 --width 64 --rounds 1", "attention", {"exact", "wide"}),
     ("full_size", "--small", "work", {"VAE encode, 64x96x9", "VAE decode, 64x96x9"}),
     ("long_memory", "--minutes 1 --rate 1 --height 64 --width 96", "phase", {"encode", "refine", "decode"}),

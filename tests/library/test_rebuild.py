@@ -163,8 +163,9 @@ def test_a_prompt_in_other_words_cannot_be_judged() -> None:
 
 
 @pytest.fixture
-def train_nano(tokenizer: Path, tmp_path: Path) -> Callable[..., int]:
+def train_nano(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`train nano` on five recipes that end in seconds; returns its exit code."""
+    monkeypatch.setattr(rebuild, "POLL_SECONDS", 0.05)
     configs = tmp_path / "configs"
     write_nano_recipes(configs, tmp_path / "runs")
     fixed = ("--config", configs, "--export", tmp_path / "weights", "--tokenizer", tokenizer, "--device", "cpu")
@@ -230,7 +231,7 @@ import pathlib, signal, sys, time
 def stop(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    time.sleep(2)  # the step at hand
+    time.sleep(0.5)  # the step at hand
     pathlib.Path(sys.argv[1]).write_text("stopped")
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
@@ -242,8 +243,11 @@ time.sleep(60)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_who_ends_the_whole_ends_both_trainings_and_each_saves(number: signal.Signals, tmp_path: Path) -> None:
+def test_who_ends_the_whole_ends_both_trainings_and_each_saves(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is told once: the second time it would end at once."""
+    monkeypatch.setattr(rebuild, "POLL_SECONDS", 0.05)
 
     class Opener:
         def settings(self, part: rebuild.Part) -> SimpleNamespace:
