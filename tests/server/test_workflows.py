@@ -195,8 +195,10 @@ def test_refining_a_clip_keeps_frames_size_ratio_rate_and_sound(
 def test_cancel_stops_at_the_next_step_and_the_next_run_works(
     client: ComfyClient, prompt_of: Callable[..., dict[str, Any]], class_type: str
 ) -> None:
-    steps = "FlashVideo Stage I Sampler.steps=200" if class_type == "FlashVideoStage1Sampler" else (
-        "FlashVideo Stage II Refiner.steps=20"
+    steps = (
+        "FlashVideo Stage I Sampler.steps=200"
+        if class_type == "FlashVideoStage1Sampler"
+        else ("FlashVideo Stage II Refiner.steps=20")
     )
     prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4", steps)
     node = node_id(prompt, class_type)
@@ -233,3 +235,40 @@ def test_running_again_computes_nothing_again(client: ComfyClient, prompt_of: Ca
     client.run(prompt)
     again = client.run(prompt)
     assert not [kind for kind in executed(again, prompt) if kind.startswith("FlashVideo")]
+
+
+def around(blueprint: str, wires: list[tuple[int, str]], clip: Path | None = None) -> dict[str, Any]:
+    """A UI-format workflow of a blueprint's node, whose outputs (slot, filename_prefix) are saved, fed with a clip."""
+    graph = read_workflow(WORKFLOWS.parent / "subgraphs" / f"{blueprint}.json")
+    node, links = graph["nodes"][0], graph["links"]
+    if clip is not None:
+        loader = {"id": 101, "type": "LoadVideo", "inputs": [], "widgets_values": [clip.name, "image"]}
+        graph["nodes"].append({**loader, "outputs": [{"name": "VIDEO", "type": "VIDEO", "links": [100]}]})
+        links.append([100, 101, 0, node["id"], 0, "VIDEO"])
+        node["inputs"][0]["link"] = 100
+    for slot, prefix in wires:
+        number = 110 + slot
+        entry = {"name": "video", "type": "VIDEO", "link": number}
+        saver = {"id": number, "type": "SaveVideo", "widgets_values": [prefix, "auto", "auto"]}
+        graph["nodes"].append({**saver, "inputs": [entry], "outputs": []})
+        links.append([number, node["id"], slot, number, 0, "VIDEO"])
+        node["outputs"][slot]["links"] = [number]
+    for each in graph["nodes"]:
+        each.update({"mode": 0, "order": 0, "flags": {}, "pos": [0, 0], "size": [100, 100]} | each)
+    return graph
+
+
+def test_blueprints_run_as_they_come(client: ComfyClient, server: ComfyServer, clip: Path) -> None:
+    """Each as a single node in a graph: the clip keeps frames and shape, the draft comes with the video."""
+    refine = around("FlashVideo Refine Video", [(0, "refined")], clip)
+    draft = around("FlashVideo Text to Video", [(0, "video"), (1, "draft")])
+    for graph, expected in (
+        (refine, {"refined": (20, 140, 88)}),
+        (draft, {"video": (9, 128, 64), "draft": (9, 64, 32)}),
+    ):
+        prompt = reduced(to_api(graph, client.object_info()), clip)
+        prompt_id = client.queue(prompt)
+        events = list(client.events(prompt_id))
+        assert isinstance(events[-1], Success), events[-1]
+        files = saved(client, prompt_id, prompt, server)
+        assert {name: probe(path)[:3] for name, path in files.items()} == expected
