@@ -91,6 +91,50 @@ def test_the_refiners_solvers_are_the_samplers_of_that_name(
     assert min(float((refined(solver) - other).abs().max()) for other in others) > 0.01
 
 
+@pytest.mark.parametrize("way", ["whole", "windows", "tiles"])
+def test_videos_of_a_batch_are_refined_as_alone(
+    comfy_nodes: dict[str, Any],
+    submodule: Callable[[str], ModuleType],
+    model: Any,
+    text: dict[str, list],
+    way: str,
+) -> None:
+    degrade = submodule("nodes.native.degraded").degrade
+    shape = {"whole": (3, 4, 6), "windows": (8, 4, 4), "tiles": (1, 16, 24)}[way]
+    latents, noise = numbers(2, 16, *shape, seed=1), numbers(2, 16, *shape, seed=2)
+    if way == "tiles":
+        model = comfy_nodes["FlashVideoSpatialTiles"].execute(model, 128).result[0]
+    settings = {"steps": 2, "cfg": 4.0, "shift": 2.5, "solver": "euler", "window": 17, "overlap": 8}
+
+    def refined(rows: slice) -> Tensor:
+        latent = degrade({"samples": latents[rows]}, noise[rows], STRENGTH)
+        with torch.inference_mode():
+            run = comfy_nodes["FlashVideoStage2Refiner"].execute(model, latent=latent, **text, **settings)
+        return run.result[0]["samples"]
+
+    alone = torch.cat([refined(slice(0, 1)), refined(slice(1, 2))])
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    torch.testing.assert_close(refined(slice(0, 2)), alone, rtol=0, atol=1e-3)
+
+
+def test_videos_of_a_batch_are_drafted_as_alone(submodule: Callable[[str], ModuleType]) -> None:
+    model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
+    context = numbers(1, 8, model.model.diffusion_model.config.text_dim, seed=3)
+    texts = [[[context, {}]], [[torch.zeros_like(context), {}]]]
+    noise = [numbers(2, 16, 3, 4, 6, seed=seed) for seed in range(4)]
+
+    def draft(rows: slice) -> Tensor:
+        draws = iter(noise)
+        with torch.inference_mode():
+            return submodule("nodes.native.run").run_stage1(
+                model, *texts, noise[0][rows], lambda: next(draws)[rows], steps=3, scale=6.0
+            )
+
+    alone = torch.cat([draft(slice(0, 1)), draft(slice(1, 2))])
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    torch.testing.assert_close(draft(slice(0, 2)), alone, rtol=0, atol=1e-3)
+
+
 def test_the_preferred_samplers_exist() -> None:
     assert set(SAMPLERS) >= PREFERRED
 
