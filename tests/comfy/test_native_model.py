@@ -588,7 +588,7 @@ def test_guidance_of_another_node_is_not_undone_silently(
     spreads, guided = [], model.clone()
 
     def guide(args: dict[str, Any]) -> torch.Tensor:
-        spreads.append((float(args["input"].std()), float(args["sigma"][0])))
+        spreads.append((float(args["input"].detach().std()), float(args["sigma"][0])))
         assert torch.equal(args["cond"], args["input"] - args["cond_denoised"])
         return args["uncond"] + args["cond_scale"] * (args["cond"] - args["uncond"])
 
