@@ -79,9 +79,11 @@ def check_fit(lora: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]])
     for layer, parts in found.items():
         if layer not in layers:
             raise CheckpointError(f"it was made for another model: this one has no layer {layer}.")
+        if any(matrix.ndim < 2 for matrix in parts.values()):
+            raise CheckpointError(f"it is damaged: {layer} holds something else than matrices.")
         try:
             added = _added(parts)
-        except (KeyError, IndexError) as error:
+        except KeyError as error:
             raise CheckpointError(f"it is damaged: {layer} lacks {error}.") from error
         rows, *columns = layers[layer]
         wanted = (rows, math.prod(columns))

@@ -51,7 +51,7 @@ def weights_fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
     hooks = list(getattr(patcher, "hook_patches", {}).values())
     wrappers = [{key: each for key, each in of.items() if key != _COMPILING} for of in patcher.wrappers.values()]
     told = (weights, patcher.patches, patcher.model_options, replaced, hooks, wrappers)
-    return _digest(told, _Pieces(patcher.model.modules()))
+    return _digest(told, _Pieces(patcher.model.named_modules()))
 
 
 def _digest(values: Iterable[object], pieces: _Pieces) -> str:
@@ -64,12 +64,12 @@ def _digest(values: Iterable[object], pieces: _Pieces) -> str:
 class _Pieces:
     """Takes values apart, each object once: what holds itself comes to an end.
 
-    The modules `known` are not taken apart: what runs changes them, and their weights are counted elsewhere.
+    Of the modules `known` the names count alone: what runs changes them, and their weights are counted elsewhere.
     """
 
-    def __init__(self, known: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, known: Iterable[tuple[str, nn.Module]] = ()) -> None:
         self._seen: dict[int, tuple[int, object]] = {}  # by id; kept, or another object could get the same
-        self._known = {id(module) for module in known}
+        self._known = {id(module): name for name, module in known}
         self._inside: set[int] = set()  # collections that are being taken apart
         self._depth = 0
 
@@ -111,19 +111,18 @@ class _Pieces:
             yield f"{self._seen[id(value)][0]}".encode()
             return
         self._seen[id(value)] = (len(self._seen), value)
-        if isinstance(value, comfy.model_patcher.ModelPatcher):
+        if id(value) in self._known:
+            yield self._known[id(value)].encode()
+        elif isinstance(value, comfy.model_patcher.ModelPatcher):
             yield from self.of(value.patches)
         elif isinstance(value, comfy.hooks.HookKeyframeGroup):  # remembers where the run at hand is
             yield from self.of([(each.strength, each.start_percent, each.guarantee_steps) for each in value.keyframes])
-        elif self._depth < DEPTH and not self._is_left_whole(value):
+        elif self._depth < DEPTH and not isinstance(value, _NOT_TAKEN_APART) and type(value).__name__ != _COMPILED:
             self._depth += 1
             attributes = {name: each for name, each in _attributes(value).items() if name not in _RUNNING}
             for held in (*_made_with(value), attributes):
                 yield from self.of(held)
             self._depth -= 1
-
-    def _is_left_whole(self, value: Any) -> bool:
-        return isinstance(value, _NOT_TAKEN_APART) or id(value) in self._known or type(value).__name__ == _COMPILED
 
 
 def _order(value: Any) -> str:

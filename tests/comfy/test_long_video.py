@@ -246,11 +246,17 @@ def test_a_fingerprint_knows_the_settings_of_patches(
     def skip(scale: float) -> Any:
         return SkipLayerGuidanceDiT.execute(model, scale, 0.0, 1.0, "0", "1").result[0]
 
+    def bind(index: float) -> Any:
+        patched = model.clone()
+        block = model.model.diffusion_model.blocks[round(index)]
+        patched.add_object_patch("diffusion_model.proj_out.forward", MethodType(max, block))
+        return patched
+
     deep: list[Any] = [Holder(1.0)]
     for _ in range(2000):
         deep[0], deep[0].strength = Holder(1.0), deep[0]
     fingerprint(hold(deep[0]))  # comes to an end
-    for patch in (rescale, skip, hold, replace):
+    for patch in (rescale, skip, hold, replace, bind):
         first, again, other = (fingerprint(patch(value)) for value in (0.3, 0.3, 0.9))
         assert first == again != other, patch
         assert first != fingerprint(model)
