@@ -1,6 +1,8 @@
 """Build FlashVideo-Nano from nothing, repeat the paper's tables on it, or measure, with the Python in `.bed/`.
 
-python scripts/nano.py train|ablate|bench [options of `python -m flashvideo train nano`, `ablate` or `bench`]
+    python scripts/nano.py train|ablate|bench [OPTIONS ...]
+
+The options are those of `python -m flashvideo train nano`, `ablate` or `bench`.
 """
 
 from __future__ import annotations

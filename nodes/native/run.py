@@ -81,9 +81,8 @@ def run_stage1(
 
     Of `latent` only the shape counts. `draw()` gives the initial latent, then the noise of each step but the last.
     """
-    guided = is_guided_otherwise(model)
     model = with_dynamic_cfg(model, scale) if dynamic else model.clone()
-    if guided and not dynamic:
+    if is_guided_otherwise(model):
         options = model.model_options
         options["sampler_cfg_function"] = _as_elsewhere(options["sampler_cfg_function"])
     sampling = Stage1ExactSampling(steps)
