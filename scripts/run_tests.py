@@ -23,7 +23,7 @@ from bed import BED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 FOLDERS = ("tests/library", "tests/comfy", "tests/browser", "tests/server")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
-_PROCESSES = 4  # of the library's tests at most, a gigabyte each
+_PROCESSES = 4  # of the library's tests at most; each takes up to 0.6 GB of main memory
 _ONE_PROCESS = {"-s", "--pdb", "--capture=no"}  # what somebody does who looks closely
 
 
