@@ -26,6 +26,7 @@ from .schedule import STAGE2_SHIFT
 from .t5 import MOTIONS, T5Tokens, contexts, load_encoder, with_motion
 from .tiles import TILE
 from .windows import OVERLAP, WINDOW
+from .work_folder import InUseError
 
 BUILT_IN = "nano"
 MOTION = "medium"  # the official script's for stage II
@@ -138,7 +139,11 @@ def refine(options: argparse.Namespace) -> int:
     if options.strength is None and networks.dit.config == NANO_STAGE2:
         settings = replace(settings, strength=NANO_STRENGTH)
     bars, failed = _Bars(), 0
+    several = options.source.is_dir()  # which more than one program may share
     for job in jobs:
+        if job.target.exists() and not options.force:  # another program's, since the work began
+            sys.stdout.write(f"{job.target} exists already and is left as it is\n")
+            continue
         try:
             if is_picture(job.source):
                 refine_picture(networks, job.source, job.target, settings, force=options.force, on_progress=bars)
@@ -153,7 +158,7 @@ def refine(options: argparse.Namespace) -> int:
                 refine_video(networks, job.source, job.target, settings, files, bars)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
-            failed += 1
+            failed += not (several and isinstance(error, InUseError))
             sys.stderr.write(f"{job.source.name}: {_reason(error)}\n")
         except KeyboardInterrupt:
             bars.close()

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .video_files import (
     write_video,
 )
 from .whole_files import write_whole
-from .work_folder import WorkFolder
+from .work_folder import InUseError, WorkFolder
 
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -112,27 +113,35 @@ def refine_video(
     """Refine a video file: the same frames at the same times with the same sound, in the wanted size.
 
     What is finished is kept in a work folder until `target` is whole, and a call with the same arguments goes on
-    there. Raises CommandError for what can't be done, and ValueError for a size that can't be.
+    there. Raises CommandError for what can't be done, InUseError where another program is doing it, and ValueError for
+    a size that can't be.
     """
     options, report = options or FileOptions(), on_progress or (lambda phase, done, total: None)
     check_paths(source, target, force=options.force)
     clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
     form = VideoFormat(clip, *settings.size.resolve(clip.height, clip.width), options.crf)
     check_container(target.suffix, form)
-    folder = _work_folder(source, target, settings, options)
-    run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
-    if folder.fresh:
-        _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
-    needed, there = run.main_bytes(), main_memory()
+    with closing(_work_folder(source, target, settings, options)) as folder:
+        if target.exists() and not options.force:
+            folder.remove()
+            raise InUseError(f"Another program has made {target} in the meantime.")
+        run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
+        if folder.fresh:
+            _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
+        _warn_of_memory(run.main_bytes(), form, options.warn)
+        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
+        segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
+        write_whole(target, lambda part: write_video(part, form, segments))
+        folder.remove()
+
+
+def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None]) -> None:
+    there = main_memory()
     if needed > _USABLE * there:
-        options.warn(
+        warn(
             f"For {form.width}x{form.height} the VAE keeps {needed / _GIGABYTE:.0f} GB in main memory and this machine "
             f"has {there / _GIGABYTE:.0f}: it may become very slow, or be ended. Half as many pixels need half of it."
         )
-    run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
-    segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
-    write_whole(target, lambda part: write_video(part, form, segments))
-    folder.remove()
 
 
 def _work_folder(source: Path, target: Path, settings: RefineSettings, options: FileOptions) -> WorkFolder:

@@ -1,20 +1,24 @@
 """What a long run keeps beside its result, so that it can be ended at any moment and go on later.
 
 Every file is written whole or not at all. A state (how far the run is, and the tensors that it needs to go on) takes
-effect when state.json names it, and until then the state before it counts.
+effect when state.json names it, and until then the state before it counts. Two programs never work in one folder: the
+lock of one that was killed is free again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout  # torch requires it
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,11 +27,43 @@ from .errors import CommandError
 
 SETTINGS = "settings.json"
 STATE = "state.json"
+LOCK = "in-use.lock"
 SAVE_SHARE = 20  # saving a state takes at most about 1/20 of the time
 _SECONDS_A_BYTE = 2e-9  # of a disk that wasn't timed yet
 _SPARE_SPACE = 2**28  # bytes that a state leaves free
 
+log = logging.getLogger(__name__)
+
 Tensors = Mapping[str, Tensor]
+
+
+class InUseError(CommandError):
+    """Another program is at work in the folder."""
+
+
+def lock_folder(path: Path) -> FileLock:
+    """Hold an existing folder until the lock's `release()`, or the end of the program. Raises InUseError.
+
+    Where the disk knows no locks, as some network drives, the folder isn't held.
+    """
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InUseError(f"{path} is in use: another program is at work there.") from error
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s can't be locked (%s): don't start a second program that works there.", path, error)
+    return lock
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Hold an existing folder as `lock_folder` does, as long as the context lasts."""
+    lock = lock_folder(path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -73,17 +109,26 @@ class WorkFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], start: str, *, anew: bool = False) -> None:
         """Open or create it. `settings` (JSON) say what the run is; `start` is its first phase.
 
-        Raises CommandError if it holds a run with other settings and `anew`, which starts over, is not set.
+        Raises InUseError if another program works there, and CommandError if it holds a run with other settings and
+        `anew`, which starts over, is not set. To be closed.
         """
         self.path, self.start = path, start
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(path)
+        try:
+            self._open(json.loads(json.dumps(settings)), anew)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, settings: Mapping[str, Any], anew: bool) -> None:
+        path = self.path
         if anew:
-            self.remove()
-        settings = json.loads(json.dumps(settings))
+            self._empty()
         self.fresh = not (path / SETTINGS).is_file()  # nothing was there to go on with
         if not self.fresh:
             _check_same(path, settings)
         else:
-            path.mkdir(parents=True, exist_ok=True)
             _write(path / SETTINGS, lambda part: part.write_text(json.dumps(settings, indent=1)))
         self._saved = time.monotonic()
         self._cost: dict[str, float] = {}  # seconds that saving took, by phase
@@ -140,14 +185,29 @@ class WorkFolder:
         self._file(kind, index).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Close the folder and delete it."""
+        self._empty()
+        self.close()
+        with suppress(OSError):  # another program may have come
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
+
+    def close(self) -> None:
+        """Let another program work here."""
+        self._lock.release()
 
     def _folder(self) -> Path:
         return self.path / f"snapshot-{self._snapshot}"
 
     def _file(self, kind: str, index: int) -> Path:
         return self.path / kind / f"{index:06}.safetensors"
+
+    def _empty(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
         """Delete what an interruption left unfinished."""

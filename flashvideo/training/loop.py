@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..work_folder import in_use
 from .checkpointing import BEST, LAST, load_state, save_state
 from .config import LoopSettings
 from .errors import TrainingError
@@ -142,8 +143,8 @@ class Trainer:
     def run(self, limits: Limits) -> int | None:
         """Train until the schedule or a limit ends, with a checkpoint at the end.
 
-        Returns the number of the signal that ended it, if one did. Raises TrainingError where training can't go on;
-        the last checkpoint is then the last good one.
+        Returns the number of the signal that ended it, if one did. Raises InUseError if another program trains in the
+        folder, and TrainingError where training can't go on; the last checkpoint is then the last good one.
         """
         end = self.settings.steps
         if limits.steps is not None:
@@ -151,6 +152,7 @@ class Trainer:
         started = time.monotonic() - self.seconds
         deadline = time.monotonic() + limits.minutes * MINUTE if limits.minutes is not None else float("inf")
         with (
+            in_use(self.folder),
             self._told_what_is_kept(),
             Interrupts() as interrupts,
             tqdm(total=self.settings.steps, initial=self.step, unit="step") as bar,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +204,7 @@ def test_a_state_that_does_not_fit_the_disk_is_not_saved(tmp_path: Path, monkeyp
     monkeypatch.setattr("flashvideo.work_folder.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert not work.save(ENCODE, 2, lambda: {"state": torch.ones(1000)})
     monkeypatch.undo()
+    work.close()
     progress = WorkFolder(tmp_path / "work", {}, ENCODE).progress()
     assert (progress.phase, progress.done) == (ENCODE, 1)
     assert torch.equal(progress.tensors["state"], torch.zeros(1000))
@@ -229,11 +231,12 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(
             if next(steps, None) is None:
                 raise Interrupted
 
-        run = RefineRun(tiny, clip, settings, WorkFolder(tmp_path / "work", {}, ENCODE), stop, 4)
-        try:
-            run.run(collecting(parts))
-        except Interrupted:
-            continue
+        with closing(WorkFolder(tmp_path / "work", {}, ENCODE)) as work:
+            run = RefineRun(tiny, clip, settings, work, stop, 4)
+            try:
+                run.run(collecting(parts))
+            except Interrupted:
+                continue
         assert stops > 5
         break
     assert torch.equal(joined(parts), joined(uninterrupted))

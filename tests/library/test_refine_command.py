@@ -19,7 +19,9 @@ from flashvideo import refine_files, work_folder
 from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_STRENGTH, nano_state
 from flashvideo.refine_command import CANCELLED, add_refine
+from flashvideo.refine_files import WORK_ENDING
 from flashvideo.weightfiles import CheckpointError
+from flashvideo.work_folder import in_use
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--keep-size", "--steps", "1", "--device", "cpu")
@@ -94,6 +96,36 @@ def test_a_folder_of_videos_goes_to_a_folder(tmp_path: Path, capsys: pytest.Capt
     (source / "broken.mp4").unlink()
     assert refine(source, target, *FAST) == 0
     assert "a.mp4 exists already and is left as it is" in capsys.readouterr().out
+
+
+def test_two_programs_share_a_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each leaves to the other what that one has begun, or done since both looked into the folder."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        make_clip(source / name)
+    theirs = target / f"a.mp4{WORK_ENDING}"
+    theirs.mkdir(parents=True)
+    (theirs / "part").write_text("theirs")
+    done = target / "c.mp4"
+
+    def finish_c(*_at: object) -> None:
+        done.write_text("theirs")
+
+    with in_use(theirs), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashvideo.refine_command._Bars.close", finish_c)  # after a.mp4 was passed over
+        assert refine(source, target, *FAST) == 0
+    told = capsys.readouterr()
+    assert f"a.mp4: {theirs} is in use: another program is at work there." in told.err
+    assert "c.mp4 exists already and is left as it is" in told.out
+    assert (theirs / "part").read_text() == done.read_text() == "theirs"
+    assert sorted(path.name for path in target.iterdir()) == [theirs.name, "b.mp4", "c.mp4"]
+    with in_use(theirs):
+        assert refine(source / "a.mp4", target / "a.mp4", *FAST) == 1  # alone it is what was asked for
+    done.unlink()
+    (theirs / "part").unlink()
+    assert refine(source, target, *FAST) == 0  # what the other one leaves behind is taken up
+    assert sorted(path.name for path in target.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
 
 
 def test_two_clips_of_one_name_go_to_two_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

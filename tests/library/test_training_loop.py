@@ -28,6 +28,7 @@ from flashvideo.training.stage1 import Stage1Settings
 from flashvideo.training.stage2 import Stage2Settings
 from flashvideo.training.text import TextSettings
 from flashvideo.training.vae import VAESettings, VAETask
+from flashvideo.work_folder import in_use
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "flashvideo" / "training" / "configs"
@@ -231,6 +232,18 @@ def test_a_run_is_never_overwritten(vae_config: Callable, tmp_path: Path, capsys
     assert train("vae", config) == 1
     assert "holds a run already: add --resume" in capsys.readouterr().err
     assert load_state(tmp_path / "run" / LAST)["step"] == 1
+
+
+def test_two_programs_never_train_in_one_folder(
+    vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, run = vae_config(), tmp_path / "run"
+    assert train("vae", config, "--steps", "1") == 0
+    with in_use(run):
+        assert train("vae", config, "--resume") == 1
+    assert f"{run} is in use: another program is at work there." in capsys.readouterr().err
+    assert load_state(run / LAST)["step"] == 1
+    assert train("vae", config, "--resume", "--steps", "1") == 0
 
 
 def test_ctrl_c_before_the_first_step_says_what_is_kept(
