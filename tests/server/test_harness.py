@@ -93,6 +93,28 @@ def test_what_is_started_in_the_background_heeds_ctrl_c(prepare: str, heeded: st
     assert found.stdout.strip() == heeded
 
 
+def test_the_bed_is_changed_by_one_program_at_a_time(tmp_path: Path) -> None:
+    script = f"""
+import bed, pathlib, sys, time
+bed.LOCK = pathlib.Path({str(tmp_path / "lock")!r})
+with bed.alone("waiting"):
+    bed.say("alone")
+    time.sleep(float(sys.argv[1]))
+"""
+
+    def start(stay: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", script, str(stay)]
+        return subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, text=True)
+
+    with start(stay=600) as first:
+        assert first.stdout.readline() == "alone\n"
+        with start(stay=0) as second:
+            assert second.stdout.readline() == "waiting\n"
+            first.kill()
+            assert second.stdout.read() == "alone\n"
+    assert second.returncode == 0
+
+
 @pytest.fixture()
 def ui_workflow() -> dict[str, Any]:
     """Image, inverted by a bypassed node, saved twice: once by a muted node."""
