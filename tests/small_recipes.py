@@ -52,16 +52,19 @@ def head(out: Path | str, **values: Path | str) -> str:
 
 
 def write_nano_recipes(folder: Path, runs: Path) -> None:
-    """Write the five configs of `train nano`, whose runs are folders of `runs`."""
+    """Write the six configs of `train nano`, whose runs are folders of `runs`."""
     folder.mkdir(parents=True)
     text, vae = runs / "text" / "text_encoder.safetensors", runs / "vae" / "vae.safetensors"
     shared = {"cache": runs / "latents", "text": text}
+    refiner = {"vae": runs / "vae_decoder" / "vae.safetensors", **shared}
+    calm = STAGE2.replace("[network]", f'[network]\nweights = "{(runs / "stage2" / "stage2.safetensors").as_posix()}"')
     recipes = {
         "text": head(runs / "text") + TEXT,
         "vae": head(runs / "vae") + VAE,
         "vae_decoder": head(runs / "vae_decoder", start=vae) + "decoder_only = true\nlatent_noise = 0.1\n" + VAE,
         "stage1": head(runs / "stage1", vae=vae, **shared) + STAGE1,
-        "stage2": head(runs / "stage2", vae=runs / "vae_decoder" / "vae.safetensors", **shared) + STAGE2,
+        "stage2": head(runs / "stage2", **refiner) + STAGE2,
+        "stage2_calm": head(runs / "stage2_calm", **refiner) + calm,
     }
     for name, recipe in recipes.items():
         (folder / f"{name}.toml").write_text(recipe, encoding="utf-8")

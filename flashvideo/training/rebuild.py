@@ -48,11 +48,12 @@ VAE = Part("vae", "vae", "vae.safetensors", "the video VAE")
 DECODER = Part("vae_decoder", "vae", "vae.safetensors", "the VAE's decoder once more, for texture")
 STAGE1 = Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts")
 STAGE2 = Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them")
-PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2)}
+CALM = Part("stage2_calm", "stage2", "stage2.safetensors", "stage II once more, for calm motion")
+PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2, CALM)}
 # One round after the other; a round's chains side by side, a chain's parts one after the other. Stage I needs the
 # VAE's encoder alone, stage II learns from decoded pixels, too.
-ROUNDS = (((TEXT,),), ((VAE,),), ((STAGE1,), (DECODER, STAGE2)))
-NANO = (TEXT, DECODER, STAGE1, STAGE2)  # those whose files FlashVideo-Nano consists of
+ROUNDS = (((TEXT,),), ((VAE,),), ((STAGE1,), (DECODER, STAGE2, CALM)))
+NANO = (TEXT, DECODER, STAGE1, CALM)  # those whose files FlashVideo-Nano consists of
 
 
 class Opener(Protocol):

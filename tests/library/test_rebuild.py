@@ -164,7 +164,7 @@ def test_a_prompt_in_other_words_cannot_be_judged() -> None:
 
 @pytest.fixture
 def train_nano(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`train nano` on five recipes that end in seconds; returns its exit code."""
+    """`train nano` on six recipes that end in seconds; returns its exit code."""
     monkeypatch.setattr(rebuild, "POLL_SECONDS", 0.05)
     configs = tmp_path / "configs"
     write_nano_recipes(configs, tmp_path / "runs")
@@ -194,9 +194,12 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     assert train_nano() == 0
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == ends
 
-    (runs / "stage2" / "stage2.safetensors").unlink()  # an export that a crash left out
+    refiner = runs / "stage2_calm" / "stage2.safetensors"
+    assert filecmp.cmp(weights / "stage2.safetensors", refiner, shallow=False)
+    assert not filecmp.cmp(refiner, runs / "stage2" / "stage2.safetensors", shallow=False)
+    refiner.unlink()  # an export that a crash left out
     assert train_nano() == 0
-    assert load_dit(runs / "stage2" / "stage2.safetensors", stage=2).config.stage == 2
+    assert load_dit(refiner, stage=2).config.stage == 2
 
 
 def test_a_training_that_fails_is_named_and_ends_the_whole(
@@ -206,7 +209,8 @@ def test_a_training_that_fails_is_named_and_ends_the_whole(
     config.write_text(config.read_text().replace("render = [16, 24]", "render = [8, 24]"))
     assert train_nano() == 1
     told = capsys.readouterr().err
-    assert "The training of the VAE's decoder once more, for texture, then stage II, which refines them, ended:" in told
+    chain = (rebuild.DECODER, rebuild.STAGE2, rebuild.CALM)
+    assert f"The training of {', then '.join(part.what for part in chain)}, ended:" in told
     assert not (tmp_path / "weights").exists()
     assert (tmp_path / "runs" / "vae" / "vae.safetensors").is_file()  # what was done stays
 
@@ -215,7 +219,7 @@ def test_only_some_of_nanos_trainings(
     train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert train_nano("--only", "text,refiner") == 1
-    assert "--only takes text, vae, vae_decoder, stage1, stage2; got refiner." in capsys.readouterr().err
+    assert "--only takes text, vae, vae_decoder, stage1, stage2, stage2_calm; got refiner." in capsys.readouterr().err
     assert train_nano("--only", "vae") == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["vae"]
     assert main(["train", "vae", "--config", str(tmp_path / "configs" / "vae.toml"), "--only", "vae"]) == 1
