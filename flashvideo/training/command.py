@@ -74,11 +74,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     try:
         trainer = Trainer(_task(options.kind, settings, options), settings.loop, folder)
-        if options.resume:
-            trainer.resume()
-        else:
-            trainer.start_anew()
-        ended_by = trainer.run(Limits(options.steps, options.minutes))
+        ended_by = trainer.train(Limits(options.steps, options.minutes), resume=options.resume)
     except KeyboardInterrupt:  # while clips were encoded, or asked for twice
         sys.stderr.write(
             "\nStopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,6 +103,20 @@ class Trainer:
         self.best = float("-inf")
         self._saved = -1
 
+    def train(self, limits: Limits, *, resume: bool) -> int | None:
+        """Start anew or go on, and train as `run` does, while no other program does so in the folder.
+
+        Returns and raises what these do, and raises InUseError if another program is at work there.
+        """
+        if not resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with in_use(self.folder) if self.folder.is_dir() else nullcontext():
+            if resume:
+                self.resume()
+            else:
+                self.start_anew()
+            return self.run(limits)
+
     def resume(self) -> None:
         """Go on from last.pt, with all clips made.
 
@@ -136,15 +150,14 @@ class Trainer:
         """Take an empty folder, and have all clips made. Raises TrainingError if a run is in it already."""
         if (self.folder / LAST).exists():
             raise TrainingError(f"{self.folder} holds a run already: add --resume, or give another folder with --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics.path.unlink(missing_ok=True)
         self.task.prepare()
 
     def run(self, limits: Limits) -> int | None:
         """Train until the schedule or a limit ends, with a checkpoint at the end.
 
-        Returns the number of the signal that ended it, if one did. Raises InUseError if another program trains in the
-        folder, and TrainingError where training can't go on; the last checkpoint is then the last good one.
+        Returns the number of the signal that ended it, if one did. Raises TrainingError where training can't go on;
+        the last checkpoint is then the last good one.
         """
         end = self.settings.steps
         if limits.steps is not None:
@@ -152,7 +165,6 @@ class Trainer:
         started = time.monotonic() - self.seconds
         deadline = time.monotonic() + limits.minutes * MINUTE if limits.minutes is not None else float("inf")
         with (
-            in_use(self.folder),
             self._told_what_is_kept(),
             Interrupts() as interrupts,
             tqdm(total=self.settings.steps, initial=self.step, unit="step") as bar,

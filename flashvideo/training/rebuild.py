@@ -105,11 +105,8 @@ def train_parts(parts: Sequence[Part], opener: Opener, minutes: float | None) ->
         task = opener.task(part, settings)
         if not _is_trained(settings.out, settings.loop.steps):
             trainer = Trainer(task, settings.loop, settings.out)
-            if (settings.out / LAST).is_file():
-                trainer.resume()
-            else:
-                trainer.start_anew()
-            ended_by = trainer.run(Limits(minutes=_minutes_left(deadline)))
+            begun = (settings.out / LAST).is_file()
+            ended_by = trainer.train(Limits(minutes=_minutes_left(deadline)), resume=begun)
             if ended_by is not None or trainer.step < settings.loop.steps:
                 return ended_by
         export(task, settings.out, settings.out)

@@ -89,8 +89,7 @@ def test_tuning_learns_the_best_of_n(tmp_path: Path) -> None:
         assert torch.allclose(entry["clean"], best, atol=2e-2, rtol=2e-3)
         assert len(set(scores)) == 3
     trainer = Trainer(task, given.loop, given.out)
-    trainer.start_anew()
-    trainer.run(Limits(steps=1))
+    trainer.train(Limits(steps=1), resume=False)
 
     # The samples are those of the network that tuning began with, also where they must be made again in the middle.
     chosen = task.data.chosen.batch([0, 1])["clean"]

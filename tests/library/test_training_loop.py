@@ -239,10 +239,14 @@ def test_two_programs_never_train_in_one_folder(
 ) -> None:
     config, run = vae_config(), tmp_path / "run"
     assert train("vae", config, "--steps", "1") == 0
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n')  # the other one's, since its checkpoint
+    before = {path: path.read_bytes() for path in run.rglob("*.*")}
     with in_use(run):
         assert train("vae", config, "--resume") == 1
-    assert f"{run} is in use: another program is at work there." in capsys.readouterr().err
-    assert load_state(run / LAST)["step"] == 1
+        assert f"{run} is in use: another program is at work there." in capsys.readouterr().err
+        assert train("vae", config) == 1
+    assert {path: path.read_bytes() for path in before} == before
     assert train("vae", config, "--resume", "--steps", "1") == 0
 
 

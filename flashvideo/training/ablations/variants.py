@@ -140,11 +140,7 @@ def train_once(
     sys.stdout.write(f"{name}: {settings.loop.steps} steps in {run}\n")
     task = make_task()
     trainer = Trainer(task, settings.loop, run)
-    if (run / LAST).is_file():
-        trainer.resume()
-    else:
-        trainer.start_anew()
-    ended_by = trainer.run(Limits(minutes=deadline.minutes))
+    ended_by = trainer.train(Limits(minutes=deadline.minutes), resume=(run / LAST).is_file())
     if ended_by is not None or trainer.step < settings.loop.steps:
         raise Paused(ended_by)
     dit = task.model if isinstance(task.model, FlashVideoDiT) else task.model["dit"]
