@@ -7,6 +7,7 @@ lock of one that was killed is free again.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ SAVE_SHARE = 20  # saving a state takes at most about 1/20 of the time
 _SECONDS_A_BYTE = 2e-9  # of a disk that wasn't timed yet
 _SPARE_SPACE = 2**28  # bytes that a state leaves free
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a disk says that knows none
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
@@ -44,14 +46,16 @@ class InUseError(CommandError):
 def lock_folder(path: Path) -> FileLock:
     """Hold an existing folder until the lock's `release()`, or the end of the program. Raises InUseError.
 
-    Where the disk knows no locks, as some network drives, the folder isn't held.
+    Where the disk knows no locks, as some network drives, a warning is logged and the folder isn't held.
     """
     lock = FileLock(path / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise InUseError(f"{path} is in use: another program is at work there.") from error
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter from filelock before its own way out
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
         log.warning("%s can't be locked (%s): don't start a second program that works there.", path, error)
     return lock
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -208,6 +209,27 @@ def test_a_state_that_does_not_fit_the_disk_is_not_saved(tmp_path: Path, monkeyp
     progress = WorkFolder(tmp_path / "work", {}, ENCODE).progress()
     assert (progress.phase, progress.done) == (ENCODE, 1)
     assert torch.equal(progress.tensors["state"], torch.zeros(1000))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks available"), NotImplementedError("no flock")])
+def test_a_disk_without_locks_is_told_and_used(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flashvideo.work_folder.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
+    with closing(WorkFolder(tmp_path / "work", {}, ENCODE)) as work:
+        assert work.save(ENCODE, 1, dict, always=True)
+        work.remove()
+    assert "can't be locked" in caplog.text
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_lock_that_fails_for_another_reason_is_no_disk_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = PermissionError(errno.EACCES, "not yours")
+    monkeypatch.setattr("flashvideo.work_folder.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(PermissionError, match="not yours"):
+        WorkFolder(tmp_path / "work", {}, ENCODE)
 
 
 class Interrupted(Exception):
