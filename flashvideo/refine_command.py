@@ -113,7 +113,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         help="memory for the VAE: beyond it works in tiles, slower (default: most of a CUDA card's, else no limit)",
     )
-    group.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 and a float16 VAE, on a CPU float32")
 
 
@@ -141,8 +141,7 @@ def refine(options: argparse.Namespace) -> int:
     bars, failed = _Bars(), 0
     several = options.source.is_dir()  # which more than one program may share
     for job in jobs:
-        if job.target.exists() and not options.force:  # another program's, since the work began
-            sys.stdout.write(f"{job.target} exists already and is left as it is\n")
+        if _is_done(job.target, options):  # by another program, since the work began
             continue
         try:
             if is_picture(job.source):
@@ -243,11 +242,17 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
         if target.name.lower() in taken:  # of clip.mp4 and clip.webm the second goes to clip.webm.mp4
             target = options.target / f"{video.name}{ending}"
         taken.add(target.name.lower())
-        if target.exists() and not options.force:
-            sys.stdout.write(f"{target} exists already and is left as it is\n")
-        else:
+        if not _is_done(target, options):
             jobs.append(_Job(video, target))
     return jobs
+
+
+def _is_done(target: Path, options: argparse.Namespace) -> bool:
+    """Whether a result is there and stays; says so."""
+    done = target.exists() and not options.force
+    if done:
+        sys.stdout.write(f"{target} exists already and is left as it is\n")
+    return done
 
 
 def _work(options: argparse.Namespace, job: _Job) -> Path | None:

@@ -198,7 +198,7 @@ def test_cancel_stops_at_the_next_step_and_the_next_run_works(
     steps = (
         "FlashVideo Stage I Sampler.steps=200"
         if class_type == "FlashVideoStage1Sampler"
-        else ("FlashVideo Stage II Refiner.steps=20")
+        else "FlashVideo Stage II Refiner.steps=20"
     )
     prompt = prompt_of(TEXT_TO_VIDEO, *SMALL, "FlashVideo Stage I Sampler.steps=4", steps)
     node = node_id(prompt, class_type)
