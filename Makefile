@@ -9,7 +9,7 @@ ARGS ?=
 help:
 	@echo "make demo   run the example workflows in a private ComfyUI; results in demo/"
 	@echo "make test   run all tests (ARGS='-k refiner' picks some)"
-	@echo "make lint   check the code's style"
+	@echo "make lint   check the code's style, and that imports run one way"
 	@echo "make nano   train FlashVideo-Nano from nothing into runs/nano/weights, or go on with it (hours on a CPU; ARGS='--minutes 30' for a piece)"
 	@echo "make ablations   the paper's tables on FlashVideo-Nano; writes docs/ablations.md (about an hour on a CPU)"
 	@echo "make bench  measure beside peers (ARGS='dit', attention, vae, scaling, long_memory, pipeline, full_size; diffusers is not installed for you)"
@@ -21,7 +21,7 @@ test:
 	@$(PYTHON) scripts/run_tests.py $(ARGS)
 
 lint:
-	@$(PYTHON) scripts/run_tests.py --lint-only
+	@$(PYTHON) scripts/lint.py
 
 nano:
 	@$(PYTHON) scripts/nano.py train $(ARGS)

@@ -4,7 +4,7 @@ Quality: FlashVideo-Nano refines procedural clips that training never saw, once 
 approximation; PSNR of the refined latents (peak: the exact latent's range) and of the decoded frames (peak: white),
 over all clips. Speed: one layer with random weights on a larger grid of patches, exact and approximate in turn.
 "in time" is no choice of an artist: it shows what cutting time instead of the picture would cost. "spatial tiles" are
-those of `flashvideo.tiles`, for which the whole network runs once a tile.
+those of `flashvideo.refiner.tiles`, for which the whole network runs once a tile.
 """
 
 from __future__ import annotations
@@ -27,20 +27,27 @@ load_library()
 from scaling import make_network  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
-from flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, TEXT_TOKENS  # noqa: E402
+from flashvideo.config import (  # noqa: E402  # noqa: E402
+    NANO_STAGE2,
+    NANO_STRENGTH,
+    SPATIAL_FACTOR,
+    STAGE2_LATENT_SCALE,
+    TEMPORAL_FACTOR,
+    TEXT_TOKENS,
+)
 from flashvideo.degradation import degrade_latent  # noqa: E402
 from flashvideo.dit import Attention, FlashVideoDiT  # noqa: E402
 from flashvideo.frames import to_frames  # noqa: E402
 from flashvideo.guidance import STAGE2_SCALE  # noqa: E402
-from flashvideo.nano import NANO_FOLDER, NANO_STAGE2, NANO_STRENGTH, nano_state  # noqa: E402
+from flashvideo.nano import NANO_FOLDER, nano_state  # noqa: E402
+from flashvideo.refiner.tiles import TILE, plan_tiles  # noqa: E402
+from flashvideo.refiner.windows import blend  # noqa: E402
 from flashvideo.samplers import sample_stage2  # noqa: E402
-from flashvideo.sparse import VIEWS, Grid, WindowAttention  # noqa: E402
 from flashvideo.t5 import T5Tokens, contexts, load_encoder, with_motion  # noqa: E402
-from flashvideo.tiles import TILE, plan_tiles  # noqa: E402
-from flashvideo.training.captions import caption  # noqa: E402
-from flashvideo.training.rendering import render  # noqa: E402
-from flashvideo.training.scenes import random_scene  # noqa: E402
-from flashvideo.windows import blend  # noqa: E402
+from flashvideo.tile_attention import VIEWS, Grid, WindowAttention  # noqa: E402
+from flashvideo.training.scenes.captions import caption  # noqa: E402
+from flashvideo.training.scenes.rendering import render  # noqa: E402
+from flashvideo.training.scenes.stream import random_scene  # noqa: E402
 
 CLIP = (17, 256, 448)  # frames, height and width that Nano makes of its drafts
 ENLARGED = 4  # how much larger than a draft that is

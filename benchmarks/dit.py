@@ -23,9 +23,9 @@ from torch import Tensor
 load_library()
 
 from flashvideo.checkpoints import load_dit  # noqa: E402
+from flashvideo.checkpoints.keymaps import Layout, original_name  # noqa: E402
 from flashvideo.config import TEXT_TOKENS, DiTConfig  # noqa: E402
 from flashvideo.dit import FlashVideoDiT, attention_sdpa  # noqa: E402
-from flashvideo.keymaps import Layout, original_name  # noqa: E402
 from flashvideo.rope import rope_table  # noqa: E402
 
 TEXT_WIDTH = 512

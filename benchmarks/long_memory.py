@@ -23,12 +23,12 @@ import av  # noqa: E402
 import torch  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
-from flashvideo.config import TEXT_TOKENS  # noqa: E402
+from flashvideo.config import NANO_STRENGTH, TEXT_TOKENS  # noqa: E402
 from flashvideo.devices import return_memory  # noqa: E402
 from flashvideo.frames import TargetSize  # noqa: E402
-from flashvideo.nano import NANO_STRENGTH, nano_state  # noqa: E402
-from flashvideo.refine import DECODE, ENCODE, REFINE, Networks, RefineSettings  # noqa: E402
-from flashvideo.refine_files import READ, refine_video  # noqa: E402
+from flashvideo.nano import nano_state  # noqa: E402
+from flashvideo.refiner.files import READ, refine_video  # noqa: E402
+from flashvideo.refiner.run import DECODE, ENCODE, REFINE, Networks, RefineSettings  # noqa: E402
 
 PHASES = (READ, ENCODE, REFINE, DECODE)
 SECONDS = 60  # a minute

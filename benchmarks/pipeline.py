@@ -21,16 +21,21 @@ import torch
 from common import ROOT, SEED, add_options, is_single_thread, load_library, report, synchronize
 
 sys.path.append(str(ROOT / "scripts"))
-from bed import Bed, stop_on_terminate
-from comfy_client import Failure
-from comfy_server import ComfyServer
+from harness.bed import Bed, stop_on_terminate
+from harness.comfy_client import Failure
+from harness.comfy_server import ComfyServer
 
 load_library()
 
 from flashvideo import degrade_latent, load_dit, load_vae, sample_stage1, sample_stage2  # noqa: E402
-from flashvideo.config import STAGE1_LATENT_SCALE, STAGE2_LATENT_SCALE, TEXT_TOKENS  # noqa: E402
+from flashvideo.config import (  # noqa: E402
+    NANO_STAGE1,
+    STAGE1_LATENT_SCALE,
+    STAGE2_LATENT_SCALE,
+    TEXT_TOKENS,
+)
 from flashvideo.frames import TargetSize, finish, prepare, to_frames, to_video  # noqa: E402
-from flashvideo.nano import NANO_STAGE1, nano_state  # noqa: E402
+from flashvideo.nano import nano_state  # noqa: E402
 
 WIDTH, HEIGHT, FRAMES, SCALE = 128, 96, 17, 2.0
 STEPS1, STEPS2 = 10, 4

@@ -24,8 +24,8 @@ except ModuleNotFoundError:
 
 from flashvideo.config import VAE, VAEConfig  # noqa: E402 - after load_library
 from flashvideo.vae import VideoVAE  # noqa: E402
-from flashvideo.vae_memory import plan_tiles  # noqa: E402
-from flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles  # noqa: E402
+from flashvideo.vae.memory import plan_tiles  # noqa: E402
+from flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles  # noqa: E402
 
 DIFFUSERS_CHUNK = 8  # frames that diffusers encodes at a time
 EQUAL = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}  # of values up to about 5

@@ -13,11 +13,12 @@ def _run() -> int:
     if not __package__:
         sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Imported here: found only now.
-    from flashvideo import command_line, devices
+    from flashvideo import devices
+    from flashvideo.commands.main import main
 
     if sys.argv[1:2] in (["refine"], ["generate"]):  # long runs in a process that is theirs alone
         devices.return_memory()
-    return command_line.main()
+    return main()
 
 
 if __name__ == "__main__":

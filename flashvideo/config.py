@@ -6,7 +6,7 @@ CogVideoX's (arXiv 2408.06072).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TEXT_TOKENS = 226  # T5 tokens of a prompt, padding included
 TEMPORAL_FACTOR = 4  # video frames to one latent frame, after the first
@@ -56,6 +56,21 @@ class VAEConfig:
     norm_groups: int = 32
 
 
+@dataclass(frozen=True)
+class T5Config:
+    """Numbers of a T5 v1.1 encoder (arXiv 1910.10683): gated GELU, no biases, relative positions in the first layer.
+
+    The names are those of the Hugging Face configuration file.
+    """
+
+    num_layers: int
+    d_model: int
+    d_ff: int
+    d_kv: int
+    num_heads: int
+    vocab_size: int = 32128
+
+
 STAGE1 = DiTConfig(num_layers=42, hidden_size=3072, num_heads=48, time_embed_dim=512, text_dim=4096, ff_dim=12288)
 STAGE2 = DiTConfig(
     num_layers=30,
@@ -68,3 +83,14 @@ STAGE2 = DiTConfig(
     frame_count_embedding=True,
 )
 VAE = VAEConfig(base_channels=128, channel_multipliers=(1, 2, 2, 4), encoder_blocks=3, decoder_blocks=4)
+T5_POSITION_BUCKETS = 32
+
+# A token of 2 x 2 latent pixels is 16 x 16 pixels: a fourth of a draft's height, too coarse for a shape; and in
+# refined videos each such block is painted almost by itself.
+NANO_STAGE1 = DiTConfig(
+    num_layers=9, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512, patch_size=1
+)
+NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, degradation_embedding=True, frame_count_embedding=True)
+NANO_VAE = VAEConfig(16, (1, 2, 2, 4), encoder_blocks=1, decoder_blocks=2, norm_groups=16)
+NANO_TEXT_ENCODER = T5Config(num_layers=3, d_model=48, d_ff=128, d_kv=16, num_heads=4)
+NANO_STRENGTH = 60  # of the refiner: the official 675 hides shapes that are few latent pixels large

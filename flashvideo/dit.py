@@ -102,6 +102,12 @@ class Stretch(NamedTuple):
     rope: tuple[Tensor, Tensor]  # of its video tokens
 
 
+def dit_tokens(config: DiTConfig, shape: tuple[int, int, int]) -> int:
+    """Video tokens of a latent of `shape` (T, H, W)."""
+    frames, rows, columns = shape
+    return frames * (rows // config.patch_size) * (columns // config.patch_size)
+
+
 def piece_tokens(count: int, row: int, itemsize: int, device: str) -> int:
     """Tokens of each of the equal pieces that `count` tokens are cut into, at most `count`.
 

@@ -10,54 +10,27 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .config import DiTConfig, VAEConfig
+from .checkpoints.weights import open_weights
+from .config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE
 from .dit import FlashVideoDiT
+from .t5 import t5_shapes
 from .vae import VideoVAE
-from .weightfiles import open_weights
 
 NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
 NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder")
 NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
 NANO_DTYPE = torch.float16
-NANO_STRENGTH = 60  # of the refiner: the official 675 hides shapes that are few latent pixels large
 PREVIEW_METADATA = "flashvideo.preview"  # in the VAE's file: the map from latent to colour, as JSON
 NANO_NOTICE = (
     "FlashVideo-Nano is untrained: it shows that the graph runs, and makes coloured noise. "
     "Choose the official FlashVideo model files for real pictures."
 )
 
-
-@dataclass(frozen=True)
-class T5Config:
-    """Numbers of a T5 v1.1 encoder (arXiv 1910.10683): gated GELU, no biases, relative positions in the first layer.
-
-    The names are those of the Hugging Face configuration file.
-    """
-
-    num_layers: int
-    d_model: int
-    d_ff: int
-    d_kv: int
-    num_heads: int
-    vocab_size: int = 32128
-
-
-T5_POSITION_BUCKETS = 32
-
-# A token of 2 x 2 latent pixels is 16 x 16 pixels: a fourth of a draft's height, too coarse for a shape; and in
-# refined videos each such block is painted almost by itself.
-NANO_STAGE1 = DiTConfig(
-    num_layers=9, hidden_size=128, num_heads=2, time_embed_dim=64, text_dim=48, ff_dim=512, patch_size=1
-)
-NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, degradation_embedding=True, frame_count_embedding=True)
-NANO_VAE = VAEConfig(16, (1, 2, 2, 4), encoder_blocks=1, decoder_blocks=2, norm_groups=16)
-NANO_TEXT_ENCODER = T5Config(num_layers=3, d_model=48, d_ff=128, d_kv=16, num_heads=4)
 
 # Standard deviations of untrained weights, in units of 1 / sqrt(inputs); the first name that occurs in a key counts.
 _GAINS: tuple[tuple[str, float], ...] = (
@@ -140,24 +113,3 @@ def _shapes(part: str) -> Mapping[str, tuple[int, ...]]:
             "vae": lambda: VideoVAE(NANO_VAE),
         }[part]()
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a T5 v1.1 encoder's weights, as Hugging Face and ComfyUI have them."""
-    width, inner = config.d_model, config.d_kv * config.num_heads
-    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (config.vocab_size, width)}
-    for index in range(config.num_layers):
-        attention, feed_forward = (f"encoder.block.{index}.layer.{part}." for part in (0, 1))
-        for name in ("q", "k", "v"):
-            shapes[f"{attention}SelfAttention.{name}.weight"] = (inner, width)
-        shapes[f"{attention}SelfAttention.o.weight"] = (width, inner)
-        if index == 0:
-            bias = (T5_POSITION_BUCKETS, config.num_heads)
-            shapes[f"{attention}SelfAttention.relative_attention_bias.weight"] = bias
-        shapes[f"{attention}layer_norm.weight"] = (width,)
-        for name in ("wi_0", "wi_1"):
-            shapes[f"{feed_forward}DenseReluDense.{name}.weight"] = (config.d_ff, width)
-        shapes[f"{feed_forward}DenseReluDense.wo.weight"] = (width, config.d_ff)
-        shapes[f"{feed_forward}layer_norm.weight"] = (width,)
-    shapes["encoder.final_layer_norm.weight"] = (width,)
-    return shapes

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import layer_count
-from .config import TEXT_TOKENS
+from .checkpoints.architecture import layer_count
+from .checkpoints.weights import open_weights
+from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
-from .nano import T5_POSITION_BUCKETS, T5Config
-from .weightfiles import open_weights
 
 TOKENIZER_IN_COMFYUI = Path("comfy") / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
@@ -74,6 +73,27 @@ def _library(name: str) -> Any:
     except ModuleNotFoundError as error:
         message = f"Reading text needs the package {name}, which ComfyUI brings: pip install {name}."
         raise CommandError(message) from error
+
+
+def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a T5 v1.1 encoder's weights, as Hugging Face and ComfyUI have them."""
+    width, inner = config.d_model, config.d_kv * config.num_heads
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (config.vocab_size, width)}
+    for index in range(config.num_layers):
+        attention, feed_forward = (f"encoder.block.{index}.layer.{part}." for part in (0, 1))
+        for name in ("q", "k", "v"):
+            shapes[f"{attention}SelfAttention.{name}.weight"] = (inner, width)
+        shapes[f"{attention}SelfAttention.o.weight"] = (width, inner)
+        if index == 0:
+            bias = (T5_POSITION_BUCKETS, config.num_heads)
+            shapes[f"{attention}SelfAttention.relative_attention_bias.weight"] = bias
+        shapes[f"{attention}layer_norm.weight"] = (width,)
+        for name in ("wi_0", "wi_1"):
+            shapes[f"{feed_forward}DenseReluDense.{name}.weight"] = (config.d_ff, width)
+        shapes[f"{feed_forward}DenseReluDense.wo.weight"] = (width, config.d_ff)
+        shapes[f"{feed_forward}layer_norm.weight"] = (width,)
+    shapes["encoder.final_layer_norm.weight"] = (width,)
+    return shapes
 
 
 class T5Encoder(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .native.model import FlashVideoModel
-from .native.run import is_guided_otherwise
+from .native.stages import is_guided_otherwise
 
 STAGE_NAMES = {1: "stage I (the draft model)", 2: "stage II (the refiner)"}
 

@@ -11,8 +11,8 @@ from comfy_api.latest import InputImpl, io
 from ..flashvideo.config import TEMPORAL_FACTOR
 from ..flashvideo.errors import CommandError
 from ..flashvideo.frames import TargetSize
-from ..flashvideo.refine import RefineSettings
-from ..flashvideo.windows import WINDOW
+from ..flashvideo.refiner import RefineSettings
+from ..flashvideo.refiner.windows import WINDOW
 from .checks import check_stage, check_text
 from .common import CATEGORY, found_as, named
 from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames

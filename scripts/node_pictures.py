@@ -13,7 +13,7 @@ import shutil
 import sys
 
 import set_up
-from bed import ROOT, TEMPORARY, Bed, say
+from harness.bed import ROOT, TEMPORARY, Bed, say
 
 DOCS = ROOT / "web" / "docs"
 _VIEW = {"width": 1200, "height": 1000}
@@ -46,8 +46,8 @@ def main() -> int:
 
 def _make_all(words: list[str]) -> None:
     """The imports inside need the bed's Python, in which this now runs."""
-    from browser import PATIENCE, READY, launch, write_settings
-    from comfy_server import ComfyServer
+    from harness.browser import PATIENCE, READY, launch, write_settings
+    from harness.comfy_server import ComfyServer
 
     try:
         from playwright.sync_api import sync_playwright

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import set_up
-from bed import Bed, say, stop_on_terminate
+from harness.bed import Bed, say, stop_on_terminate
 
 _ROW_HEIGHT = 24  # of a widget on the page
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -26,9 +26,9 @@ def main() -> int:
     set_up.enter(__file__)
     stop_on_terminate()
     # Only the bed's Python, in which this now runs, has the packages that the following modules need.
-    from comfy_server import ComfyServer, ServerError
-    from workflow_api import read_workflow
-    from workflow_files import shipped
+    from harness.comfy_server import ComfyServer, ServerError
+    from harness.workflow_api import read_workflow
+    from harness.workflow_files import shipped
 
     bed = Bed.load()
     if bed is None:

@@ -1,6 +1,6 @@
-"""Run every test: the style check, the library, the nodes inside ComfyUI, its page in a browser, the running server.
+"""Run every test: style and imports, the library, the nodes inside ComfyUI, its page in a browser, the running server.
 
-    python scripts/run_tests.py [--lint-only] [options for pytest ...]
+    python scripts/run_tests.py [options for pytest ...]
 
 Each folder of tests has a process of its own, because a process can hold one ComfyUI, and the library's tests none.
 These have several, file by file, as their tensors are too small for several threads.
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import lint
 import set_up
-from bed import BED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
+from harness.bed import ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
 FOLDERS = ("tests/library", "tests/comfy", "tests/browser", "tests/server")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
@@ -43,10 +44,8 @@ def main() -> int:
     """Command line; returns the exit code."""
     set_up.enter(__file__)
     stop_on_terminate()
-    options = [option for option in sys.argv[1:] if option != "--lint-only"]
-    style_is_good = _style()
-    if "--lint-only" in sys.argv:
-        return 0 if style_is_good else 1
+    options = sys.argv[1:]
+    style_is_good = lint.check()
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     try:
         # Of this run alone: another one, or a server, may use its own beside it.
@@ -56,12 +55,6 @@ def main() -> int:
         say("\nCancelled.")
         return 130
     return _sum_up(outcomes, style_is_good)
-
-
-def _style() -> bool:
-    say("Style: ruff check")
-    command = [sys.executable, "-m", "ruff", "check", "--quiet", "--cache-dir", str(BED / "ruff"), str(ROOT)]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 def _has_tests(folder: str) -> bool:

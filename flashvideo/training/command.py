@@ -58,8 +58,8 @@ def _count(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     # Imported here, so that the other commands start at once.
-    from .loop import Limits, Trainer
-    from .rebuild import export
+    from .loop.trainer import Limits, Trainer
+    from .nano import export
 
     if options.kind == WHOLE:
         return _train_nano(options)
@@ -89,34 +89,34 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_nano(options: argparse.Namespace) -> int:
     """All networks, or some of their trainings."""
-    from . import rebuild
+    from . import nano
 
     for name, value in (("--steps", options.steps), ("--out", options.out)):
         if value is not None:
             raise TrainingError(f"{name} is for one network. train nano goes on by itself; --minutes limits it.")
-    configs = options.config or rebuild.CONFIGS
+    configs = options.config or nano.CONFIGS
 
     class Configs:
-        def settings(self, part: rebuild.Part) -> Any:
+        def settings(self, part: nano.Part) -> Any:
             return _settings(part.kind, configs / f"{part.name}.toml", options)
 
-        def task(self, part: rebuild.Part, settings: Any) -> Any:
+        def task(self, part: nano.Part, settings: Any) -> Any:
             return _task(part.kind, settings, options)
 
     if options.only:
         names = options.only.split(",")
-        unknown = [name for name in names if name not in rebuild.PARTS]
+        unknown = [name for name in names if name not in nano.PARTS]
         if unknown:
-            raise TrainingError(f"--only takes {', '.join(rebuild.PARTS)}; got {', '.join(unknown)}.")
-        return _exit_code(rebuild.train_parts([rebuild.PARTS[name] for name in names], Configs(), options.minutes))
+            raise TrainingError(f"--only takes {', '.join(nano.PARTS)}; got {', '.join(unknown)}.")
+        return _exit_code(nano.train_parts([nano.PARTS[name] for name in names], Configs(), options.minutes))
 
-    def command(parts: Sequence[rebuild.Part], minutes: float | None) -> list[str]:
+    def command(parts: Sequence[nano.Part], minutes: float | None) -> list[str]:
         given = {"--only": ",".join(part.name for part in parts), "--config": configs, "--minutes": minutes}
         given |= {"--device": options.device, "--tokenizer": options.tokenizer}
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
         return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
-    return _exit_code(rebuild.rebuild(Configs(), options.export or rebuild.WEIGHTS, options.minutes, command))
+    return _exit_code(nano.rebuild(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
 
 
 def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
@@ -141,7 +141,7 @@ def _task(kind: str, settings: Any, options: argparse.Namespace) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
+    return importlib.import_module(f".tasks.{name}", __package__)
 
 
 def _exit_code(ended_by: int | None) -> int:

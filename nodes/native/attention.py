@@ -11,16 +11,16 @@ import comfy.patcher_extension
 from comfy.ldm.modules.attention import get_attention_function
 from torch import Tensor
 
-from ...flashvideo.planner_memory import LAYER_SEQUENCES
-from ...flashvideo.sparse import Grid, share
+from ...flashvideo.memory import LAYER_SEQUENCES
+from ...flashvideo.tile_attention import Grid, share
 
-ATTENTION_TILES = "flashvideo_attention_tiles"  # how the video is cut, as `sparse.WindowAttention` takes it
+ATTENTION_TILES = "flashvideo_attention_tiles"  # how the video is cut, as `tile_attention.WindowAttention` takes it
 OVERRIDE = "optimized_attention_override"  # ComfyUI's own
 SAGE = "sage"  # ComfyUI's name for SageAttention
 
 
 def with_attention_windows(model: comfy.model_patcher.ModelPatcher, tiles: Grid) -> comfy.model_patcher.ModelPatcher:
-    """A clone of a MODEL whose video attends within windows; see `flashvideo.sparse`."""
+    """A clone of a MODEL whose video attends within windows; see `flashvideo.tile_attention`."""
     clone = model.clone()
     clone.model_options["transformer_options"][ATTENTION_TILES] = tiles
 

@@ -19,12 +19,14 @@ from comfy import sd1_clip
 from comfy.text_encoders.sd3_clip import T5XXLModel, T5XXLTokenizer, t5_xxl_detect
 from torch import Tensor
 
-from ...flashvideo.architecture import layer_count
-from ...flashvideo.config import TEXT_TOKENS
-from ...flashvideo.keymaps import find_layout
-from ...flashvideo.nano import T5Config, nano_state, t5_shapes
-from ...flashvideo.recognise import describe_foreign
-from ...flashvideo.weightfiles import CheckpointError, Weights, open_weights, some
+from ...flashvideo.checkpoints import CheckpointError
+from ...flashvideo.checkpoints.architecture import layer_count
+from ...flashvideo.checkpoints.foreign import describe_foreign
+from ...flashvideo.checkpoints.keymaps import find_layout
+from ...flashvideo.checkpoints.weights import Weights, open_weights, some
+from ...flashvideo.config import TEXT_TOKENS, T5Config
+from ...flashvideo.nano import nano_state
+from ...flashvideo.t5 import t5_shapes
 
 try:
     from comfy.utils import convert_old_quants

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import folder_paths
 from comfy_api.latest import ui
 
-from ...flashvideo.model_files import what_goes_into
+from ...flashvideo.checkpoints.catalogue import what_goes_into
 from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
 from .notices import tell
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR
 from ...flashvideo.frames import padded_shape
-from ...flashvideo.refine import (
+from ...flashvideo.refiner.files import READ, FileOptions, file_identity, refine_video
+from ...flashvideo.refiner.run import (
     DECODE,
     ENCODE,
     MEASURE,
@@ -32,12 +33,11 @@ from ...flashvideo.refine import (
     OnProgress,
     RefineSettings,
 )
-from ...flashvideo.refine_files import READ, FileOptions, file_identity, refine_video
 from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
 from ...flashvideo.vae import Decoder, Encoder
 from .fingerprint import fingerprint, weights_fingerprint
-from .run import refiner_settings
 from .sampling import flow_to_sigma, refiner_weights
+from .stages import refiner_settings
 from .vae import FlashVideoVAE
 from .video_source import SAVED_AS_IT_IS, sound_suffix, source_file
 
@@ -62,7 +62,7 @@ class _Evaluation(comfy.samplers.Sampler):
 
 
 class GuidedRefiner:
-    """Stage II and its guidance as the network that `flashvideo.refine` runs, with guidance left to ComfyUI."""
+    """Stage II and its guidance as the network that `flashvideo.refiner.run` runs, with guidance left to ComfyUI."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class GuidedRefiner:
 
 
 class LoadedVAE:
-    """The VAE's network as `flashvideo.refine` runs it, with loading left to ComfyUI."""
+    """The VAE's network as `flashvideo.refiner.run` runs it, with loading left to ComfyUI."""
 
     def __init__(self, vae: FlashVideoVAE, needed: float) -> None:
         self._vae, self._needed = vae, needed

@@ -7,8 +7,9 @@ from pathlib import Path
 import comfy.lora
 import comfy.model_patcher
 
-from ...flashvideo.lora_files import check_fit, read_lora
-from ...flashvideo.weightfiles import CheckpointError, some
+from ...flashvideo.checkpoints import CheckpointError
+from ...flashvideo.checkpoints.lora import check_fit, read_lora
+from ...flashvideo.checkpoints.weights import some
 
 
 def add_lora(model: comfy.model_patcher.ModelPatcher, path: Path, strength: float) -> comfy.model_patcher.ModelPatcher:

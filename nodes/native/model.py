@@ -19,13 +19,21 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...flashvideo.checkpoints import read_dit
-from ...flashvideo.config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR, DiTConfig
+from ...flashvideo.config import (
+    NANO_STAGE1,
+    NANO_STAGE2,
+    SPATIAL_FACTOR,
+    STAGE1_LATENT_SCALE,
+    STAGE2_LATENT_SCALE,
+    TEMPORAL_FACTOR,
+    DiTConfig,
+)
 from ...flashvideo.dit import FlashVideoDiT
-from ...flashvideo.nano import NANO_STAGE1, NANO_STAGE2, nano_preview
-from ...flashvideo.planner_memory import dit_bytes
-from ...flashvideo.sparse import WindowAttention
+from ...flashvideo.memory import dit_bytes
+from ...flashvideo.nano import nano_preview
+from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES
-from .degraded import guard_degradation
+from .degradation import guard_degradation
 from .sampling import RefinerSampling, Stage1Sampling
 
 # Linear map from the CogVideoX VAE's latent to RGB in [-1, 1], for previews (figures: ComfyUI-CogVideoXWrapper).

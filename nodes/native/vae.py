@@ -21,8 +21,8 @@ from ...flashvideo.checkpoints import read_vae
 from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
 from ...flashvideo.nano import nano_state
 from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE, video_shape
-from ...flashvideo.vae_memory import MOVE, TilePlan, decode_bytes, encode_bytes, plan_tiles
-from ...flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles
+from ...flashvideo.vae.memory import MOVE, TilePlan, decode_bytes, encode_bytes, plan_tiles
+from ...flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]

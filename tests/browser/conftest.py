@@ -15,12 +15,12 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from bed import BED, PACK_NAME, Bed, inside, stop_on_terminate
+from harness.bed import BED, PACK_NAME, Bed, inside, stop_on_terminate
 
 if not inside():
     pytest.exit("These tests start ComfyUI from .bed/: use `make test`.", 2)
-from browser import PATIENCE, READY, launch, write_settings
-from comfy_server import ComfyServer
+from harness.browser import PATIENCE, READY, launch, write_settings
+from harness.comfy_server import ComfyServer
 
 stop_on_terminate()
 

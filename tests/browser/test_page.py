@@ -8,9 +8,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from comfy_server import ComfyServer
-from workflow_api import read_workflow
-from workflow_files import ALWAYS, COMMIT, MUTED, shipped
+from harness.comfy_server import ComfyServer
+from harness.workflow_api import read_workflow
+from harness.workflow_files import ALWAYS, COMMIT, MUTED, shipped
 
 CLIP = "bikes.mp4"  # what the workflows that refine a clip name
 FRAMES, WIDTH, HEIGHT = 9, 112, 48

@@ -57,13 +57,13 @@ def test_a_view_gives_what_the_library_gives(
     text: dict[str, list],
     model: Any,
 ) -> None:
-    sparse = submodule("flashvideo.sparse")
+    sparse = submodule("flashvideo.tile_attention")
     nano = submodule("flashvideo.nano").nano_state("stage2")
     dit = submodule("flashvideo.checkpoints").load_dit(nano, dtype=torch.float32)
     context, uncond = (text[name][0][0] for name in ("positive", "negative"))
     windows = sparse.WindowAttention(context.shape[1], (2, 8, 12), sparse.VIEWS[view.split()[0]])
     scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
-    noise = submodule("nodes.native.run").seeded_noise(torch.Size(SHAPE), 1)()
+    noise = submodule("nodes.native.stages").seeded_noise(torch.Size(SHAPE), 1)()
     start = submodule("flashvideo.degradation").degrade_latent(normal(*SHAPE) * scale, noise, STRENGTH)
     expected = submodule("flashvideo.samplers").sample_stage2(
         lambda *given, **named: dit(*given, **named, attention=windows, order=windows.order),

@@ -112,10 +112,10 @@ def through_the_graph(
     with torch.inference_mode():
         prepared, reference = call("PrepareFrames", images=images, **SIZE)
         latent = networks["vae"].encode(prepared)
-        frame_noise = submodule("flashvideo.windows").frame_noise
+        frame_noise = submodule("flashvideo.refiner.windows").frame_noise
         shape = (latent.shape[1], *latent.shape[3:])
         noise = torch.stack([frame_noise(shape, 5, index) for index in range(latent.shape[2])], dim=1)[None]
-        degraded = submodule("nodes.native.degraded").degrade({"samples": latent}, noise, REFINING["strength"])
+        degraded = submodule("nodes.native.degradation").degrade({"samples": latent}, noise, REFINING["strength"])
         texts = {name: networks[name] for name in ("model", "positive", "negative")}
         settings = {name: REFINING[name] for name in ("steps", "cfg", "shift")}
         refined = call("Stage2Refiner", **texts, latent=degraded, **settings, solver="euler", **WINDOWS)[0]

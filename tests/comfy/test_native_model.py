@@ -199,7 +199,7 @@ def test_a_published_cogvideox_lora_finds_its_layers(
 
     model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
     shapes = {name: weight.shape for name, weight in model.model.diffusion_model.state_dict().items()}
-    layers = submodule("flashvideo.keymaps").DIT_DIFFUSERS | {
+    layers = submodule("flashvideo.checkpoints.keymaps").DIT_DIFFUSERS | {
         name: name for name in ("patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")
     }
     state = {}
@@ -216,7 +216,7 @@ def test_a_published_cogvideox_lora_finds_its_layers(
     source, target = comfy_base / "models" / "loras" / lora, tmp_path / "out.safetensors"
     save_file(state, source)
     assert not comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)[0].patches
-    assert submodule("flashvideo.lora_files").convert_lora(source, target) == 14
+    assert submodule("flashvideo.checkpoints.lora").convert_lora(source, target) == 14
     stock, _ = comfy.sd.load_lora_for_models(model, None, load_file(target), 0.5, 0)
     (ours,) = comfy_nodes["FlashVideoLoraLoader"].execute(model, lora, 0.5).result
     assert len(stock.patches) == len(ours.patches) == 14
@@ -606,8 +606,8 @@ def test_guidance_of_another_node_is_not_undone_silently(
 def test_nanos_parts_are_trained_and_belong_together(submodule: Callable[[str], ModuleType]) -> None:
     """On held-out scenes stage I explains 0.9 of v (untrained: nothing), and more with the right captions."""
     checkpoints, t5, nano = (submodule(f"flashvideo.{name}") for name in ("checkpoints", "t5", "nano"))
-    config, scenes = submodule("flashvideo.config"), submodule("flashvideo.training.scenes")
-    stage1_loss = submodule("flashvideo.training.losses").stage1_loss
+    config, scenes = submodule("flashvideo.config"), submodule("flashvideo.training.scenes.stream")
+    stage1_loss = submodule("flashvideo.training.tasks.losses").stage1_loss
     vae = checkpoints.load_vae(nano.nano_state("vae"), dtype=torch.float32)
     clips = scenes.SceneStream("test", 64, 112, 17, 11)
     videos, captions = zip(*(clips.sample(index) for index in range(2)), strict=True)

@@ -119,11 +119,12 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
 
 
 def test_text_operations_are_those_of_comfyui(pack: ModuleType) -> None:
-    planner = importlib.import_module(f"{pack.__name__}.flashvideo.planner")
+    library = f"{pack.__name__}.flashvideo.planner"
+    planner, flops = (importlib.import_module(name) for name in (library, f"{library}.flops"))
     clip = importlib.import_module(f"{pack.__name__}.nodes.native.clip").load_clip_native(None)
     tokens = clip.tokenize("a red boat on a lake")
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter doesn't know it
     with FlopCounterMode(display=False, custom_mapping={attention: attention_flops}) as counter:
         clip.encode_from_tokens(tokens)
-    predicted = planner.t5_flops(planner.NANO.text).total
+    predicted = flops.t5_flops(planner.NANO.text).total
     assert predicted == pytest.approx(counter.get_total_flops(), rel=0.1)

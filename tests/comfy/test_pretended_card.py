@@ -51,7 +51,7 @@ def card(submodule: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
     monkeypatch.setattr(comfy.k_diffusion.sampling, "default_noise_sampler", noise)
     monkeypatch.setattr(submodule("flashvideo.rope"), "COMPLEX_DEVICES", ("cpu", CARD))
     # Marks are keys of numbers, and where sigmas begin is one.
-    degraded = submodule("nodes.native.degraded")
+    degraded = submodule("nodes.native.degradation")
     monkeypatch.setattr(degraded._Mark, "fits", lambda *_: True)
     monkeypatch.setattr(degraded, "check_degraded_start", lambda *_, **__: None)
     return PretendedCard(answer=True, takes_numbers=True)
@@ -161,9 +161,9 @@ def test_comfyui_made_enough_room_for_a_long_latent(
 @pytest.mark.parametrize("share", [2.0, 0.9])
 def test_a_long_video(graph: SimpleNamespace, submodule: Callable, share: float) -> None:
     """Everything of Refine Long Video but its files; `share` of what the VAE would hold in one piece."""
-    native, library = submodule("nodes.native.long_video"), submodule("flashvideo.refine")
+    native, library = submodule("nodes.native.long_video"), submodule("flashvideo.refiner.run")
     size = submodule("flashvideo.frames").TargetSize("scale", scale=2)
-    held = submodule("flashvideo.vae_memory").held_bytes
+    held = submodule("flashvideo.vae.memory").held_bytes
     settings = library.RefineSettings(size, window=9, overlap=4, steps=2)
     network, device = graph.vae.first_stage_model, graph.vae.device
     budget = share * held(network.decoder, (6, 12, 16), graph.vae.vae_dtype)
@@ -171,7 +171,7 @@ def test_a_long_video(graph: SimpleNamespace, submodule: Callable, share: float)
     loaded = native.LoadedVAE(graph.vae, budget)
     networks = library.Networks(guided, loaded, torch.zeros(1, 1, 1), device, budget, GIGABYTE)
     clip, parts = library.TensorClip(torch.zeros(17, 48, 64, 3, dtype=torch.uint8)), []
-    work = submodule("flashvideo.work_folder").MemoryWork(library.ENCODE)
+    work = submodule("flashvideo.refiner.work_folder").MemoryWork(library.ENCODE)
     run = library.RefineRun(networks, clip, replace(settings, cfg=1.0), work, segment_chunks=2)
     run.run(lambda _, chunks: parts.extend(chunks))
     assert in_main_memory(torch.cat(parts), (17, 96, 128, 3))

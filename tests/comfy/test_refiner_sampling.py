@@ -99,7 +99,7 @@ def test_videos_of_a_batch_are_refined_as_alone(
     text: dict[str, list],
     way: str,
 ) -> None:
-    degrade = submodule("nodes.native.degraded").degrade
+    degrade = submodule("nodes.native.degradation").degrade
     shape = {"whole": (3, 4, 6), "windows": (8, 4, 4), "tiles": (1, 16, 24)}[way]
     latents, noise = numbers(2, 16, *shape, seed=1), numbers(2, 16, *shape, seed=2)
     if way == "tiles":
@@ -126,7 +126,7 @@ def test_videos_of_a_batch_are_drafted_as_alone(submodule: Callable[[str], Modul
     def draft(rows: slice) -> Tensor:
         draws = iter(noise)
         with torch.inference_mode():
-            return submodule("nodes.native.run").run_stage1(
+            return submodule("nodes.native.stages").run_stage1(
                 model, *texts, noise[0][rows], lambda: next(draws)[rows], steps=3, scale=6.0
             )
 

@@ -80,7 +80,7 @@ def test_conditioning_equals_a_plain_t5_without_a_mask(
 ) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    config = asdict(submodule("flashvideo.nano").NANO_TEXT_ENCODER)
+    config = asdict(submodule("flashvideo.config").NANO_TEXT_ENCODER)
     t5 = T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu")).eval()
     t5.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     for text in (PROMPT, "", LONG_PROMPT):
@@ -163,7 +163,7 @@ def test_a_stock_clip_of_another_t5_model_works(
     tokenizer, make = (
         getattr(importlib.import_module(f"comfy.text_encoders.{module}"), name) for module, name in parts
     )
-    config = asdict(submodule("flashvideo.nano").NANO_TEXT_ENCODER)
+    config = asdict(submodule("flashvideo.config").NANO_TEXT_ENCODER)
     clip = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(tokenizer, make()), model_options={"t5xxl_model_config": config}
     )

@@ -40,14 +40,15 @@ def refine(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., 
 
 def expected(submodule: Callable[[str], ModuleType], text: dict[str, list], latent: Tensor, window: int = 0) -> Tensor:
     """What the library makes of the latent in tiles, in windows of time too if wanted."""
-    samplers, schedule, windows = (submodule(f"flashvideo.{name}") for name in ("samplers", "schedule", "windows"))
+    names = ("samplers", "schedule", "refiner.windows")
+    samplers, schedule, windows = (submodule(f"flashvideo.{name}") for name in names)
     nano = submodule("flashvideo.nano").nano_state("stage2")
     dit = submodule("flashvideo.checkpoints").load_dit(nano, dtype=torch.float32)
     scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
-    noise = submodule("nodes.native.run").seeded_noise(latent.shape, 1)()
+    noise = submodule("nodes.native.stages").seeded_noise(latent.shape, 1)()
     start = submodule("flashvideo.degradation").degrade_latent(latent * scale, noise, STRENGTH)
     velocity = samplers.guided_velocity(dit, text["positive"][0][0], text["negative"][0][0], 4.0, STRENGTH)
-    velocity = submodule("flashvideo.tiles").tiled_velocity(velocity, TILE)
+    velocity = submodule("flashvideo.refiner.tiles").tiled_velocity(velocity, TILE)
     if window:
         velocity = windows.windowed_velocity(velocity, windows.plan_windows(latent.shape[2], window, 0))
     with torch.no_grad():

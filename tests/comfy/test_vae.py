@@ -182,7 +182,7 @@ def test_out_of_memory_falls_back_to_smaller_tiles_with_the_same_result(
 def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any, submodule: Callable) -> None:
     pixels, latent = clip_of(9, 64, 96), latent_of(3, 8, 12)["samples"]
     mean, frames = vae.encode(pixels), vae.decode(latent)
-    memory = submodule("flashvideo.vae_memory")
+    memory = submodule("flashvideo.vae.memory")
     small = submodule("nodes.native.vae").load_vae_native(None, 8 * 2**20)
     network = small.first_stage_model
     assert memory.decode_bytes(network, latent.shape, torch.float32) > network.budget
@@ -196,7 +196,7 @@ def test_a_budget_holds_for_batches(vae: Any, submodule: Callable, monkeypatch: 
     whole, latent = vae.first_stage_model, latent_of(2, 4, 6)["samples"].repeat(3, 1, 1, 1, 1)
     video = clip_of(5, 32, 48).movedim(-1, 0).repeat(3, 1, 1, 1, 1)
     mean, frames = whole.encode(video), vae.decode(latent)
-    memory = submodule("flashvideo.vae_memory")
+    memory = submodule("flashvideo.vae.memory")
     needed = memory.decode_bytes(whole, latent.shape, torch.float32)
     small = submodule("nodes.native.vae").load_vae_native(None, int(2 * needed))
     for half in ("encode", "decode"):
@@ -383,7 +383,7 @@ def test_memory_asked_for_is_what_the_official_vae_takes(submodule: Callable, wa
     with torch._subclasses.fake_tensor.FakeTensorMode(), torch.no_grad():
         network = submodule("flashvideo.vae").VideoVAE(config, dtype=torch.float16)
         start = torch.empty(shape, dtype=torch.float16)
-        asked = getattr(submodule("flashvideo.vae_memory"), f"{way}_bytes")(network, shape, torch.float16)
+        asked = getattr(submodule("flashvideo.vae.memory"), f"{way}_bytes")(network, shape, torch.float16)
         with PeakMemory() as memory:
             getattr(network, way)(start)
     assert 0.9 < asked / memory.peak < 1.1

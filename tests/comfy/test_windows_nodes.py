@@ -45,20 +45,20 @@ def refine(comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]) -> Ca
 def test_windows_give_what_the_library_gives(
     refine: Callable[..., Tensor], submodule: Callable[[str], ModuleType], text: dict[str, list]
 ) -> None:
-    library = {name: submodule(f"flashvideo.{name}") for name in ("windows", "refine", "samplers", "schedule")}
+    library = {name: submodule(f"flashvideo.{name}") for name in ("refiner.windows", "samplers", "schedule")}
     dit = submodule("flashvideo.checkpoints").load_dit(
         submodule("flashvideo.nano").nano_state("stage2"), dtype=torch.float32
     )
     scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
     latent = wandering(12, 0)
     start = submodule("flashvideo.degradation").degrade_latent(
-        latent * scale, submodule("nodes.native.run").seeded_noise(latent.shape, 1)(), STRENGTH
+        latent * scale, submodule("nodes.native.stages").seeded_noise(latent.shape, 1)(), STRENGTH
     )
     velocity = library["samplers"].guided_velocity(dit, text["positive"][0][0], text["negative"][0][0], 13.0, STRENGTH)
-    plan = library["windows"].plan_windows(12, 17, 8)
+    plan = library["refiner.windows"].plan_windows(12, 17, 8)
     assert len(plan.starts) > 2
     with torch.no_grad():
-        blended = library["windows"].windowed_velocity(velocity, plan)
+        blended = library["refiner.windows"].windowed_velocity(velocity, plan)
         expected = (
             library["samplers"].solve_flow(blended, start, library["schedule"].stage2_times(STEPS, SHIFT)) / scale
         )
@@ -91,7 +91,7 @@ def test_windows_begin_and_end_without_a_step(
 ) -> None:
     """By how much the difference from the whole changes from frame to frame; hard cuts would give about 5."""
     frames = 40
-    plan = submodule("flashvideo.windows").plan_windows(frames)
+    plan = submodule("flashvideo.refiner.windows").plan_windows(frames)
     steps = torch.zeros(frames - 1)
     for seed in range(3):
         latent = wandering(frames, seed)[..., :4, :4]

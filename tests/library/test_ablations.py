@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from flashvideo.checkpoints import load_dit
-from flashvideo.nano import NANO_FOLDER, NANO_STAGE2
+from flashvideo.config import NANO_STAGE2
+from flashvideo.nano import NANO_FOLDER
 from flashvideo.training.ablations.acceptance import BICUBIC, REFINED, checks
 from flashvideo.training.ablations.clips import RealClip, Suite
 from flashvideo.training.ablations.command import CONFIGS, NAMES, add_ablate
@@ -28,13 +29,13 @@ from flashvideo.training.ablations.results import Claim, Row, TableResult, holds
 from flashvideo.training.ablations.settings import AblationSettings, Note
 from flashvideo.training.ablations.tables import TABLES
 from flashvideo.training.ablations.variants import Deadline, Paused, beside, load_variant, variant_network
-from flashvideo.training.checkpointing import export_weights
 from flashvideo.training.config import build, load_toml
+from flashvideo.training.data.latents import ClipSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.latents import ClipSettings
-from flashvideo.training.networks import NetworkSettings, make_network
-from flashvideo.training.positions import AbsolutePositionsDiT, sinusoidal_positions
-from flashvideo.training.stage2 import Stage2Settings
+from flashvideo.training.loop.checkpointing import export_weights
+from flashvideo.training.tasks.networks import NetworkSettings, make_network
+from flashvideo.training.tasks.positions import AbsolutePositionsDiT, sinusoidal_positions
+from flashvideo.training.tasks.stage2 import Stage2Settings
 
 CPU = torch.device("cpu")
 LOOP = "learning_rate = 1e-3\nwarmup = 1\nema = 0.5\nvalidate_every = 2\ncheckpoint_every = 1"

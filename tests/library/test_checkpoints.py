@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, open_checkpoint, read_dit, read_vae
+from flashvideo.checkpoints.keymaps import Layout, original_name
 from flashvideo.config import STAGE2, DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
-from flashvideo.keymaps import Layout, original_name
 from flashvideo.nano import nano_state
 from flashvideo.t5 import load_encoder
 from flashvideo.vae import VideoVAE

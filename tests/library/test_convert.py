@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashvideo import command_line as cli
-from flashvideo import convert
-from flashvideo.checkpoints import CheckpointError, load_dit, read_dit, read_vae
-from flashvideo.convert import convert_file
-from flashvideo.lora_files import convert_lora, read_lora
-from flashvideo.weightfiles import read_safetensors_header
+from flashvideo.checkpoints import CheckpointError, convert, load_dit, read_dit, read_vae
+from flashvideo.checkpoints.convert import convert_file
+from flashvideo.checkpoints.lora import convert_lora, read_lora
+from flashvideo.checkpoints.weights import read_safetensors_header
+from flashvideo.commands import main as cli
+from flashvideo.commands.terminal import CANCELLED, TERMINATED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "data" / "golden"
@@ -274,22 +274,23 @@ def test_a_loras_strength_stays_and_strange_layers_are_refused(
 # Runs the command as `python -m flashvideo` does, and waits in the middle of writing.
 PAUSED = """
 import sys, time
-from flashvideo import command_line as cli
+from flashvideo.commands import convert
+from flashvideo.commands.main import main
 
-class Pause(cli.ProgressBars):
+class Pause(convert.ProgressBars):
     def __call__(self, phase, done, total):
         if phase == "convert" and done > total // 2:
             sys.stdout.write("half way\\n")
             sys.stdout.flush()
             time.sleep(60)
 
-cli.ProgressBars = Pause
-sys.exit(cli.main(sys.argv[1:]))
+convert.ProgressBars = Pause
+sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, cli.CANCELLED), (signal.SIGTERM, cli.TERMINATED)])
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, CANCELLED), (signal.SIGTERM, TERMINATED)])
 def test_a_cancelled_conversion_leaves_no_half_file(kind: str, code: int, stage1: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flashvideo.degradation import degrade_latent
 from flashvideo.training.config import build
-from flashvideo.training.degradation_sheet import degradation_sheet
-from flashvideo.training.degradations import (
+from flashvideo.training.data.degradation_sheet import degradation_sheet
+from flashvideo.training.data.degradations import (
     JPEG,
     RESAMPLERS,
     Blur,
@@ -39,10 +39,10 @@ from flashvideo.training.degradations import (
     shrink_and_enlarge,
     sinc_kernel,
 )
+from flashvideo.training.data.video_compression import compress_h264, compress_jpeg, compress_mpeg4
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.metrics import psnr
-from flashvideo.training.scenes import SceneStream
-from flashvideo.training.video_compression import compress_h264, compress_jpeg, compress_mpeg4
+from flashvideo.training.loop.metrics import psnr
+from flashvideo.training.scenes.stream import SceneStream
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 LEVEL = 2 / 255  # one of 255 levels in [-1, 1]

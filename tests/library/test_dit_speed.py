@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flashvideo import dit as dit_module
 from flashvideo.checkpoints import load_dit
+from flashvideo.config import NANO_STAGE1
 from flashvideo.dit import PIECE_BYTES_CPU, PIECE_ELEMENTS, PIECE_MULTIPLE, FlashVideoDiT, piece_tokens
-from flashvideo.nano import NANO_STAGE1, build_nano
+from flashvideo.nano import build_nano
 from flashvideo.rope import rope_table, rotate, rotate_
 
 TOLERANCE = 2e-6  # float32: the two ways sum in different orders

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashvideo.planner import GB, Setting, make_plan
-from flashvideo.planner_budget import RESERVED, on_card
+from flashvideo.planner.budget import RESERVED, on_card
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 ROW = re.compile(r"^\| (text to video|refine a clip), (1080p|2K), (bf16|fp8) \| (.+) \|$", re.M)

@@ -12,10 +12,10 @@ from pretended_card import CARD, PretendedCard, prepare_card
 from small_models import write_models
 
 from flashvideo.config import VAE
-from flashvideo.training import frozen_vae
-from flashvideo.training.frozen_vae import FrozenVAE
+from flashvideo.training.data import frozen_vae
+from flashvideo.training.data.frozen_vae import FrozenVAE
 from flashvideo.vae import VideoVAE
-from flashvideo.vae_memory import decode_bytes, encode_bytes
+from flashvideo.vae.memory import decode_bytes, encode_bytes
 
 CPU = torch.device("cpu")
 SHALLOW_VAE = replace(VAE, encoder_blocks=1, decoder_blocks=1)  # as wide, and so as large, in a fraction of the time

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from flashvideo import refine_files
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.command_line import main
+from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
 from flashvideo.frames import to_bytes, to_frames
 from flashvideo.nano import nano_state
+from flashvideo.refiner import files as refine_files
 from flashvideo.samplers import sample_stage1
 from flashvideo.t5 import T5Tokens, contexts, load_encoder
 
@@ -64,7 +64,7 @@ def test_a_draft_is_kept_for_a_second_run_and_no_other(
     assert not (tmp_path / "out.mp4").exists()
     before = (tmp_path / "out.mp4.draft.mkv").read_bytes()
 
-    monkeypatch.setattr("flashvideo.generate_command.sample_stage1", lambda *_, **__: pytest.fail("drafted again"))
+    monkeypatch.setattr("flashvideo.commands.generate.sample_stage1", lambda *_, **__: pytest.fail("drafted again"))
     assert generate() == 0
     assert frames_of(tmp_path / "out.mp4").shape[0] == 5
     assert (tmp_path / "out.mp4.draft.mkv").read_bytes() == before

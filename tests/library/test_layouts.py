@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from flashvideo.architecture import dit_config, vae_config
+from flashvideo.checkpoints.architecture import dit_config, vae_config
+from flashvideo.checkpoints.keymaps import find_layout, make_plan, original_name
 from flashvideo.config import STAGE1, STAGE2, VAE
 from flashvideo.dit import FlashVideoDiT
-from flashvideo.keymaps import find_layout, make_plan, original_name
 from flashvideo.vae import VideoVAE
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashvideo.checkpoints import load_dit
 from flashvideo.samplers import v_to_clean
 from flashvideo.schedule import shift_times, stage2_times, zero_snr_signal
-from flashvideo.training.losses import (
+from flashvideo.training.tasks.losses import (
     drop_captions,
     flow_point,
     flow_step,

@@ -19,10 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashvideo import command_line as cli
-from flashvideo import model_files
-from flashvideo.convert import convert_file
-from flashvideo.nano import NANO_TEXT_ENCODER, T5Config, nano_state, t5_shapes
+from flashvideo.checkpoints import catalogue
+from flashvideo.checkpoints.convert import convert_file
+from flashvideo.commands import main as cli
+from flashvideo.config import NANO_TEXT_ENCODER, T5Config
+from flashvideo.nano import nano_state
+from flashvideo.t5 import t5_shapes
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 T5_XXL = T5Config(num_layers=24, d_model=4096, d_ff=10240, d_kv=64, num_heads=64)
@@ -128,7 +130,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for kind in model_files.PLACES:
+    for kind in catalogue.PLACES:
         (tmp_path / "ComfyUI" / "models" / kind).mkdir(parents=True)
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "ComfyUI"))
     return tmp_path / "ComfyUI"
@@ -155,8 +157,8 @@ def chapter(text: str, title: str) -> str:
 
 def test_an_empty_comfyui_is_told_what_to_put_where(comfyui: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = answer(capsys)
-    assert code == 0 and said.count("missing") == len(model_files.ROLES)
-    for role, file in model_files.DOWNLOADS.values():
+    assert code == 0 and said.count("missing") == len(catalogue.ROLES)
+    for role, file in catalogue.DOWNLOADS.values():
         text = chapter(said, role.name)
         assert file.file in text and f"https://huggingface.co/{file.repository}" in text
         assert str(comfyui / "models" / role.folder) in text
@@ -223,9 +225,9 @@ def test_a_pack_in_custom_nodes_knows_its_comfyui(comfyui: Path, monkeypatch: py
     monkeypatch.delenv("COMFYUI_PATH")
     pack = comfyui / "custom_nodes" / "ComfyUI-FlashVideo"
     pack.parent.mkdir()
-    pack.symlink_to(Path(model_files.__file__).resolve().parents[1], target_is_directory=True)
-    monkeypatch.setattr(model_files, "__file__", str(pack / "flashvideo" / "model_files.py"))
-    assert model_files.comfyui_folder(None) == comfyui
+    pack.symlink_to(Path(catalogue.__file__).resolve().parents[2], target_is_directory=True)
+    monkeypatch.setattr(catalogue, "__file__", str(pack / "flashvideo" / "checkpoints" / "catalogue.py"))
+    assert catalogue.comfyui_folder(None) == comfyui
 
 
 def test_broken_model_paths_are_named(comfyui: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +240,7 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     comfyui: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refiner = official(2, tmp_path / "stage2.pt").read_bytes()
-    hub.files = {f"{model_files.OFFICIAL}/stage2.pt": refiner, f"{model_files.OFFICIAL}/stage1.pt": b"other"}
+    hub.files = {f"{catalogue.OFFICIAL}/stage2.pt": refiner, f"{catalogue.OFFICIAL}/stage1.pt": b"other"}
     target = comfyui / "models" / "diffusion_models" / "stage2.pt"
     code, said = answer(capsys, "download", "stage2")
     assert code == 0 and f"{target}: downloaded" in said
@@ -254,10 +256,10 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     convert_file(target, converted)
     code, said = answer(capsys, "verify", "stage2")
     assert code == 0
-    assert f"good  {target}" in said and f"the checksum is that of stage2.pt at {model_files.OFFICIAL}" in said
+    assert f"good  {target}" in said and f"the checksum is that of stage2.pt at {catalogue.OFFICIAL}" in said
     assert f"good  {converted}" in said and "converted from the official stage2.pt" in said
 
-    hub.files[f"{model_files.OFFICIAL}/stage2.pt"] = b"a newer one"
+    hub.files[f"{catalogue.OFFICIAL}/stage2.pt"] = b"a newer one"
     code, said = answer(capsys, "verify", "stage2")
     assert code == 1 and f"BAD   {target}" in said
     code, said = answer(capsys, "download", "stage2")
@@ -268,7 +270,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(
     comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = bytes(range(256)) * 100_000  # huggingface_hub writes pieces of 10 MB
-    hub.files = {f"{model_files.OFFICIAL}/3d-vae.pt": content}
+    hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": content}
     hub.break_after = 15_000_000
     target = comfyui / "models" / "vae" / "3d-vae.pt"
     code, said = answer(capsys, "download", "vae")
@@ -280,7 +282,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(
 
 
 def test_a_download_that_does_not_fit_is_not_begun(comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    hub.files = {f"{model_files.OFFICIAL}/3d-vae.pt": b"small"}
+    hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": b"small"}
     hub.claimed_size = 10**15
     code, said = answer(capsys, "download", "vae")
     assert code == 1 and "GB free, and 3d-vae.pt takes 1000000.0 GB more" in said
@@ -290,7 +292,7 @@ def test_a_download_that_does_not_fit_is_not_begun(comfyui: Path, hub: Hub, caps
 def test_a_damaged_download_never_gets_the_file_s_name(
     comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.files = {f"{model_files.OFFICIAL}/3d-vae.pt": b"not what was published"}
+    hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": b"not what was published"}
     hub.claimed_sha256 = "0" * 64
     code, said = answer(capsys, "download", "vae")
     assert code == 1 and "arrived damaged" in said

@@ -9,25 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.config import TEXT_TOKENS
-from flashvideo.nano import (
-    NANO_FOLDER,
-    NANO_PARTS,
-    NANO_SEED,
-    NANO_STAGE1,
-    NANO_STAGE2,
-    NANO_TEXT_ENCODER,
-    NANO_VAE,
-    build_nano,
-    nano_is_trained,
-    nano_preview,
-    nano_state,
-    t5_shapes,
-)
-from flashvideo.training.metrics import psnr
-from flashvideo.training.scenes import SceneStream
-from flashvideo.weightfiles import CheckpointError
+from flashvideo.checkpoints import CheckpointError, load_dit, load_vae
+from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, TEXT_TOKENS
+from flashvideo.nano import NANO_FOLDER, NANO_PARTS, NANO_SEED, build_nano, nano_is_trained, nano_preview, nano_state
+from flashvideo.t5 import t5_shapes
+from flashvideo.training.loop.metrics import psnr
+from flashvideo.training.scenes.stream import SceneStream
 
 BUDGET = 16_000_000  # bytes of all parts together
 PROJ_OUT = [0.1405029296875, -0.042205810546875, 0.10980224609375]

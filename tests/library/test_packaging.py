@@ -24,7 +24,7 @@ import flashvideo
 assert flashvideo.__file__.startswith(sys.argv[1]), flashvideo.__file__
 for module in pkgutil.walk_packages(flashvideo.__path__, "flashvideo."):
     importlib.import_module(module.name)
-from flashvideo.command_line import main
+from flashvideo.commands.main import main
 print("exit", main(["train", "vae", "--config", "x.toml"]))
 """
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from flashvideo.config import STAGE2
+from flashvideo.commands.plan import add_plan
+from flashvideo.config import NANO_STAGE2, NANO_VAE, STAGE2
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
-from flashvideo.nano import NANO_STAGE2, NANO_VAE, build_nano
-from flashvideo.plan_command import add_plan
+from flashvideo.nano import build_nano
 from flashvideo.planner import GB, NANO, OFFICIAL, Plan, Setting, make_plan
-from flashvideo.planner_budget import LADDER, RESERVED, Advice, Budget, advise, on_card, rung_size
-from flashvideo.planner_calibration import Rates, calibrate
-from flashvideo.planner_flops import Flops, dit_flops
-from flashvideo.planner_plot import LIMIT, TIME, WEIGHTS, WORK, plot
-from flashvideo.planner_text import advice_report, describe, duration, report, size
+from flashvideo.planner.budget import LADDER, RESERVED, Advice, Budget, advise, on_card, rung_size
+from flashvideo.planner.flops import Flops, dit_flops
+from flashvideo.planner.plot import LIMIT, TIME, WEIGHTS, WORK, plot
+from flashvideo.planner.report import advice_report, describe, duration, report, size
+from flashvideo.planner.speed import Rates, calibrate
 
 CARD = Rates("a fast card", matmul=5e14, attention=4e14, convolution=2e14)
 FULL_HD = (13, 136, 240)  # latent of 1920x1088, 49 frames

@@ -14,20 +14,20 @@ from live_bytes import LiveBytes, flash_attention
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
+from flashvideo.checkpoints.weights import open_weights
+from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_VAE, STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
 from flashvideo.dit import Attention, FlashVideoDiT, attention_sdpa
-from flashvideo.nano import NANO_STAGE1, NANO_STAGE2, NANO_VAE, build_nano
+from flashvideo.memory import dit_bytes, sampler_bytes, vae_outline
+from flashvideo.nano import build_nano
 from flashvideo.planner import NANO, Setting, latent_shape, make_plan
-from flashvideo.planner_flops import decode_flops, dit_flops, encode_flops, tiling_factor
-from flashvideo.planner_memory import dit_bytes, sampler_bytes, vae_outline
+from flashvideo.planner.flops import decode_flops, dit_flops, encode_flops, tiling_factor
+from flashvideo.refiner.tiles import tiled_velocity
 from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
-from flashvideo.tiles import tiled_velocity
-from flashvideo.training.networks import attention_products
+from flashvideo.training.tasks.networks import attention_products
 from flashvideo.vae import VideoVAE
-from flashvideo.vae_memory import decode_bytes, encode_bytes, plan_tiles
-from flashvideo.vae_tiles import decode_in_tiles
-from flashvideo.weightfiles import open_weights
+from flashvideo.vae.memory import decode_bytes, encode_bytes, plan_tiles
+from flashvideo.vae.tiles import decode_in_tiles
 
 FLOPS_TOLERANCE = 0.01  # 0.1 is what a plan needs; the formulas leave out nothing that the counter counts
 MEMORY_TOLERANCE = 0.15
@@ -76,7 +76,7 @@ def test_operations_of_the_vae_in_tiles_are_those_counted(
     store: float, repeated: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The less may be stored between groups of units, the more is computed again."""
-    monkeypatch.setattr("flashvideo.vae_tiles.MAIN_MEMORY", torch.device("meta"))  # nothing comes back from there
+    monkeypatch.setattr("flashvideo.vae.tiles.MAIN_MEMORY", torch.device("meta"))  # nothing comes back from there
     network, video = vae_outline(NANO_VAE), (5, 64, 128)
     shape = latent_shape(video)
     latent, frames = torch.empty(1, 16, *shape, device="meta"), torch.empty(1, 3, *video, device="meta")

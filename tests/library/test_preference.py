@@ -13,14 +13,14 @@ from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.degradation import degrade_latent
 from flashvideo.samplers import sample_stage2
 from flashvideo.training.config import LoopSettings
+from flashvideo.training.data.latents import ClipSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.latents import ClipSettings
-from flashvideo.training.loop import Limits, Trainer
-from flashvideo.training.networks import NetworkSettings
-from flashvideo.training.pixels import PixelSettings
-from flashvideo.training.preference import SCORERS, ChoiceSettings, PreferenceSettings, PreferenceTask
+from flashvideo.training.loop.trainer import Limits, Trainer
 from flashvideo.training.randomness import generator_for, normal_like
-from flashvideo.training.stage2 import Phase
+from flashvideo.training.tasks.networks import NetworkSettings
+from flashvideo.training.tasks.pixels import PixelSettings
+from flashvideo.training.tasks.preference import SCORERS, ChoiceSettings, PreferenceSettings, PreferenceTask
+from flashvideo.training.tasks.stage2 import Phase
 
 CPU = torch.device("cpu")
 LOOP = LoopSettings(steps=2, learning_rate=1e-3, warmup=1, validate_every=2, checkpoint_every=1)

@@ -16,21 +16,19 @@ from small_models import TINY_REFINER
 from torch import Tensor
 
 from flashvideo import rope
-from flashvideo.config import STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
+from flashvideo.config import NANO_TEXT_ENCODER, NANO_VAE, STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import TargetSize
-from flashvideo.nano import NANO_TEXT_ENCODER, NANO_VAE
-from flashvideo.planner_memory import dit_bytes
-from flashvideo.refine import ENCODE, STORE_SHARE, VAE_SHARE, Networks, RefineRun, RefineSettings, TensorClip
+from flashvideo.memory import dit_bytes
+from flashvideo.refiner.run import ENCODE, STORE_SHARE, VAE_SHARE, Networks, RefineRun, RefineSettings, TensorClip
+from flashvideo.refiner.work_folder import MemoryWork
 from flashvideo.samplers import sample_stage1, sample_stage2
-from flashvideo.sparse import VIEWS, WindowAttention
-from flashvideo.streaming import VAEStream
-from flashvideo.streaming_tiles import TiledVAEStream, plan_stream, stream_within
 from flashvideo.t5 import T5Encoder, load_encoder
+from flashvideo.tile_attention import VIEWS, WindowAttention
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
-from flashvideo.vae_memory import MOVE, decode_bytes, encode_bytes, held_bytes, plan_tiles
-from flashvideo.vae_tiles import decode_in_tiles, encode_in_tiles
-from flashvideo.work_folder import MemoryWork
+from flashvideo.vae.memory import MOVE, decode_bytes, encode_bytes, held_bytes, plan_tiles
+from flashvideo.vae.stream import TiledVAEStream, VAEStream, plan_stream, stream_within
+from flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 
 GIGABYTE = 2**30
 DRAFT, HD, FULL_HD = (13, 34, 60), (13, 90, 160), (13, 136, 240)  # latents of 480x272, 1280x720, 1920x1088, 49 frames

@@ -20,17 +20,17 @@ from small_recipes import VAE, head, write_nano_recipes
 from torch import nn
 
 from flashvideo.checkpoints import load_dit
-from flashvideo.command_line import main
-from flashvideo.training import rebuild
-from flashvideo.training.captions import caption, parse_prompt
+from flashvideo.commands.main import main
+from flashvideo.training import nano as rebuild
 from flashvideo.training.config import LoopSettings
+from flashvideo.training.data.latents import ClipSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.latents import ClipSettings
-from flashvideo.training.optimise import Together, load_optimiser, make_optimiser, orthogonal
-from flashvideo.training.prompts import HELD_OUT_PROMPTS, judge_prompts
-from flashvideo.training.scenes import HELD_OUT, SceneStream
-from flashvideo.training.vae import fit_preview
-from flashvideo.training.vocabulary import contrasts
+from flashvideo.training.loop.optimise import Together, load_optimiser, make_optimiser, orthogonal
+from flashvideo.training.scenes.captions import caption, parse_prompt
+from flashvideo.training.scenes.prompts import HELD_OUT_PROMPTS, judge_prompts
+from flashvideo.training.scenes.stream import SceneStream
+from flashvideo.training.scenes.vocabulary import HELD_OUT, contrasts
+from flashvideo.training.tasks.vae import fit_preview
 
 # Muon
 

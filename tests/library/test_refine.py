@@ -20,22 +20,14 @@ from flashvideo.degradation import degrade_latent
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare, to_frames, to_video
 from flashvideo.nano import nano_state
-from flashvideo.refine import (
-    ENCODE,
-    Networks,
-    RefineRun,
-    RefineSettings,
-    TensorClip,
-    refine_frames,
-)
+from flashvideo.refiner.run import ENCODE, Networks, RefineRun, RefineSettings, TensorClip, refine_frames
+from flashvideo.refiner.windows import frame_noise, plan_windows, windowed_velocity
+from flashvideo.refiner.work_folder import MemoryWork, WorkFolder
 from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
-from flashvideo.streaming import latent_of
-from flashvideo.streaming_tiles import TiledVAEStream, stream_within
-from flashvideo.training.scenes import SceneStream
+from flashvideo.training.scenes.stream import SceneStream
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
-from flashvideo.windows import frame_noise, plan_windows, windowed_velocity
-from flashvideo.work_folder import MemoryWork, WorkFolder
+from flashvideo.vae.stream import TiledVAEStream, latent_of, stream_within
 
 KEEP = TargetSize("keep")
 
@@ -199,10 +191,11 @@ def test_a_memory_budget_for_the_vae_changes_nothing_but_rounding(tiny: Networks
 
 
 def test_a_state_that_does_not_fit_the_disk_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashvideo.work_folder.SAVE_SHARE", 0)  # however soon it comes
+    monkeypatch.setattr("flashvideo.refiner.work_folder.SAVE_SHARE", 0)  # however soon it comes
     work = WorkFolder(tmp_path / "work", {}, ENCODE)
     assert work.save(ENCODE, 1, lambda: {"state": torch.zeros(1000)})
-    monkeypatch.setattr("flashvideo.work_folder.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("flashvideo.refiner.work_folder.shutil.disk_usage", lambda path: usage)
     assert not work.save(ENCODE, 2, lambda: {"state": torch.ones(1000)})
     monkeypatch.undo()
     work.close()
@@ -215,7 +208,7 @@ def test_a_state_that_does_not_fit_the_disk_is_not_saved(tmp_path: Path, monkeyp
 def test_a_disk_without_locks_is_told_and_used(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flashvideo.work_folder.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("flashvideo.atomic_files.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
     with closing(WorkFolder(tmp_path / "work", {}, ENCODE)) as work:
         assert work.save(ENCODE, 1, dict, always=True)
         work.remove()
@@ -227,7 +220,7 @@ def test_a_lock_that_fails_for_another_reason_is_no_disk_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PermissionError(errno.EACCES, "not yours")
-    monkeypatch.setattr("flashvideo.work_folder.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("flashvideo.atomic_files.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
     with pytest.raises(PermissionError, match="not yours"):
         WorkFolder(tmp_path / "work", {}, ENCODE)
 

@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from flashvideo import refine_files, work_folder
+from flashvideo.atomic_files import in_use
+from flashvideo.checkpoints import CheckpointError
+from flashvideo.commands.refine import add_refine
+from flashvideo.commands.terminal import CANCELLED
+from flashvideo.config import NANO_STRENGTH
 from flashvideo.errors import CommandError
-from flashvideo.nano import NANO_STRENGTH, nano_state
-from flashvideo.refine_command import CANCELLED, add_refine
-from flashvideo.refine_files import WORK_ENDING
-from flashvideo.weightfiles import CheckpointError
-from flashvideo.work_folder import in_use
+from flashvideo.nano import nano_state
+from flashvideo.refiner import files as refine_files
+from flashvideo.refiner import work_folder
+from flashvideo.refiner.files import WORK_ENDING
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--keep-size", "--steps", "1", "--device", "cpu")
@@ -113,7 +116,7 @@ def test_two_programs_share_a_folder_of_videos(tmp_path: Path, capsys: pytest.Ca
         done.write_text("theirs")
 
     with in_use(theirs), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashvideo.refine_command._Bars.close", finish_c)  # after a.mp4 was passed over
+        patch.setattr("flashvideo.commands.refine._Bars.close", finish_c)  # after a.mp4 was passed over
         assert refine(source, target, *FAST) == 0
     told = capsys.readouterr()
     assert f"a.mp4: {theirs} is in use: another program is at work there." in told.err
@@ -154,8 +157,8 @@ def test_too_little_memory_for_one_video_is_told_and_the_next_is_done(tmp_path: 
     make_clip(source / "b.mp4")
     limited = (
         "import sys, resource, torch\n"
-        "from flashvideo import refine\n"
-        "from flashvideo.command_line import main\n"
+        "from flashvideo.refiner import run as refine\n"
+        "from flashvideo.commands.main import main\n"
         "begin, calls = refine.RefineRun.run, []\n"
         "def run(self, *rest):\n"
         "    calls.append(1)\n"

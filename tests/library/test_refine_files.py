@@ -20,8 +20,8 @@ from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
 from flashvideo.frames import TargetSize
-from flashvideo.refine import Networks, RefineSettings, refine_frames
-from flashvideo.refine_files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
+from flashvideo.refiner import Networks, RefineSettings, refine_frames
+from flashvideo.refiner.files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
 from flashvideo.vae import VideoVAE
 from flashvideo.video_files import open_clip
 
@@ -35,8 +35,8 @@ from pathlib import Path
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import TargetSize
-from flashvideo.refine import Networks, RefineSettings
-from flashvideo.refine_files import FileOptions, refine_video
+from flashvideo.refiner.run import Networks, RefineSettings
+from flashvideo.refiner.files import FileOptions, refine_video
 from flashvideo.vae import VideoVAE
 
 def report(phase, done, total):
@@ -69,7 +69,7 @@ def test_too_little_main_memory_is_told_before_the_work_starts(
     options = FileOptions(warn=lambda text: told.append((text, target.exists())))
     refine_video(tiny, source, target, SETTINGS, options)
     assert not told  # whole pictures: there is no limit
-    monkeypatch.setattr("flashvideo.refine_files.main_memory", lambda: 1000)
+    monkeypatch.setattr("flashvideo.refiner.files.main_memory", lambda: 1000)
     target.unlink()
     refine_video(replace(tiny, vae_memory=1e5), source, target, SETTINGS, options)
     ((text, finished),) = told
@@ -237,7 +237,7 @@ def test_too_little_room_on_the_disk_is_said_before_the_work(
 ) -> None:
     source = make_video(tmp_path / "in.mp4", 9)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("flashvideo.refine_files.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("flashvideo.refiner.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CommandError, match="GB free, and this run needs up to"):
         refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flashvideo import dit as dit_module
 from flashvideo.checkpoints import load_dit
+from flashvideo.config import NANO_STAGE2
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
-from flashvideo.nano import NANO_STAGE2, build_nano
-from flashvideo.sparse import NEIGHBOURS, VIEWS, Grid, WindowAttention, share
+from flashvideo.nano import build_nano
+from flashvideo.tile_attention import NEIGHBOURS, VIEWS, Grid, WindowAttention, share
 
 TEXT, GRID = 40, (4, 9, 11)
 # Each view, windows in time, and so many tiles that some axis has fewer places than tiles.

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvideo import refine
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.nano import nano_state
-from flashvideo.refine import Networks, RefineSettings
+from flashvideo.refiner import Networks, RefineSettings
+from flashvideo.refiner import run as refine
+from flashvideo.refiner.tiles import plan_tiles, tiled_velocity
 from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
-from flashvideo.tiles import plan_tiles, tiled_velocity
 
 TIMES = stage2_times(4)
 

@@ -15,13 +15,23 @@ import torch
 import torch.nn.functional as F
 from small_videos import turn_clockwise
 
-from flashvideo.training.backgrounds import View, draw_background
+from flashvideo.training.data.folder import UnusablePart, VideoFolder, read_clip
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.folder import UnusablePart, VideoFolder, read_clip
-from flashvideo.training.judge import judge
-from flashvideo.training.rendering import subject_coverage
-from flashvideo.training.scenes import HELD_OUT, SPLITS, SceneStream, caption, parse_prompt, random_scene, render
-from flashvideo.training.vocabulary import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene, contrasts, possible
+from flashvideo.training.scenes.backgrounds import View, draw_background
+from flashvideo.training.scenes.captions import caption, parse_prompt
+from flashvideo.training.scenes.judge import judge
+from flashvideo.training.scenes.rendering import render, subject_coverage
+from flashvideo.training.scenes.stream import SPLITS, SceneStream, random_scene
+from flashvideo.training.scenes.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    HELD_OUT,
+    SHAPES,
+    Scene,
+    contrasts,
+    possible,
+)
 
 SMALL = (64, 112)
 LARGE = (256, 448)
@@ -342,7 +352,7 @@ class TestFolder:
             return [round(float(frame.mean()) / 10) for frame in read_clip(path, 5, 8, when)]
 
         assert [levels(0), levels(1)] == [[0, 1, 2, 3, 4], [19, 20, 21, 22, 23]]
-        monkeypatch.setattr("flashvideo.training.folder._length", lambda *_: 3.25)  # of a file that says no more
+        monkeypatch.setattr("flashvideo.training.data.folder._length", lambda *_: 3.25)  # of a file that says no more
         assert [levels(0), levels(1)] == [[0, 1, 2, 3, 4], [19, 20, 21, 22, 23]]
 
     def test_a_growing_folder_never_makes_a_judge_of_what_was_learnt(self, tmp_path: Path) -> None:

@@ -19,16 +19,16 @@ from PIL import Image
 from small_recipes import SMALL_VAE
 from torch import Tensor, nn
 
-from flashvideo.command_line import main
-from flashvideo.training.checkpointing import LAST, load_state, save_state
+from flashvideo.atomic_files import in_use
+from flashvideo.commands.main import main
 from flashvideo.training.config import LoopSettings, build, load_toml
-from flashvideo.training.metrics import MetricsFile, psnr, save_plot
-from flashvideo.training.optimise import RunningMean, learning_rate
-from flashvideo.training.stage1 import Stage1Settings
-from flashvideo.training.stage2 import Stage2Settings
-from flashvideo.training.text import TextSettings
-from flashvideo.training.vae import VAESettings, VAETask
-from flashvideo.work_folder import in_use
+from flashvideo.training.loop.checkpointing import LAST, load_state, save_state
+from flashvideo.training.loop.metrics import MetricsFile, psnr, save_plot
+from flashvideo.training.loop.optimise import RunningMean, learning_rate
+from flashvideo.training.tasks.stage1 import Stage1Settings
+from flashvideo.training.tasks.stage2 import Stage2Settings
+from flashvideo.training.tasks.text import TextSettings
+from flashvideo.training.tasks.vae import VAESettings, VAETask
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "flashvideo" / "training" / "configs"

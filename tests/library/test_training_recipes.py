@@ -17,23 +17,23 @@ from small_recipes import CLIPS, LOOP, STAGE1, STAGE2, TEXT, VAE, head
 from torch import Tensor, nn
 
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.command_line import main
-from flashvideo.config import STAGE2_LATENT_SCALE, VAEConfig
+from flashvideo.commands.main import main
+from flashvideo.config import NANO_STAGE1, NANO_TEXT_ENCODER, STAGE2_LATENT_SCALE, VAEConfig
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
 from flashvideo.errors import CommandError
-from flashvideo.nano import NANO_FOLDER, NANO_STAGE1, NANO_TEXT_ENCODER
+from flashvideo.nano import NANO_FOLDER
 from flashvideo.t5 import T5Tokens, load_encoder
-from flashvideo.training.checkpointing import BEST, LAST, load_state
 from flashvideo.training.config import LoopSettings
+from flashvideo.training.data.latents import SHARD, ClipSettings, LatentCache, ScenePieces
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.latents import SHARD, ClipSettings, LatentCache, ScenePieces
-from flashvideo.training.lora import add_lora, lora_state, merged_state
-from flashvideo.training.losses import Network, stage1_loss
-from flashvideo.training.metrics import MetricsFile, psnr
-from flashvideo.training.networks import NetworkSettings, as_called, attention_products, make_network
-from flashvideo.training.pixels import PixelSettings, visible_loss
-from flashvideo.training.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
-from flashvideo.training.stage2 import (
+from flashvideo.training.loop.checkpointing import BEST, LAST, load_state
+from flashvideo.training.loop.metrics import MetricsFile, psnr
+from flashvideo.training.tasks.lora import add_lora, lora_state, merged_state
+from flashvideo.training.tasks.losses import Network, stage1_loss
+from flashvideo.training.tasks.networks import NetworkSettings, as_called, attention_products, make_network
+from flashvideo.training.tasks.pixels import PixelSettings, visible_loss
+from flashvideo.training.tasks.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
+from flashvideo.training.tasks.stage2 import (
     DegradationSettings,
     PairData,
     Phase,
@@ -41,8 +41,8 @@ from flashvideo.training.stage2 import (
     Stage2Task,
     choose_reference,
 )
-from flashvideo.training.text import TextSettings, TextTask, fresh_encoder, text_metadata
-from flashvideo.training.vae import fold_latent_scale, initialise
+from flashvideo.training.tasks.text import TextSettings, TextTask, fresh_encoder, text_metadata
+from flashvideo.training.tasks.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
 
 
@@ -236,7 +236,7 @@ def test_stage_one_learns_with_a_frozen_text_encoder_and_short_contexts_and_stil
             seen.append((context.shape[1], latent.shape[2]))
         return stage1_loss(dit, latent, context, *rest)
 
-    monkeypatch.setattr("flashvideo.training.stage1.stage1_loss", noted)
+    monkeypatch.setattr("flashvideo.training.tasks.stage1.stage1_loss", noted)
     recipe = (
         f'seed = 1\nout = "unused"\ncache = "{tmp_path}/cache"\nvae = "{models}/vae.safetensors"\n'
         f'text = "{models}/text_encoder.safetensors"\nbatch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n'

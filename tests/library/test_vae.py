@@ -16,7 +16,7 @@ from torch import Tensor
 from flashvideo.checkpoints import load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE, VAE, VAEConfig
 from flashvideo.vae import Posterior, VideoVAE, decode_chunks, decode_in_halves, encode_chunks
-from flashvideo.vae_layers import ChunkContext, LayerFactory, Upsample, group_norm, group_statistics
+from flashvideo.vae.layers import ChunkContext, LayerFactory, Upsample, group_norm, group_statistics
 
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "data" / "golden"
@@ -292,7 +292,7 @@ def test_big_convolutions_run_in_windows_of_time_with_equal_results(
         whole = tiny.decode(latent)
         moments = tiny.encode(whole)
         for elements in (1, 4096):  # every frame by itself, and a few together
-            monkeypatch.setattr("flashvideo.vae_layers.WINDOW_ELEMENTS", elements)
+            monkeypatch.setattr("flashvideo.vae.layers.WINDOW_ELEMENTS", elements)
             assert error(tiny.decode(latent), whole) <= 1e-5  # another shape may take another kernel
             assert error(tiny.encode(whole).mean, moments.mean) <= 1e-5
 
@@ -371,7 +371,7 @@ def test_norms_take_statistics_measured_elsewhere(tiny: VideoVAE, monkeypatch: p
     x = torch.randn(2, layer.num_channels, 3, 4, 6) * 3 + 1
     whole = group_statistics(x, layer.num_groups)
     assert error(group_norm(layer, x, whole), layer(x)) <= 1e-5  # values up to 5, two orders of the same sums
-    monkeypatch.setattr("flashvideo.vae_layers.WINDOW_ELEMENTS", 1)  # measured and applied a frame at a time
+    monkeypatch.setattr("flashvideo.vae.layers.WINDOW_ELEMENTS", 1)  # measured and applied a frame at a time
     split = group_statistics(x, layer.num_groups)
     assert error(split.mean, whole.mean) <= 1e-6
     assert error(split.variance, whole.variance) <= 1e-5  # of about 9

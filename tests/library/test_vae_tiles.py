@@ -9,11 +9,11 @@ from torch import Tensor
 from flashvideo.checkpoints import load_vae
 from flashvideo.config import VAE, VAEConfig
 from flashvideo.nano import nano_state
-from flashvideo.streaming_tiles import TiledVAEStream
-from flashvideo.training.scenes import SceneStream
+from flashvideo.training.scenes.stream import SceneStream
 from flashvideo.vae import VideoVAE, decode_chunks
-from flashvideo.vae_memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
-from flashvideo.vae_tiles import Moments, Tile, decode_in_tiles, encode_in_tiles, measure
+from flashvideo.vae.memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
+from flashvideo.vae.stream import TiledVAEStream
+from flashvideo.vae.tiles import Moments, Tile, decode_in_tiles, encode_in_tiles, measure
 
 TINY = VAEConfig(4, (1, 1, 2, 2), encoder_blocks=1, decoder_blocks=2, latent_channels=4, norm_groups=2)
 SIZE = (6, 8, 14)  # latents, rows, columns: three chunks to decode and two to encode
@@ -169,7 +169,7 @@ def test_out_of_memory_after_a_result_was_made_spoils_nothing(
 
     latent = latent[:1, :, :3]
     whole = tiny.decode(latent)
-    monkeypatch.setattr("flashvideo.vae_tiles.measure", fail)
+    monkeypatch.setattr("flashvideo.vae.tiles.measure", fail)
     options = {"is_out_of_memory": lambda found: isinstance(found, MemoryGoneError)}
     tiled = decode_in_tiles(tiny, latent, plan(tiny.decoder, 8), torch.empty_like(whole), "cpu", **options)
     assert len(calls) > 20

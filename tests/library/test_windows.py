@@ -10,16 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.config import STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
+from flashvideo.config import NANO_STRENGTH, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from flashvideo.degradation import degrade_latent
-from flashvideo.nano import NANO_SEED, NANO_STRENGTH, build_nano, nano_state
-from flashvideo.samplers import SOLVERS, guided_velocity, sample_stage2, solve_flow
-from flashvideo.schedule import stage2_times
-from flashvideo.training.scenes import Scene, random_scene, render
-from flashvideo.vae import DECODE_CHUNK
-from flashvideo.windows import (
+from flashvideo.nano import NANO_SEED, build_nano, nano_state
+from flashvideo.refiner.windows import (
     MANY,
-    Velocity,
     Wavefront,
     WindowPlan,
     flow_evaluations,
@@ -27,6 +22,12 @@ from flashvideo.windows import (
     plan_windows,
     windowed_velocity,
 )
+from flashvideo.samplers import SOLVERS, Velocity, guided_velocity, sample_stage2, solve_flow
+from flashvideo.schedule import stage2_times
+from flashvideo.training.scenes.rendering import render
+from flashvideo.training.scenes.stream import random_scene
+from flashvideo.training.scenes.vocabulary import Scene
+from flashvideo.vae import DECODE_CHUNK
 
 TIMES = stage2_times(4)
 STRENGTH = NANO_STRENGTH

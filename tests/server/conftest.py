@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from bed import Bed, inside, stop_on_terminate
+from harness.bed import Bed, inside, stop_on_terminate
 
 if not inside():
     pytest.exit("These tests start ComfyUI from .bed/: use `make test`.", 2)
-from comfy_client import ComfyClient
-from comfy_server import ComfyServer
+from harness.comfy_client import ComfyClient
+from harness.comfy_server import ComfyServer
 
 stop_on_terminate()
 

@@ -14,8 +14,8 @@ from typing import Any
 import av
 import pytest
 import torch
-from bed import PACK_NAME, Bed
-from comfy_client import (
+from harness.bed import PACK_NAME, Bed
+from harness.comfy_client import (
     ComfyClient,
     Executed,
     Executing,
@@ -26,12 +26,12 @@ from comfy_client import (
     Success,
     saved_files,
 )
-from comfy_server import ComfyServer, ServerError
+from harness.comfy_server import ComfyServer, ServerError
+from harness.contact_sheet import Row, contact_sheet, cut_clip, describe, read_frames
+from harness.workflow_api import WorkflowError, set_inputs, to_api
+from harness.workflow_runs import run_workflow
 from PIL import Image
 from safetensors.torch import save_file
-from video_files import Row, contact_sheet, cut_clip, describe, read_frames
-from workflow_api import WorkflowError, set_inputs, to_api
-from workflow_runs import run_workflow
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FRAMES, WIDTH, HEIGHT = 9, 64, 48

@@ -11,9 +11,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from bed import Bed
-from comfy_client import ComfyClient, Progress, Success, saved_files
-from comfy_server import ComfyServer
+from harness.bed import Bed
+from harness.comfy_client import ComfyClient, Progress, Success, saved_files
+from harness.comfy_server import ComfyServer
 
 REFINER = "6"
 ENCODING, KILL_AT = (0.025, 0.195), 0.55  # of the bar: while the clip is encoded; the middle of stage II

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pack
 import pytest
-from bed import PACK_NAME, ROOT, Bed
-from comfy_client import Success
-from comfy_server import ComfyServer
-from workflow_api import read_workflow, set_inputs, to_api
+from harness.bed import PACK_NAME, ROOT, Bed
+from harness.comfy_client import Success
+from harness.comfy_server import ComfyServer
+from harness.workflow_api import read_workflow, set_inputs, to_api
 
 TEXT_TO_VIDEO = "workflows/FlashVideo Text to Video.json"
 SMALL = (

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_client import ComfyClient
-from comfy_server import ComfyServer
+from harness.comfy_client import ComfyClient
+from harness.comfy_server import ComfyServer
+from harness.workflow_api import read_workflow
+from harness.workflow_files import ALWAYS, BYPASSED, MUTED, shipped
 from PIL import Image
-from workflow_api import read_workflow
-from workflow_files import ALWAYS, BYPASSED, MUTED, shipped
 
 NAMES = {
     "Text to Video",

@@ -12,10 +12,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from comfy_client import ComfyClient, Executing, Failure, Interrupted, Preview, Progress, Success, saved_files
-from comfy_server import ComfyServer
-from workflow_api import read_workflow, set_inputs, to_api
-from workflow_files import COMMIT, WORKFLOWS, shipped, switch_on, titles
+from harness.comfy_client import ComfyClient, Executing, Failure, Interrupted, Preview, Progress, Success, saved_files
+from harness.comfy_server import ComfyServer
+from harness.workflow_api import read_workflow, set_inputs, to_api
+from harness.workflow_files import COMMIT, WORKFLOWS, shipped, switch_on, titles
 
 TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo Text to Video 1080p.json"
 REFINE = WORKFLOWS / "FlashVideo Refine Any Video.json"

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from ..checkpointing import write_whole
+from ..loop.checkpointing import write_whole
 from .evaluation import CODED, TRUTH, Method
 from .lab import Lab
 from .results import TableResult

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...frames import TargetSize, prepare, resize, to_frames, to_video
-from ..checkpointing import whole_file
-from ..degradations import StrongDegradation
+from ..data.degradations import StrongDegradation
+from ..data.folder import UnusableVideo, read_clip
+from ..data.frozen_vae import FrozenVAE
+from ..data.latents import ClipSettings, cache_folder, coded_draft
 from ..errors import TrainingError
-from ..folder import UnusableVideo, read_clip
-from ..frozen_vae import FrozenVAE
-from ..latents import ClipSettings, cache_folder, coded_draft
-from ..networks import FrozenText
+from ..loop.checkpointing import whole_file
 from ..randomness import generator_for
-from ..rendering import FRAME_RATE
+from ..scenes.rendering import FRAME_RATE
+from ..tasks.networks import FrozenText
 from .measures import optical_flow
 
 FACTOR = 4  # a draft's sides are so much smaller

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpointing import write_whole
+from ..loop.checkpointing import write_whole
 from .acceptance import Check, checks, other_drafts
 from .measures import METRICS
 from .pages import save_page

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...convert import sha256
+from ...atomic_files import sha256
 from ...frames import to_frames
-from ..checkpointing import write_whole
-from ..metrics import save_picture
-from ..networks import FrozenText
-from ..prompts import HELD_OUT_PROMPTS, judge_prompts
-from ..scenes import SceneStream, parse_prompt
-from ..stage1 import Stage1Task
+from ..loop.checkpointing import write_whole
+from ..loop.metrics import save_picture
+from ..scenes.captions import parse_prompt
+from ..scenes.prompts import HELD_OUT_PROMPTS, judge_prompts
+from ..scenes.stream import SceneStream
+from ..tasks.networks import FrozenText
+from ..tasks.stage1 import Stage1Task
 from .clips import TEST_SEED, TEST_SPLIT
 from .evaluation import as_picture
 from .lab import STAGE1, Lab

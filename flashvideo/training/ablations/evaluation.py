@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...atomic_files import sha256
 from ...config import STAGE2_LATENT_SCALE
-from ...convert import sha256
 from ...degradation import DEGRADATION_STEP, degrade_latent
 from ...frames import finish, resize, to_frames, to_video
 from ...samplers import sample_stage2
 from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
-from ..checkpointing import write_whole
-from ..losses import Network
-from ..metrics import save_picture
-from ..networks import as_called
+from ..loop.checkpointing import write_whole
+from ..loop.metrics import save_picture
 from ..randomness import generator_for, normal_like
+from ..tasks.losses import Network
+from ..tasks.networks import as_called
 from .clips import TEST_SEED, ClipStore, HeldOutClip, Suite
 from .measures import measure
 from .variants import KINDS, Deadline, beside, load_variant

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from ...convert import sha256
+from ...atomic_files import sha256
+from ..data.latents import ClipSettings
 from ..errors import TrainingError
-from ..latents import ClipSettings
-from ..loop import Task
-from ..networks import FrozenText, NetworkSettings
-from ..preference import PreferenceSettings, PreferenceTask
-from ..stage1 import SheetSettings as DraftSheet
-from ..stage1 import Stage1Settings, Stage1Task
-from ..stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
+from ..loop.trainer import Task
+from ..tasks.networks import FrozenText, NetworkSettings
+from ..tasks.preference import PreferenceSettings, PreferenceTask
+from ..tasks.stage1 import SheetSettings as DraftSheet
+from ..tasks.stage1 import Stage1Settings, Stage1Task
+from ..tasks.stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
 from .clips import ClipStore, RealClip, Suite
 from .evaluation import Evaluator, Method
 from .results import Row

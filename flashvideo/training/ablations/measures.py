@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...color import LowBand, delta_e
-from ..degradations import LUMA
+from ..data.degradations import LUMA
 from ..errors import TrainingError
 
 STEADY = 0.05  # a pixel's own change along the flow, above which it counts as covered or uncovered

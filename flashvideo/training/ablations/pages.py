@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..checkpointing import write_whole
+from ..loop.checkpointing import write_whole
 from .results import Row, TableResult
 
 CELL = 224  # width of a piece on the page, in pixels

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpointing import write_whole
+from ..loop.checkpointing import write_whole
 from .evaluation import Measured
 from .measures import METRICS, mean_of
 

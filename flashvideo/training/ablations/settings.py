@@ -8,10 +8,10 @@ from pathlib import Path
 from ...degradation import DEGRADATION_STEP
 from ...schedule import STAGE2_SHIFT
 from ..config import LoopSettings
+from ..data.latents import ClipSettings
 from ..errors import TrainingError
-from ..latents import ClipSettings
-from ..preference import ChoiceSettings
-from ..stage2 import DegradationSettings
+from ..tasks.preference import ChoiceSettings
+from ..tasks.stage2 import DegradationSettings
 from .clips import DRAFTS
 
 

@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...architecture import dit_config
+from ...atomic_files import sha256
 from ...checkpoints import STAGE_METADATA, load_dit
-from ...convert import sha256
+from ...checkpoints.architecture import dit_config
 from ...dit import FlashVideoDiT
-from ..checkpointing import LAST, export_weights
-from ..loop import MINUTE, Limits, Task, Trainer
-from ..lora import merged_state
-from ..losses import Network
-from ..networks import as_called
-from ..positions import AbsolutePositionsDiT
+from ..loop.checkpointing import LAST, export_weights
+from ..loop.trainer import MINUTE, Limits, Task, Trainer
 from ..randomness import generator_for
-from ..stage2 import Stage2Settings, Stage2Task
+from ..tasks.lora import merged_state
+from ..tasks.losses import Network
+from ..tasks.networks import as_called
+from ..tasks.positions import AbsolutePositionsDiT
+from ..tasks.stage2 import Stage2Settings, Stage2Task
 
 KINDS = ("rotary", "absolute", "cascade")
 

@@ -1,0 +1,116 @@
+"""A network's architecture from the shapes of its weights, so that any depth and width loads."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+
+from ..config import DiTConfig, VAEConfig
+from .weights import CheckpointError, some
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+MAX_NORM_GROUPS = 32
+MAX_LAYERS = 512  # of any kind: more are a mistake or an attack, and building takes about 65 KB and 2 ms each
+EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # what stage II has and stage I hasn't
+
+
+def dit_config(shapes: Shapes) -> DiTConfig:
+    """Architecture of a diffusion transformer from the shapes of its converted weights.
+
+    Raises CheckpointError if a tensor that says a size is missing, or the sizes contradict each other.
+    """
+    sizes = _Sizes(shapes)
+    if len(shapes.get("patch_embed.proj.weight", (0, 0, 0, 0))) == 2:
+        raise CheckpointError("it seems to be CogVideoX 1.5, whose patches span two frames; FlashVideo's span one")
+    hidden = sizes("patch_embed.proj.weight", 0)
+    head = sizes("blocks.*.norm_q.weight", 0)
+    patch = sizes("patch_embed.proj.weight", 2)
+    config = {
+        "num_layers": sizes.count("blocks.*."),
+        "time_embed_dim": sizes("time_embedding_linear_1.weight", 0),
+        "text_dim": sizes("patch_embed.text_proj.weight", 1),
+        "ff_dim": sizes("blocks.*.ff_proj.weight", 0),
+        "in_channels": sizes("patch_embed.proj.weight", 1),
+    }
+    out = sizes("proj_out.weight", 0)
+    sizes.raise_if_missing()
+    if hidden % head or out % patch**2:
+        raise CheckpointError(
+            f"its sizes contradict each other: width {hidden}, heads of {head}, {out} outputs for patches of {patch}"
+        )
+    # One without the other can't be: the checks then name what is missing.
+    refines = any(name.startswith(EXTRA_EMBEDDINGS) for name in shapes)
+    return DiTConfig(
+        hidden_size=hidden,
+        num_heads=hidden // head,
+        out_channels=out // patch**2,
+        patch_size=patch,
+        degradation_embedding=refines,
+        frame_count_embedding=refines,
+        **config,
+    )
+
+
+def vae_config(shapes: Shapes) -> VAEConfig:
+    """Architecture of the VAE from the shapes of its converted weights.
+
+    The number of norm groups leaves no trace in them: it is the largest up to 32 that divides every width.
+    Raises CheckpointError if a tensor that says a size is missing, or the sizes contradict each other.
+    """
+    sizes = _Sizes(shapes)
+    base = sizes("encoder.conv_in.conv.weight", 0)
+    levels = sizes.count("encoder.down_blocks.*.")
+    widths = [sizes(f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight", 0) for level in range(levels)]
+    config = {
+        "encoder_blocks": sizes.count("encoder.down_blocks.0.resnets.*."),
+        "decoder_blocks": sizes.count("decoder.up_blocks.0.resnets.*."),
+        "latent_channels": sizes("decoder.conv_in.conv.weight", 1),
+        "image_channels": sizes("encoder.conv_in.conv.weight", 1),
+    }
+    sizes.raise_if_missing()
+    if any(width % base for width in widths):
+        raise CheckpointError(f"its sizes contradict each other: levels of {widths} channels on a base of {base}")
+    return VAEConfig(
+        base_channels=base,
+        channel_multipliers=tuple(width // base for width in widths),
+        norm_groups=math.gcd(MAX_NORM_GROUPS, *widths),
+        **config,
+    )
+
+
+def layer_count(numbers: Collection[int], what: str = "it") -> int:
+    """How many layers there are where `what` names these, from 0 on. Raises CheckpointError for more than can be."""
+    if max(numbers, default=0) >= MAX_LAYERS:
+        raise CheckpointError(f"{what} names a layer {max(numbers):,}, and no network has more than {MAX_LAYERS}")
+    return 1 + max(numbers, default=0)
+
+
+class _Sizes:
+    """Looks sizes up in shapes, and remembers the tensors that should have told one and aren't there."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self.missing: list[str] = []
+
+    def __call__(self, name: str, axis: int) -> int:
+        """Size of an axis of the tensor `name`; a * in it stands for the first number that is there."""
+        pattern = re.compile(re.escape(name).replace(r"\*", r"\d+"))
+        shape = next((self.shapes[key] for key in self.shapes if pattern.fullmatch(key)), ())
+        if axis < len(shape) and shape[axis] > 0:
+            return shape[axis]
+        self.missing.append(name.replace("*", "0"))
+        return 1
+
+    def count(self, name: str) -> int:
+        """One more than the largest number in the place of the * in names that start like this."""
+        pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+        numbers = [int(match[1]) for key in self.shapes if (match := pattern.match(key))]
+        if not numbers:
+            self.missing.append(name.replace("*", "0").rstrip("."))
+        return layer_count(numbers)
+
+    def raise_if_missing(self) -> None:
+        if self.missing:
+            raise CheckpointError(f"weights that tell its size are missing or malformed: {some(self.missing)}.")

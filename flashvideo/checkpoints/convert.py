@@ -1,0 +1,180 @@
+"""Convert a checkpoint to safetensors with ComfyUI's names, one tensor at a time.
+
+The header is written first, then each tensor as it is read, merged and cast, into a file beside the target that
+takes the target's name only when it is complete. Nothing larger than a few tensors and a window of the mapped
+source is ever in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..atomic_files import Progress, sha256
+from .keymaps import Source
+from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
+from .weights import SAFETENSORS_DTYPES, CheckpointError
+
+LAYOUT_VERSION = "1"  # of the converted files' names
+WINDOW = 512 * 2**20  # bytes of the source to read before its pages are let go of
+SPARE_SPACE = 64 * 2**20  # to leave on the disk
+DTYPES = {
+    "keep": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+
+@dataclass(frozen=True)
+class _Item:
+    """A source tensor and where what it becomes stands in the new file."""
+
+    source: Source
+    dtypes: tuple[torch.dtype, ...]  # of its parts
+    nbytes: int
+
+
+def convert_file(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str = "keep",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Write the FlashVideo or CogVideoX model in `source` to the safetensors file `target`.
+
+    `dtype` is a key of DTYPES; fp8_e4m3fn applies to the matrices of the layers, and everything else becomes
+    bfloat16. An existing target is only replaced with `force`, and only once the new file is complete; an
+    interruption leaves it as it was and no half file.
+    Raises CheckpointError if the source is no such model or the target can't be written; returns what was read.
+    """
+    source, target = Path(source), Path(target)
+    checkpoint = open_checkpoint(source)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"unknown data type {dtype}: choose one of {', '.join(DTYPES)}.")
+    if checkpoint.quantised:
+        raise CheckpointError(f"{source.name} is quantised already: convert the original instead.")
+    if checkpoint.stage == "vae" and dtype == "fp8_e4m3fn":
+        raise CheckpointError("the VAE loses too much in 8 bits: choose bf16, fp16 or keep.")
+    check_target(source, target, force)
+    report = progress or _no_progress
+    items = _layout(checkpoint, DTYPES[dtype])
+    _check_space(target, sum(item.nbytes for item in items))
+    metadata = {
+        **checkpoint.weights.metadata,
+        "format": "pt",
+        STAGE_METADATA: checkpoint.stage,
+        "flashvideo.version": LAYOUT_VERSION,
+        "flashvideo.source_sha256": sha256(source, report),
+    }
+    part = target.with_name(target.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(_header(checkpoint, items, metadata))
+            _write_tensors(file, checkpoint, items, report)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:  # an interruption too
+        part.unlink(missing_ok=True)
+        raise
+    return checkpoint
+
+
+def _no_progress(_phase: str, _done: int, _total: int) -> None:
+    """For callers that don't ask."""
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Refuse a target that can't or shouldn't be written. Raises CheckpointError."""
+    if target.suffix.lower() in _PICKLE_SUFFIXES:
+        raise CheckpointError(f"{target.name} should end in .safetensors: that is what is written.")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"there is no folder {target.parent} to write to.")
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: give a file name.")
+    if target.exists():
+        if target.samefile(source):
+            raise CheckpointError(f"{target.name} is the file to be converted: give the new file another name.")
+        if not force:
+            raise CheckpointError(f"{target} exists already: --force replaces it.")
+
+
+def _check_space(target: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes + SPARE_SPACE:
+        raise CheckpointError(
+            f"{target.parent} has {free / 1e9:.1f} GB free, and the new file takes {nbytes / 1e9:.1f} GB."
+        )
+
+
+def _layout(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[_Item]:
+    """What to write in which order: the widest data types first, so that every tensor stands aligned."""
+    items = []
+    for source in checkpoint.plan.sources:
+        dtypes = tuple(_target_dtype(checkpoint, source, part.name, dtype) for part in source.parts)
+        sizes = (math.prod(checkpoint.shapes[part.name]) for part in source.parts)
+        items.append(_Item(source, dtypes, sum(n * kind.itemsize for n, kind in zip(sizes, dtypes, strict=True))))
+    return sorted(items, key=lambda item: -item.dtypes[0].itemsize)
+
+
+def _target_dtype(checkpoint: Checkpoint, source: Source, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype == torch.float8_e4m3fn and not (name.startswith("blocks.") and len(checkpoint.shapes[name]) == 2):
+        return torch.bfloat16
+    kept = dtype or checkpoint.dtype(source)
+    if kept not in _DTYPE_NAMES:
+        raise CheckpointError(f"{checkpoint.weights.label}: {source.key} has a data type that can't be kept.")
+    return kept
+
+
+def _header(checkpoint: Checkpoint, items: list[_Item], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for item in items:
+        for part, dtype in zip(item.source.parts, item.dtypes, strict=True):
+            shape = checkpoint.shapes[part.name]
+            end = offset + math.prod(shape) * dtype.itemsize
+            entries[part.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start on a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_tensors(file: BinaryIO, checkpoint: Checkpoint, items: list[_Item], progress: Progress) -> None:
+    done, total, window = 0, sum(item.nbytes for item in items), 0
+    for item in items:
+        for (_, tensor), dtype in zip(checkpoint.convert(item.source), item.dtypes, strict=True):
+            file.write(_bytes(_cast(tensor, dtype)))
+            window += tensor.nbytes
+        tensor = None  # a view of the source would keep it mapped
+        if window >= WINDOW:
+            checkpoint.weights.release()
+            window = 0
+        done += item.nbytes
+        progress("convert", done, total)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast; what the new type can't hold becomes its largest number instead of infinity."""
+    if dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        limit = torch.finfo(dtype).max
+        tensor = tensor.float().clamp(-limit, limit)
+    return tensor.to(dtype)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

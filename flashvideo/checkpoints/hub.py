@@ -1,0 +1,118 @@
+"""Hugging Face, for the one command that an artist may ask to use it: sizes, checksums, downloads.
+
+Nothing else in the pack reaches for the network, and huggingface_hub is imported only here, when needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from ..atomic_files import sha256
+from ..errors import CommandError
+from .catalogue import ModelFile
+from .convert import SPARE_SPACE
+
+PARTIAL = ".{}.download"  # folder beside the target that holds what has arrived of it
+
+# Called with the bytes done and all bytes of a file whose checksum is being taken.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What Hugging Face says of a file: its size in bytes, and its SHA-256 if it is stored as a large file."""
+
+    size: int
+    sha256: str | None
+
+
+def ask(files: Sequence[ModelFile]) -> dict[str, Published]:
+    """Size and checksum of published files, by ModelFile.name.
+
+    Raises CommandError if Hugging Face can't be asked, or a file isn't there any more.
+    """
+    hub = _hub()
+    published: dict[str, Published] = {}
+    for repository in dict.fromkeys(file.repository for file in files):
+        wanted = {file.file: file.name for file in files if file.repository == repository}
+        with _reaching(repository):
+            entries = hub.HfApi(endpoint=_endpoint()).get_paths_info(repository, list(wanted))
+        for entry in entries:
+            published[wanted[entry.path]] = Published(entry.size, entry.lfs.sha256 if entry.lfs else None)
+    gone = [f"{file.file} in {file.repository}" for file in files if file.name not in published]
+    if gone:
+        raise CommandError(f"Hugging Face has no file {', '.join(gone)} any more.")
+    return published
+
+
+def download(file: ModelFile, published: Published, target: Path, progress: Progress) -> None:
+    """Download a file; `target` appears only when it is complete and has the published checksum.
+
+    What has arrived when it is interrupted stays in a folder beside `target`, and the next call goes on from there.
+    Raises CommandError if it doesn't fit on the disk, can't be fetched, or arrives damaged.
+    """
+    hub = _hub()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(PARTIAL.format(target.name))
+    _check_space(target, published.size, partial)
+    with _reaching(file.repository, "What has arrived is kept; the same command goes on from there."):
+        arrived = Path(hub.hf_hub_download(file.repository, file.file, local_dir=partial, endpoint=_endpoint()))
+    if arrived.stat().st_size != published.size or (
+        published.sha256 and published.sha256 != checksum(arrived, progress)
+    ):
+        shutil.rmtree(partial)
+        raise CommandError(f"{file.file} arrived damaged (its checksum is not the published one). Download it again.")
+    arrived.replace(target)
+    shutil.rmtree(partial)
+
+
+def checksum(path: Path, progress: Progress) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return sha256(path, lambda _phase, done, total: progress(done, total))
+
+
+def _check_space(target: Path, size: int, partial: Path) -> None:
+    here = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(target.parent).free
+    if free < size - here + SPARE_SPACE:
+        raise CommandError(
+            f"{target.parent} has {free / 1e9:.1f} GB free, and {target.name} takes {(size - here) / 1e9:.1f} GB more."
+        )
+
+
+def _hub() -> ModuleType:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # The plain way: the faster one (Xet) starts a file anew when it was interrupted.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CommandError(
+            "This needs the Python package huggingface_hub. ComfyUI's own Python has it; elsewhere: "
+            "pip install huggingface_hub"
+        ) from None
+    return huggingface_hub
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+@contextmanager
+def _reaching(repository: str, advice: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub, and the HTTP library below it (requests or httpx), raise into a message."""
+    below = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    failures = (OSError, ValueError, *(library.HTTPError for library in below if library))
+    try:
+        yield
+    except failures as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = f"{_endpoint() or 'huggingface.co'} did not give {repository}: {reason}"
+        raise CommandError(f"{message}\n{advice}".strip()) from error

@@ -1,0 +1,107 @@
+"""`python -m flashvideo convert|info`: write a model as safetensors with ComfyUI's names, and tell what a file is."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+from ..checkpoints import Checkpoint, describe, open_checkpoint
+from ..checkpoints.convert import DTYPES, convert_file
+from ..checkpoints.lora import convert_lora, is_lora
+from ..checkpoints.weights import open_weights, some
+from ..config import DiTConfig
+from ..errors import CommandError
+from .terminal import TERMINATED, ProgressBars, say
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("convert", help="convert a model or a LoRA to safetensors with ComfyUI's names")
+    parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, a LoRA, ...")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="data type of the new file (default: keep)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    if options.source.is_file() and is_lora(open_weights(options.source).shapes):
+        if options.dtype != "keep":
+            raise CommandError("--dtype is for models: a LoRA keeps its data type.")
+        layers = convert_lora(options.source, options.target, force=options.force)
+        say(f"{options.target}: LoRA of {layers} layers of CogVideoX, converted")
+        return
+    bars = ProgressBars()
+    try:
+        checkpoint = convert_file(
+            options.source, options.target, dtype=options.dtype, force=options.force, progress=bars
+        )
+    finally:
+        bars.close()
+    say(f"{options.target}: {describe(checkpoint)}, converted")
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    """Leave through the clean-up of whatever is running."""
+    sys.exit(TERMINATED)
+
+
+def add_info(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("info", help="tell what a model file is")
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.set_defaults(run=lambda options: _info(options.file))
+
+
+def _info(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    weights, plan = checkpoint.weights, checkpoint.plan
+    say(f"{weights.label}: {describe(checkpoint)}")
+    for name, value in (
+        ("stored as", weights.container),
+        ("architecture", _architecture(checkpoint)),
+        ("parameters", _parameters(checkpoint)),
+        ("data types", _dtypes(checkpoint)),
+        ("metadata", "; ".join(f"{key} = {value}" for key, value in weights.metadata.items())),
+        ("not used", some(plan.unused)),
+        ("of other models", some(plan.foreign)),
+    ):
+        if value:
+            say(f"  {name:<16}{value}")
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    if isinstance(config, DiTConfig):
+        return (
+            f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads of {config.head_dim}, "
+            f"feed-forward {config.ff_dim}, text {config.text_dim}, time embedding {config.time_embed_dim}, "
+            f"latent channels {config.in_channels}, patch {config.patch_size}"
+        )
+    return (
+        f"{config.base_channels} channels x {config.channel_multipliers}, {config.encoder_blocks} encoder and "
+        f"{config.decoder_blocks} decoder blocks a level, latent channels {config.latent_channels}"
+    )
+
+
+def _parameters(checkpoint: Checkpoint) -> str:
+    total = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    loras = [key for source in checkpoint.plan.sources for key in (*source.lora_a, *source.lora_b)]
+    if not loras:
+        return f"{total:,}"
+    shapes = checkpoint.weights.shapes
+    rank = next(shapes[source.lora_a[0]][0] for source in checkpoint.plan.sources if source.lora_a)
+    extra = sum(math.prod(shapes[key]) for key in loras)
+    return f"{total:,}, and {extra:,} of LoRA (rank {rank}) that loading merges into them"
+
+
+def _dtypes(checkpoint: Checkpoint) -> str:
+    dtypes = checkpoint.weights.dtypes.values()
+    counts = Counter("unknown" if dtype is None else str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return ", ".join(f"{name} ({count} tensors)" for name, count in counts.most_common())

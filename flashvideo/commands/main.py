@@ -1,0 +1,72 @@
+"""The commands: `python -m flashvideo convert|info|models|plan|generate|refine|train|ablate|bench`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import sys
+
+from ..checkpoints import CheckpointError
+from ..devices import is_out_of_memory
+from ..errors import CommandError
+from .bench import add_bench
+from .convert import add_convert, add_info
+from .generate import add_generate
+from .models import add_models
+from .plan import add_plan
+from .refine import add_refine
+from .terminal import CANCELLED
+
+REPOSITORY = "https://github.com/flashvideo/ComfyUI-FlashVideo"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 1 refused with a message, 130 cancelled (143 by SIGTERM)."""
+    parser = argparse.ArgumentParser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    models = (add_convert, add_info, add_models)
+    for add_command in (*models, add_plan, add_generate, add_refine, _add_training, add_bench):
+        add_command(commands)
+    options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal can't show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return options.run(options) or 0
+    except CommandError as error:
+        sys.stderr.write(f"{error.with_hint}\n")
+        return 1
+    except CheckpointError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"{error.filename or 'file'}: {error.strerror}\n")
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"Out of memory: {str(error).splitlines()[0] if str(error) else 'none is left'}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nCancelled; nothing was written.\n")
+        return CANCELLED
+
+
+def _add_training(commands: argparse._SubParsersAction) -> None:
+    if importlib.util.find_spec("..training", __package__):
+        from ..training.ablations.command import add_ablate
+        from ..training.command import add_train
+
+        add_train(commands)
+        add_ablate(commands)
+        return
+    # What ComfyUI's registry hands out leaves training out.
+    for name in ("train", "ablate"):
+        parser = commands.add_parser(name, help="is in the repository, not in this download")
+        parser.add_argument("rest", nargs=argparse.REMAINDER)
+        parser.set_defaults(run=_no_training)
+
+
+def _no_training(_options: argparse.Namespace) -> None:
+    raise CommandError(f"Training is not part of this download. Clone {REPOSITORY} to train.")

@@ -1,0 +1,186 @@
+"""`python -m flashvideo models list|verify|download`: which model files are there, whole, and how to get the others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoints.catalogue import (
+    DOWNLOADS,
+    ROLES,
+    FoundFile,
+    ModelFile,
+    Role,
+    comfyui_folder,
+    find_files,
+    model_folders,
+)
+from ..checkpoints.hub import Published, ask, checksum, download
+from ..errors import CommandError
+
+STOPPED = 130  # exit code of a command stopped with Ctrl+C
+_COMMAND = "python -m flashvideo models"
+
+
+def add_models(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    listing = ", ".join(f"{name} ({file.file})" for name, (_, file) in DOWNLOADS.items())
+    parser = commands.add_parser(
+        "models",
+        help="list, verify or download the model files",
+        description="Lists the model files that FlashVideo needs and which of them ComfyUI has; verifies them by their "
+        "contents and by the checksums that Hugging Face publishes; downloads what is named, and nothing else.",
+        epilog=f"NAME is one of {listing}.",
+    )
+    parser.add_argument("action", nargs="?", choices=_ACTIONS, default="list", help="what to do (default: list)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which files; list and verify take all without it")
+    default = "default: COMFYUI_PATH, else the ComfyUI this pack is in"
+    parser.add_argument("--comfyui", type=Path, metavar="PATH", help=f"ComfyUI's folder ({default})")
+    parser.add_argument(
+        "--extra-model-paths", type=Path, metavar="FILE", help="another extra_model_paths.yaml than ComfyUI's own"
+    )
+    parser.add_argument("--offline", action="store_true", help="verify by contents only, without Hugging Face")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    unknown = [name for name in options.names if name not in DOWNLOADS]
+    if unknown:
+        raise CommandError(f"There is no model file called {', '.join(unknown)}; there are {', '.join(DOWNLOADS)}.")
+    folders = model_folders(comfyui_folder(options.comfyui), options.extra_model_paths)
+    return _ACTIONS[options.action](options, folders)
+
+
+def _list(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
+    found = find_files(folders)
+    for role in _roles(options.names):
+        _say(f"{role.name}: {role.purpose}")
+        files = [file for file in found if file.role is role]
+        for file in files:
+            state = "found  " if file.trouble is None else "BROKEN "
+            _say(f"  {state}  {file.path} ({_size(file.path.stat().st_size)})")
+            _say(f"           {file.trouble or file.description}")
+        if not any(file.trouble is None for file in files):
+            for line in _how_to_get(role, folders[role.folder][0]):
+                _say(f"  {line}")
+    return 0
+
+
+def _how_to_get(role: Role, folder: Path) -> Iterator[str]:
+    yield "missing  " + " or ".join(
+        f"{file.file} (about {file.gigabytes} GB{', ' + file.note if file.note else ''})" for file in role.files
+    )
+    yield f"           from https://huggingface.co/{role.files[0].repository}"
+    yield f"           into {folder}"
+    yield f"           or: {_COMMAND} download {' | '.join(file.name for file in role.files)}"
+
+
+def _verify(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
+    roles = _roles(options.names)
+    found = [file for file in find_files(folders) if file.role in roles]
+    if not found:
+        raise CommandError(f"None of FlashVideo's model files is there to verify. See: {_COMMAND} list")
+    published: dict[str, Published] = {}
+    if not options.offline:
+        try:
+            published = ask([file for role in roles for file in role.files])
+        except CommandError as error:
+            _say(f"Checksums can't be compared, only contents are checked. {str(error).splitlines()[0]}")
+    bad = 0
+    for file in found:
+        good, verdict = _judge(file, published)
+        bad += not good
+        _say(f"{'good' if good else 'BAD '}  {file.path}: {verdict}")
+    return 1 if bad else 0
+
+
+def _judge(found: FoundFile, published: dict[str, Published]) -> tuple[bool, str]:
+    """Whether a file is as it should be, and what is known of it."""
+    if found.trouble is not None:
+        return False, found.trouble
+    known = {
+        published[file.name].sha256: file
+        for file in found.role.files
+        if file.name in published and published[file.name].sha256
+    }
+    if not known:
+        return True, f"{found.description}, complete"
+    if found.source_sha256:
+        origin = known.get(found.source_sha256)
+        made_of = f"the official {origin.file}" if origin else "another file than the official one"
+        return True, f"{found.description}, complete; converted from {made_of}"
+    same_size = {file.name for file in known.values() if published[file.name].size == found.path.stat().st_size}
+    with _bar(f"checksum of {found.path.name}") as progress:
+        match = known.get(checksum(found.path, progress)) if same_size else None
+    if match:
+        return True, f"{found.description}; the checksum is that of {match.file} at {match.repository}"
+    if found.path.name in {file.file for file in known.values()}:
+        return False, f"{found.description}, but not the file that Hugging Face has under this name. Download it again."
+    return True, f"{found.description}, complete; none of the published files, so its checksum can't be compared"
+
+
+def _download(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
+    if not options.names:
+        raise CommandError(f"Download what? Name one or more of {', '.join(DOWNLOADS)}.")
+    wanted = [DOWNLOADS[name] for name in dict.fromkeys(options.names)]
+    published = ask([file for _, file in wanted])
+    try:
+        for role, file in wanted:
+            _fetch(file, published[file.name], folders[role.folder])
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. What has arrived is kept; the same command goes on from there.\n")
+        return STOPPED
+    return 0
+
+
+def _fetch(file: ModelFile, published: Published, folders: Sequence[Path]) -> None:
+    for path in (folder / file.file for folder in folders):
+        if path.exists():
+            with _bar(f"checksum of {file.file}") as progress:
+                same = path.stat().st_size == published.size and published.sha256 in (None, checksum(path, progress))
+            if not same:
+                raise CommandError(f"{path} is there already, and is another file. Move it away, then download again.")
+            _say(f"{path}: there already, complete")
+            return
+    target = folders[0] / file.file
+    with _bar(f"checksum of {file.file}") as progress:
+        download(file, published, target, progress)
+    _say(f"{target}: downloaded, {_size(published.size)}, checksum good")
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in bytes on standard error, from the first call on."""
+    bars: list[tqdm] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _roles(names: Sequence[str]) -> list[Role]:
+    """The roles of the named files, or all."""
+    return [role for role in ROLES if not names or any(file.name in names for file in role.files)]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+_ACTIONS = {"list": _list, "verify": _verify, "download": _download}

@@ -1,0 +1,146 @@
+"""`python -m flashvideo plan`: what a video will cost on this device, and the best that a budget allows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..devices import open_device
+from ..errors import CommandError
+
+BUILT_IN = ("official", "nano")
+NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an existing clip"
+
+
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("plan", help="tell memory and time of a video before it is made")
+    parser.add_argument("--width", type=int, default=1920, help="pixels of the final video (default 1920)")
+    parser.add_argument("--height", type=int, default=1080, help="pixels of the final video (default 1080)")
+    parser.add_argument("--frames", type=int, default=49, help="length of the video (default 49)")
+    parser.add_argument("--stage1-steps", type=int, default=50, metavar="N", help=NO_DRAFT_HELP)
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the refiner (default 4)")
+    parser.add_argument(
+        "--cfg", type=float, default=13.0, help="guidance of the refiner (default 13); 1 halves its work"
+    )
+    parser.add_argument(
+        "--tile", type=int, default=0, metavar="N", help="pixels of the tiles that refine --tile sees; 0 (default): all"
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp8", "fp32"), default="bf16", help="precision (default bf16)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["official"],
+        metavar="MODEL",
+        help="official (default), nano, or model files: those not named stay official",
+    )
+    parser.add_argument("--memory", type=float, metavar="GB", help="a budget: memory of the card (default: this one's)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="a budget: time for the video")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the plan into a picture")
+    parser.add_argument("--json", action="store_true", help="write JSON instead of text")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    try:
+        _plan_checked(options)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _plan_checked(options: argparse.Namespace) -> None:
+    # Imported here, so that the other commands start at once.
+    from ..planner import GB, Setting, make_plan
+    from ..planner.budget import Budget, advise, on_card
+    from ..planner.report import advice_report, report
+    from ..planner.speed import CalibratedRates
+
+    device = open_device(options.device)
+    setting = Setting(
+        width=options.width,
+        height=options.height,
+        frames=options.frames,
+        stage1_steps=options.stage1_steps,
+        stage2_steps=options.steps,
+        cfg=options.cfg,
+        tile=options.tile,
+        precision=options.dtype,
+        networks=_networks(options.model),
+        device=device.type,
+    )
+    memory = _card(device) if options.memory is None else options.memory * GB
+    budget = Budget(memory, options.seconds)
+    setting = on_card(setting, budget.memory)
+    plan = make_plan(setting)
+    if options.plot and options.plot.suffix.lower() != ".png":
+        raise CommandError(f"--plot writes a PNG picture; {options.plot} must end in .png.")
+    rates = CalibratedRates(device)
+    limited = (budget.memory, budget.seconds) != (None, None)
+    advice = advise(setting, budget, rates) if limited else None
+    if options.json:
+        text = json.dumps(_as_json(plan, rates, advice), indent=2)
+    else:
+        text = report(plan, rates(setting))
+        if advice:
+            text += "\n\n" + advice_report(plan, advice, budget, rates)
+    sys.stdout.write(text + "\n")
+    if options.plot:
+        from ..planner.plot import plot
+
+        plot(plan, rates(setting), budget).save(options.plot)
+
+
+def _networks(models: list[str]) -> Any:
+    from ..checkpoints import open_checkpoint
+    from ..planner import NANO, OFFICIAL
+
+    networks = NANO if "nano" in models else OFFICIAL
+    files = [model for model in models if model not in BUILT_IN]
+    for file in files:
+        checkpoint = open_checkpoint(Path(file))
+        part = {"1": "stage1", "2": "stage2", "vae": "vae"}[checkpoint.stage]
+        networks = replace(networks, **{part: checkpoint.config})
+    return replace(networks, name="these") if files else networks
+
+
+def _card(device: Any) -> float | None:
+    """The device's own memory in bytes, where it has some."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def _as_json(plan: Any, rates: Any, advice: Any) -> dict[str, Any]:
+    def costs(plan: Any) -> dict[str, Any]:
+        setting = plan.setting
+        chosen = ("width", "height", "frames", "stage1_steps", "stage2_steps", "cfg", "tile", "precision")
+        return {
+            **{name: getattr(setting, name) for name in chosen},
+            "models": setting.networks.name,
+            "memory_bytes": round(plan.memory),
+            "flops": plan.flops.total,
+            "seconds": rates(setting).seconds(plan.flops),
+        }
+
+    phases = [
+        {
+            "name": phase.name,
+            "tokens": phase.tokens,
+            "flops": asdict(phase.flops),
+            "weight_bytes": round(phase.weights),
+            "activation_bytes": round(phase.activations),
+            "tile_pixels": phase.tile,
+            "seconds": rates(plan.setting).seconds(phase.flops),
+        }
+        for phase in plan.phases
+    ]
+    result = {**costs(plan), "phases": phases, "rates": asdict(rates(plan.setting))}
+    if advice is not None:
+        found = {name: getattr(advice, name) for name in ("precision", "length", "resolution", "nearest", "least")}
+        result["budget"] = {"fits": advice.fits, **{name: each and costs(each) for name, each in found.items()}}
+    return result

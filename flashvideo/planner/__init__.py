@@ -1,0 +1,31 @@
+"""What a video costs before it is made, and the best that a budget allows."""
+
+from .plan import (
+    GB,
+    MAX_STEPS,
+    NANO,
+    OFFICIAL,
+    PRECISIONS,
+    Networks,
+    Phase,
+    Plan,
+    Precision,
+    Setting,
+    latent_shape,
+    make_plan,
+)
+
+__all__ = [
+    "GB",
+    "MAX_STEPS",
+    "NANO",
+    "OFFICIAL",
+    "PRECISIONS",
+    "Networks",
+    "Phase",
+    "Plan",
+    "Precision",
+    "Setting",
+    "latent_shape",
+    "make_plan",
+]

@@ -1,0 +1,268 @@
+"""What a video costs before it is made: tokens, operations, memory and time of every phase.
+
+The phases are those of the whole pipeline: text, draft (stage I), its decoding, encoding at the final size, stage II,
+decoding. They run one after another, and the peak is that of the largest: what is not in use need not stay on the
+device. Sizes are pixels, lengths frames, memory bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..config import (
+    NANO_STAGE1,
+    NANO_STAGE2,
+    NANO_TEXT_ENCODER,
+    NANO_VAE,
+    PIXEL_MULTIPLE,
+    SPATIAL_FACTOR,
+    STAGE1,
+    STAGE2,
+    TEMPORAL_FACTOR,
+    TEXT_TOKENS,
+    VAE,
+    DiTConfig,
+    T5Config,
+    VAEConfig,
+)
+from ..dit import dit_tokens
+from ..frames import MAX_SIDE, padded_shape
+from ..guidance import STAGE2_SCALE
+from ..memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
+from ..refiner import tiles
+from ..refiner.windows import WINDOW, plan_windows
+from ..schedule import stage2_times
+from ..vae.memory import MOVE, decode_bytes, encode_bytes, plan_tiles
+from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tiling_factor
+
+GB = 2**30  # as ComfyUI, drivers and the names of cards count
+T5_XXL = T5Config(num_layers=24, d_model=4096, d_ff=10240, d_kv=64, num_heads=64)
+DRAFT_PIXELS = 480 * 256  # of the official draft
+MAX_STEPS = 1000
+STORE = 16 * GB  # of main memory that a computer has to spare for what the VAE's tiles leave between them
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The four networks that make a video. `name` is how a readout calls them."""
+
+    name: str
+    text: T5Config
+    stage1: DiTConfig
+    stage2: DiTConfig
+    vae: VAEConfig
+
+
+OFFICIAL = Networks("official", T5_XXL, STAGE1, STAGE2, VAE)
+NANO = Networks("Nano", NANO_TEXT_ENCODER, NANO_STAGE1, NANO_STAGE2, NANO_VAE)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored and in which data type is computed. fp8 holds the VAE in the latter."""
+
+    name: str
+    weight_bytes: int
+    compute: torch.dtype
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", 4, torch.float32),
+        Precision("bf16", 2, torch.bfloat16),
+        Precision("fp8", 1, torch.bfloat16),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be made: size and length of the final video, steps of both stages, networks and their precision.
+
+    `stage1_steps` 0 leaves the draft out: an existing clip is refined. `tile` is the side in pixels of the tiles that
+    stage II sees (`tiles`), 0 for whole pictures. `device` is the type of the device. With `memory`, bytes that its
+    networks may take, the VAE runs in tiles where it has to; `store` is what these may leave in main memory. Raises
+    ValueError for what no run could be.
+    """
+
+    width: int = 1920
+    height: int = 1080
+    frames: int = 49
+    stage1_steps: int = 50
+    stage2_steps: int = 4
+    cfg: float = STAGE2_SCALE
+    tile: int = 0
+    precision: str = "bf16"
+    networks: Networks = OFFICIAL
+    device: str = "cuda"
+    memory: float | None = None
+    store: float = STORE
+
+    def __post_init__(self) -> None:
+        limits = {
+            "width": (1, MAX_SIDE),
+            "height": (1, MAX_SIDE),
+            "frames": (1, math.inf),
+            "stage1_steps": (0, MAX_STEPS),
+            "stage2_steps": (1, MAX_STEPS),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                limit = f"{low} to {high}" if math.isfinite(high) else f"at least {low}"
+                raise ValueError(f"{name.replace('_', ' ')} must be {limit}; got {getattr(self, name)}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+        if self.tile:
+            tiles.plan_tiles(2, 2, self.tile)
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """(frames, height, width) as the networks see them."""
+        return padded_shape(self.frames, self.height, self.width)
+
+    @property
+    def draft(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the draft: the official draft's area in the video's aspect ratio."""
+        blocks = math.sqrt(DRAFT_PIXELS / (self.width * self.height)) / PIXEL_MULTIPLE
+        # The longer side rounded up: 16:9 makes the official 480x256.
+        long, short = math.ceil(blocks * max(self.width, self.height)), round(blocks * min(self.width, self.height))
+        short = max(1, short)
+        rows, columns = (short, long) if self.height <= self.width else (long, short)
+        height, width = rows * PIXEL_MULTIPLE, columns * PIXEL_MULTIPLE
+        return self.padded[0], height, width
+
+    @property
+    def numerics(self) -> Precision:
+        """The precision by its name."""
+        return PRECISIONS[self.precision]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase. `tokens` is what one evaluation of its transformer attends over, 0 for the VAE.
+
+    `tile` is the longest side in pixels of the tiles that it runs in, None if it runs in one piece.
+    """
+
+    name: str
+    tokens: int
+    flops: Flops
+    weights: float
+    activations: float
+    tile: int | None = None
+
+    @property
+    def memory(self) -> float:
+        """Peak in bytes, all of the network's weights on the device."""
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting and what it costs."""
+
+    setting: Setting
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most memory."""
+        return max(self.phases, key=lambda phase: phase.memory)
+
+    @property
+    def memory(self) -> float:
+        """Peak in bytes over all phases."""
+        return self.peak.memory
+
+    @property
+    def activations(self) -> float:
+        """Bytes that no offloading of weights can spare."""
+        return max(phase.activations for phase in self.phases)
+
+    @property
+    def flops(self) -> Flops:
+        """Operations of all phases."""
+        return sum((phase.flops for phase in self.phases), Flops())
+
+
+def make_plan(setting: Setting) -> Plan:
+    """Work out every phase of a setting."""
+    return Plan(setting, tuple(_phases(setting)))
+
+
+def _phases(setting: Setting) -> Iterator[Phase]:
+    networks, numerics = setting.networks, setting.numerics
+    dtype = numerics.compute
+    yield Phase(
+        "text",
+        TEXT_TOKENS,
+        t5_flops(networks.text),  # of the prompt; no prompt at all is zeros
+        parameters(networks.text) * numerics.weight_bytes,
+        t5_bytes(networks.text, dtype),
+    )
+    if setting.stage1_steps:
+        # Stage I's guidance changes from step to step and never leaves the second evaluation out.
+        yield _dit_phase("stage I", networks.stage1, setting.draft, 2 * setting.stage1_steps, setting)
+        yield _vae_phase("draft decode", setting.draft, setting, encode=False)
+    yield _vae_phase("VAE encode", setting.padded, setting, encode=True)
+    frames, height, width = setting.padded
+    windows = plan_windows(latent_shape(setting.padded)[0])
+    times = stage2_times(setting.stage2_steps).tolist()[:-1]
+    evaluations = (1 if setting.cfg == 1 else 2) * sum(len(windows.at(time).starts) for time in times)
+    window = (min(frames, WINDOW), height, width)
+    yield _refining_phase("stage II", networks.stage2, window, evaluations, setting)
+    yield _vae_phase("VAE decode", setting.padded, setting, encode=False)
+
+
+def _dit_phase(name: str, config: DiTConfig, video: tuple[int, int, int], evaluations: int, setting: Setting) -> Phase:
+    shape, numerics = latent_shape(video), setting.numerics
+    return Phase(
+        name,
+        dit_tokens(config, shape) + TEXT_TOKENS,
+        dit_flops(config, shape) * evaluations,
+        parameters(config) * numerics.weight_bytes,
+        dit_bytes(config, shape, numerics.compute, setting.device) + sampler_bytes(config, shape),
+    )
+
+
+def _refining_phase(
+    name: str, config: DiTConfig, video: tuple[int, int, int], evaluations: int, setting: Setting
+) -> Phase:
+    """Stage II's, in tiles if the setting has some: all tiles' operations, and the memory of one."""
+    whole = _dit_phase(name, config, video, evaluations, setting)
+    frames, *sides = latent_shape(video)
+    cut = [tuple(piece.weight.shape) for piece in tiles.plan_tiles(*sides, setting.tile)] if setting.tile else []
+    if len(cut) < 2:
+        return whole
+    rows, columns = cut[0]
+    one = _dit_phase(name, config, (video[0], rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR), evaluations, setting)
+    flops = sum((dit_flops(config, (frames, *sides)) for sides in cut), Flops()) * evaluations
+    held = one.activations + sampler_bytes(config, latent_shape(video)) - sampler_bytes(config, (frames, rows, columns))
+    return replace(one, flops=flops, activations=held, tile=max(rows, columns) * SPATIAL_FACTOR)
+
+
+def _vae_phase(name: str, video: tuple[int, int, int], setting: Setting, *, encode: bool) -> Phase:
+    config, dtype, latent = setting.networks.vae, setting.numerics.compute, latent_shape(video)
+    outline, weights = vae_outline(config), parameters(config) * dtype.itemsize
+    if encode:
+        flops, held = encode_flops(config, *video), encode_bytes(outline, (1, config.image_channels, *video), dtype)
+    else:
+        flops, held = decode_flops(config, *video), decode_bytes(outline, (1, config.latent_channels, *latent), dtype)
+    if setting.memory is None or weights + held <= setting.memory:
+        return Phase(name, 0, flops, weights, held)
+    half = outline.encoder if encode else outline.decoder
+    move = 0.0 if setting.device == "cpu" else MOVE
+    cut = plan_tiles(half, latent, dtype, setting.memory - weights, setting.store, move=move)
+    side = cut.side * SPATIAL_FACTOR
+    return Phase(name, 0, flops * tiling_factor(cut, *latent), weights, cut.device_bytes, side)
+
+
+def latent_shape(video: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(T, H, W) of a latent, from a video's (4n + 1 frames, height, width)."""
+    frames, height, width = video
+    return (frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR

@@ -1,0 +1,139 @@
+"""A plan in words: a table of the phases, what dominates, which card it fits, and what a budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..config import TEMPORAL_FACTOR
+from .budget import LONGEST, RESERVED, Advice, Budget, RatesOf, on_card, size_name
+from .plan import GB, Phase, Plan, Setting, make_plan
+from .speed import Rates
+
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GB that graphics cards come with
+TERA = 1e12
+KINDS = {"matmul": "matrix products", "attention": "attention", "convolution": "convolution"}
+FRAMES_A_SECOND = 8  # of FlashVideo's own drafts
+ROW = "{:<14}{:>9}{:>12}{:>12}{:>14}"
+
+
+def report(plan: Plan, rates: Rates) -> str:
+    """The table of the phases and its summary."""
+    lines = [f"FlashVideo plan: {describe(plan.setting)}", ""]
+    lines.append(ROW.format("phase", "tokens", "TFLOP", "memory", "time"))
+    for phase in plan.phases:
+        time = duration(rates.seconds(phase.flops))
+        lines.append(ROW.format(phase.name, phase.tokens or "-", _tera(phase.flops.total), size(phase.memory), time))
+    time = duration(rates.seconds(plan.flops))
+    lines.append(ROW.format("all", "", _tera(plan.flops.total), size(plan.memory), time))
+    return "\n".join([*lines, "", *_summary(plan, rates)])
+
+
+def _summary(plan: Plan, rates: Rates) -> Iterator[str]:
+    cards = [make_plan(on_card(plan.setting, card * GB)) for card in CARDS]
+    card = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.memory, card)), None)
+    fits = f"Fits a card with {card} GB" if card else "Fits no single card"
+    peak = plan.peak
+    parts = f"{size(peak.weights)} of weights and {size(peak.activations)} of work space"
+    yield f"{fits}. Here {peak.name} needs most, {parts}; {_gigabytes(RESERVED)} GB of a card is left free."
+    tiled = [phase for phase in plan.phases if phase.tile and not phase.tokens]
+    if tiled:
+        names = " and ".join(f"{phase.name} (tiles of {phase.tile} pixels)" for phase in tiled)
+        yield f"To fit, {names} work in tiles, which takes longer; the picture stays the same."
+    seen = next((phase for phase in plan.phases if phase.tile and phase.tokens), None)
+    if seen:
+        yield f"{seen.name} sees tiles of {seen.tile} pixels, as you chose: an approximation."
+    streamed = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.activations, card)), None)
+    if streamed and (card is None or streamed < card):
+        yield f"With {streamed} GB it runs more slowly: ComfyUI then keeps some weights in main memory."
+    slowest = max(plan.phases, key=lambda phase: rates.seconds(phase.flops))
+    share = rates.seconds(slowest.flops) / rates.seconds(plan.flops)
+    yield f"Most time goes into {slowest.name} ({share:.0%}), there mostly into {_kind(slowest, rates)}."
+    speeds = ", ".join(f"{getattr(rates, kind) / TERA:.3g} {name}" for kind, name in KINDS.items())
+    yield f"Times are for this device ({rates.device}), from a short test of its speed: TFLOP a second {speeds}."
+
+
+def _fits(memory: float, card: int) -> bool:
+    return memory <= card * GB - RESERVED
+
+
+def _kind(phase: Phase, rates: Rates) -> str:
+    slowest = max(KINDS, key=lambda kind: getattr(phase.flops, kind) / getattr(rates, kind))
+    return KINDS[slowest]
+
+
+def advice_report(plan: Plan, advice: Advice, budget: Budget, rates: RatesOf) -> str:
+    """What the budget allows."""
+    limits = []
+    if budget.memory is not None:
+        limits.append(f"{_gigabytes(budget.memory)} GB")
+    if budget.seconds is not None:
+        limits.append(duration(budget.seconds))
+    told = f"a budget of {' and '.join(limits)}"
+
+    def cost(found: Plan) -> str:
+        time = f", {duration(rates(found.setting).seconds(found.flops))}" if budget.seconds is not None else ""
+        return f"{size(found.memory)}{time}"
+
+    lines = [f"This is within {told}." if advice.fits else f"This is beyond {told}."]
+    if not advice.fits and advice.nearest is not None:
+        lines.append(f"Nearest that is within it: {describe(advice.nearest.setting)} ({cost(advice.nearest)}).")
+    if advice.nearest is None:
+        least = advice.least
+        own = f", and the card {_gigabytes(RESERVED)} GB for itself" if budget.memory is not None else ""
+        lines.append(f"Nothing is: even {describe(least.setting)} needs {cost(least)}{own}.")
+        return "\n".join(lines)
+    lines.append("The most it allows with one thing changed and the rest as above:")
+    for name, found, word in (
+        ("model", advice.precision, _model),
+        ("length", advice.length, _length),
+        ("resolution", advice.resolution, lambda setting: size_name(setting)),
+    ):
+        best = "no change of this alone is enough" if found is None else f"{word(found.setting)} ({cost(found)})"
+        lines.append(f"  {name:<12}{best}")
+    return "\n".join(lines)
+
+
+def describe(setting: Setting) -> str:
+    """A setting in a line."""
+    steps = f"{setting.stage2_steps} steps"
+    if setting.stage1_steps:
+        steps = f"{setting.stage1_steps} + {steps}"
+    return f"{size_name(setting)}, {_frames(setting.frames)}, {steps}, {_model(setting)}"
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'s' if count > 1 else ''}"
+
+
+def _model(setting: Setting) -> str:
+    return f"{setting.networks.name} models in {setting.precision}"
+
+
+def _length(setting: Setting) -> str:
+    longer = " or more" if setting.frames > LONGEST - TEMPORAL_FACTOR else ""
+    return f"{_frames(setting.frames)}{longer}, {setting.frames / FRAMES_A_SECOND:.3g} s at {FRAMES_A_SECOND} a second"
+
+
+def size(count: float) -> str:
+    """Bytes for people: "512 MB", "9.3 GB"."""
+    return f"{count / GB:.1f} GB" if count >= 0.95 * GB else f"{count / GB * 1024:.3g} MB"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / GB:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "0.4 s", "12 s", "2 min 5 s", "3 h 20 min", "3 days"."""
+    if seconds < 10:
+        return f"{max(seconds, 0.1):.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def _tera(operations: float) -> str:
+    tera = operations / TERA
+    return f"{tera:,.0f}" if tera >= 100 else f"{tera:.3g}"

@@ -1,0 +1,201 @@
+"""Refine files: a video with its sound, or a picture. What can be found wrong is found before the work starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..atomic_files import InUseError, write_whole
+from ..devices import main_memory
+from ..errors import CommandError
+from ..frames import to_bytes
+from ..video_files import (
+    CONTAINERS,
+    CRF,
+    VIDEO_ENDINGS,
+    VideoFormat,
+    check_container,
+    encode_segment,
+    open_clip,
+    write_video,
+)
+from .run import ENCODE, SEGMENT_CHUNKS, Networks, OnProgress, RefineRun, RefineSettings, refine_frames
+from .work_folder import WorkFolder
+
+READ = "read"  # the phase before the others: the video is read to its end once
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+WORK_ENDING = ".unfinished"  # of the folder beside the result
+FORMAT = 5  # of the work folder; another one can't be gone on with. 5: tiles' states tell their reach
+_BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
+_SPARE_SPACE = 2**28
+_JPEG_QUALITY = 95
+_DEEP_STEP = 257  # 65535 / 255
+_RGB_MODES = ("RGB", "RGBA", "P")
+_SEGMENTS = "segments"
+_GIGABYTE = 2**30
+_USABLE = 0.9  # of main memory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How a video file is written.
+
+    `crf`: quality, see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
+    (default: the result's name + .unfinished), `anew`: delete it first. `about` (JSON): what else the result depends
+    on, such as the networks' files; a run with another one isn't gone on with. `segment_chunks`: see `RefineRun`.
+    `warn` gets what somebody should know before the work starts.
+    """
+
+    crf: int = CRF
+    force: bool = False
+    work: Path | None = None
+    anew: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    segment_chunks: int = SEGMENT_CHUNKS
+    warn: Callable[[str], None] = log.warning
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name is that of a picture."""
+    return path.suffix.lower() in PICTURE_ENDINGS
+
+
+def videos_in(folder: Path) -> list[Path]:
+    """The videos of a folder, by name; not its subfolders'."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in VIDEO_ENDINGS)
+
+
+def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
+    """Raise CommandError unless `source` is a file and `target` can be its refined form; `force` allows to replace."""
+    if not source.is_file():
+        raise CommandError(f"There is no file {source}.")
+    endings = PICTURE_ENDINGS if is_picture(source) else tuple(CONTAINERS)
+    if target.suffix.lower() not in endings:
+        kind = "picture" if is_picture(source) else "video"
+        raise CommandError(f"{target.name} should end in {', '.join(endings)}: {source.name} is a {kind}.")
+    if target.exists() and target.samefile(source):
+        raise CommandError(f"{target} is the file to be refined: give the new file another name.")
+    check_target(target, force=force)
+
+
+def check_target(target: Path, *, force: bool = False) -> None:
+    """Raise CommandError unless a file can be written there; `force` allows to replace one."""
+    if not target.parent.is_dir():
+        raise CommandError(f"There is no folder {target.parent} to write to.")
+    if not os.access(target.parent, os.W_OK):
+        raise CommandError(f"The folder {target.parent} can't be written to.")
+    if target.is_dir():
+        raise CommandError(f"{target} is a folder: give a file name.")
+    if target.exists() and not force:
+        raise CommandError(f"{target} exists already.", hint="--force replaces it.")
+
+
+def refine_video(
+    networks: Networks,
+    source: Path,
+    target: Path,
+    settings: RefineSettings,
+    options: FileOptions | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Refine a video file: the same frames at the same times with the same sound, in the wanted size.
+
+    What is finished is kept in a work folder until `target` is whole, and a call with the same arguments goes on
+    there. Raises CommandError for what can't be done, InUseError where another program is doing it, and ValueError for
+    a size that can't be.
+    """
+    options, report = options or FileOptions(), on_progress or (lambda phase, done, total: None)
+    check_paths(source, target, force=options.force)
+    clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
+    form = VideoFormat(clip, *settings.size.resolve(clip.height, clip.width), options.crf)
+    check_container(target.suffix, form)
+    with closing(_work_folder(source, target, settings, options)) as folder:
+        if target.exists() and not options.force:
+            folder.remove()
+            raise InUseError(f"Another program has made {target} in the meantime.")
+        run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
+        if folder.fresh:
+            _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
+        _warn_of_memory(run.main_bytes(), form, options.warn)
+        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
+        segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
+        write_whole(target, lambda part: write_video(part, form, segments))
+        folder.remove()
+
+
+def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None]) -> None:
+    there = main_memory()
+    if needed > _USABLE * there:
+        warn(
+            f"For {form.width}x{form.height} the VAE keeps {needed / _GIGABYTE:.0f} GB in main memory and this machine "
+            f"has {there / _GIGABYTE:.0f}: it may become very slow, or be ended. Half as many pixels need half of it."
+        )
+
+
+def _work_folder(source: Path, target: Path, settings: RefineSettings, options: FileOptions) -> WorkFolder:
+    facts = {"format": FORMAT, "file": file_identity(source), "crf": options.crf, "segment": options.segment_chunks}
+    path = options.work or target.with_name(target.name + WORK_ENDING)
+    return WorkFolder(path, {**facts, **asdict(settings), **options.about}, ENCODE, anew=options.anew)
+
+
+def refine_picture(
+    networks: Networks,
+    source: Path,
+    target: Path,
+    settings: RefineSettings,
+    *,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Refine a picture file. Raises CommandError for what can't be done, and ValueError as `refine_frames` does."""
+    check_paths(source, target, force=force)
+    pixels, profile = _read_picture(source)
+    refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
+    result = Image.fromarray(to_bytes(refined)[0].numpy())
+    write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY, icc_profile=profile))
+
+
+def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:
+    """A picture upright, [height, width, 3] uint8, and its ICC profile where it is one of RGB."""
+    try:
+        with Image.open(path) as image:
+            mode, profile = image.mode, image.info.get("icc_profile")
+            deep = mode.startswith("I;16") or (mode == "I" and image.format == "PNG")  # by Pillow's version
+            upright = ImageOps.exif_transpose(image)
+            if deep:  # Pillow would cut off at 255
+                grey = (np.asarray(upright).astype(np.float32) / _DEEP_STEP).round().astype(np.uint8)
+                upright = Image.fromarray(grey)
+            elif mode in ("I", "F"):
+                raise CommandError(f"{path} has 32 bits a pixel: save it with 8 or 16.")
+            return np.array(upright.convert("RGB")), profile if mode in _RGB_MODES else None
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise CommandError(f"{path} can't be read as a picture: {error}.") from error
+
+
+def file_identity(path: Path) -> list[str | int]:
+    """Name, size and time of change of a file: what tells it from another one."""
+    facts = path.stat()
+    return [path.name, facts.st_size, facts.st_mtime_ns]
+
+
+def _check_space(folder: WorkFolder, needed: int) -> None:
+    free = shutil.disk_usage(folder.path).free
+    if free < needed + _SPARE_SPACE:
+        folder.remove()
+        raise CommandError(
+            f"{folder.path.parent} has {free / 1e9:.1f} GB free, and this run needs up to {needed / 1e9:.1f} GB there "
+            "until it is done.",
+            hint="--work DIR puts it elsewhere.",
+        )

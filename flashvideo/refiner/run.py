@@ -1,0 +1,340 @@
+"""The refiner from frames to frames: enlarge, encode, degrade, refine in windows, decode, match colours, crop.
+
+Three phases, each over the whole clip: encoding to a latent, stage II, and decoding. A phase takes the clip piece by
+piece and one network is on the device at a time, so that the memory needed doesn't grow with the clip; in between,
+latents rest in half precision where `work` keeps them, in memory or in a folder. Every piece depends on the clip and
+the settings alone: a run that is interrupted and goes on later gives what it would have given in one go. (To the bit
+on one device with one number of CPU threads; elsewhere sums round differently.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..color import AdainMatch, WaveletMatch, clip_statistics, frame_statistics
+from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
+from ..degradation import DEGRADATION_STEP, degradation_weights, degrade_latent
+from ..dit import FlashVideoDiT
+from ..frames import COLOR_MATCHES, RESAMPLERS, TargetSize, clean, enlarge, padded_shape, to_frames, to_video
+from ..guidance import STAGE2_SCALE
+from ..samplers import guided_velocity
+from ..schedule import STAGE2_SHIFT, stage2_times
+from ..vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
+from ..vae.stream import VAEStream, latent_of, plan_stream, stream_within
+from .tiles import plan_tiles, tiled_velocity
+from .windows import OVERLAP, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
+from .work_folder import MemoryWork, Progress, WorkFolder
+
+PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"
+# What the VAE may have of a card's memory, whose weights and other programs need some, too, and of main memory, where
+# other models may wait. Of what there is, not of what is free now, so that a run can go on as it began.
+VAE_SHARE, STORE_SHARE = 0.8, 0.5
+SEGMENT_CHUNKS = 30  # decoded chunks that are delivered together: 240 frames, ten seconds of most videos
+_ENCODED, _REFINED, _STATISTICS = "encoded", "refined", "statistics"  # what is put by in the work
+
+# on_progress(phase, done, total): in frames, in stage II in windows; may raise to stop
+OnProgress = Callable[[str, float, int], None]
+
+
+class Clip(Protocol):
+    """Frames that can be read more than once."""
+
+    count: int
+    height: int
+    width: int
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from number `start` on: [H, W, 3], uint8 or in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class TensorClip:
+    """A clip in memory, [T, H, W, 3] uint8 or in [0, 1]."""
+
+    tensor: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many frames there are."""
+        return self.tensor.shape[0]
+
+    @property
+    def height(self) -> int:
+        """Rows of pixels."""
+        return self.tensor.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Columns of pixels."""
+        return self.tensor.shape[2]
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from number `start` on."""
+        return iter(self.tensor[start:])
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """What an artist can choose. Raises ValueError for what can't be.
+
+    `window` and `overlap` are in frames, `tile` in pixels; with tile 0 stage II sees whole pictures.
+    """
+
+    size: TargetSize = field(default_factory=TargetSize)
+    resample: str = "bilinear"
+    strength: int = DEGRADATION_STEP
+    steps: int = 4
+    cfg: float = STAGE2_SCALE
+    shift: float = STAGE2_SHIFT
+    solver: str = "euler"
+    seed: int = 0
+    window: int = WINDOW
+    overlap: int = OVERLAP
+    tile: int = 0
+    color_match: str = "wavelet"
+
+    def __post_init__(self) -> None:
+        degradation_weights(self.strength)
+        flow_evaluations(stage2_times(self.steps, self.shift), self.solver)
+        plan_windows(1, self.window, self.overlap)
+        if self.tile:
+            plan_tiles(2, 2, self.tile)
+        for name, options in (("resample", RESAMPLERS), ("color_match", COLOR_MATCHES)):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Stage II, the VAE, and the prompt's encoding [1, L, text_dim]; they are run on `device`.
+
+    `vae_memory`, bytes, is what the VAE may hold there: it works in spatial tiles where it would take more. None sets
+    no limit. `vae_store`, bytes, is for what then lies in main memory (see `vae.stream.plan_stream`).
+    """
+
+    dit: FlashVideoDiT
+    vae: VideoVAE
+    context: Tensor
+    device: torch.device = torch.device("cpu")
+    vae_memory: float | None = None
+    vae_store: float | None = None
+
+
+def refine_frames(
+    networks: Networks, frames: Tensor, settings: RefineSettings, on_progress: OnProgress | None = None
+) -> Tensor:
+    """Refine frames [T, H, W, 3], uint8 or in [0, 1]: [T, H', W', 3] in [0, 1], on the CPU, in the wanted size.
+
+    The input is not modified. Raises ValueError for frames of another shape or with NaN, and for a size that can't be.
+    """
+    frames, _ = clean(frames)
+    parts: list[Tensor] = []
+    run = RefineRun(networks, TensorClip(frames), settings, MemoryWork(ENCODE), on_progress)
+    run.run(lambda _, chunks: parts.extend(chunks))
+    return torch.cat(parts)
+
+
+class RefineRun:
+    """One clip's way through the phases. `work` says where it starts and is told how far it is."""
+
+    def __init__(
+        self,
+        networks: Networks,
+        clip: Clip,
+        settings: RefineSettings,
+        work: MemoryWork | WorkFolder,
+        on_progress: OnProgress | None = None,
+        segment_chunks: int = SEGMENT_CHUNKS,
+    ) -> None:
+        """Raises ValueError for a size that can't be."""
+        self.networks, self.clip, self.settings, self.work = networks, clip, settings, work
+        self.height, self.width = settings.size.resolve(clip.height, clip.width)
+        self.padded = padded_shape(clip.count, self.height, self.width)
+        self.latents = (self.padded[0] - 1) // TEMPORAL_FACTOR + 1
+        self.plan = plan_windows(self.latents, settings.window, settings.overlap)
+        self._report = on_progress or (lambda phase, done, total: None)
+        chunks = decode_chunks(self.latents)
+        self._segments = [chunks[i : i + segment_chunks] for i in range(0, len(chunks), segment_chunks)]
+
+    @property
+    def segments(self) -> int:
+        """How many segments are delivered."""
+        return len(self._segments)
+
+    @torch.no_grad()
+    def run(self, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
+        """Refine the clip, or what is left of it.
+
+        `deliver(number, chunks)` gets each segment of the result, chunk by chunk, [t, H', W', 3] in [0, 1] on the CPU,
+        and must take all of it. A segment that was delivered before an interruption may be delivered again.
+        """
+        phases = [phase for phase in PHASES if phase != MEASURE or self.settings.color_match == "adain"]
+        progress = self.work.progress()
+        for phase in phases[phases.index(progress.phase) :]:
+            if phase != progress.phase:
+                self.work.save(phase, 0, dict, always=True)
+                progress = Progress(phase, 0, {})
+            if phase == ENCODE:
+                self._encode(progress)
+            elif phase == REFINE:
+                self._refine(progress)
+            else:
+                self._decode(progress, deliver)
+
+    def disk_bytes(self) -> int:
+        """About how much a work folder takes at most, without delivered segments; the VAE's states if there is room."""
+        rows, columns = self._grid()
+        frame = self.networks.dit.config.in_channels * rows * columns
+        waiting = len(self._evaluations()) * 2 * self.plan.length * (3 if self.settings.solver == "heun" else 1)
+        return 2 * frame * (self.latents + 2 * self.plan.length) + 2 * 4 * frame * waiting
+
+    def main_bytes(self) -> float:
+        """About how much main memory the VAE takes at most, where it works in tiles; beside the frames at hand."""
+        vae, frames = self.networks.vae, self.padded[0]
+        halves = (vae.encoder, encode_chunks(frames)), (vae.decoder, decode_chunks(self.latents))
+        plans = [plan_stream(network, len(sizes), *self._limits()) for network, sizes in halves]
+        on_card = self.networks.device.type != "cpu"
+        return max(plan.stored_bytes + (0 if on_card else plan.device_bytes) if plan else 0.0 for plan in plans)
+
+    def _grid(self) -> tuple[int, int]:
+        return self.padded[1] // SPATIAL_FACTOR, self.padded[2] // SPATIAL_FACTOR
+
+    def _stream(self, network: Encoder | Decoder, sizes: list[int]) -> VAEStream:
+        return stream_within(network, sizes, *self._limits())
+
+    def _limits(self) -> tuple[tuple[int, int], float | None, torch.device, float | None]:
+        return self._grid(), self.networks.vae_memory, self.networks.device, self.networks.vae_store
+
+    def _evaluations(self) -> list[Evaluation]:
+        return flow_evaluations(stage2_times(self.settings.steps, self.settings.shift), self.settings.solver)
+
+    def _encode(self, progress: Progress) -> None:
+        device, count = self.networks.device, self.clip.count
+        with _resident(self.networks.vae, device) as vae:
+            stream = self._stream(vae.encoder, encode_chunks(self.padded[0]))
+            stream.restore(progress.done, progress.tensors, device)
+            for chunk, _ in self._prepared(stream.sizes, stream.done):
+                first = -(-sum(stream.sizes[: stream.done]) // TEMPORAL_FACTOR)
+                latent = latent_of(stream(to_video(chunk).to(_dtype(vae))))
+                for index, frame in enumerate(latent[0].unbind(1), start=first):
+                    self.work.put(_ENCODED, index, {"latent": frame.half()})
+                self.work.save(ENCODE, stream.done, stream.state)
+                self._report(ENCODE, min(sum(stream.sizes[: stream.done]), count), count)
+
+    def _refine(self, progress: Progress) -> None:
+        settings, device = self.settings, self.networks.device
+        with _resident(self.networks.dit, device) as dit:
+            context = self.networks.context.to(device, _dtype(dit))
+            nothing = torch.zeros_like(context)
+            velocity = guided_velocity(dit, context, nothing, settings.cfg, settings.strength)
+            if settings.tile:
+                velocity = tiled_velocity(velocity, settings.tile)
+            evaluations = self._evaluations()
+            front = Wavefront(velocity, evaluations, self.plan)
+            if progress.tensors:
+                front.restore(progress.tensors, device)
+            dropped = 0
+            while front.finished < self.latents:
+                if not front.ready:
+                    front.feed(self._degraded(front.fed).to(device))
+                    continue
+                first, finished = front.finished, front.step()
+                for index, frame in enumerate(() if finished is None else finished[0].unbind(1), start=first):
+                    self.work.put(_REFINED, index, {"latent": frame.half()})
+                if self.work.save(REFINE, front.evaluated, front.state):
+                    dropped = self._drop(_ENCODED, dropped, front.fed)
+                self._report(REFINE, front.evaluated, front.total)
+
+    def _degraded(self, index: int) -> Tensor:
+        """Frame `index` of the latent that stage II starts from, [1, C, 1, h, w] in its scaled space."""
+        latent = self.work.get(_ENCODED, index)["latent"].float() * STAGE2_LATENT_SCALE
+        noise = frame_noise(tuple(latent.shape), self.settings.seed, index).to(latent)
+        return degrade_latent(latent, noise, self.settings.strength)[None, :, None]
+
+    def _decode(self, progress: Progress, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
+        phase, device = progress.phase, self.networks.device
+        with _resident(self.networks.vae, device) as vae:
+            stream = self._stream(vae.decoder, decode_chunks(self.latents))
+            stream.restore(sum(map(len, self._segments[: progress.done])), progress.tensors, device)
+            decoded = self._decoded(stream, phase)
+            match = None if phase == MEASURE else self._matcher()
+            dropped = 0
+            for number, chunks in enumerate(self._segments[progress.done :], start=progress.done):
+                pairs = islice(decoded, len(chunks))
+                if match is None:
+                    self.work.put(_STATISTICS, number, _measure(pairs))
+                else:
+                    deliver(number, (match(*pair).cpu() for pair in pairs))
+                if self.work.save(phase, number + 1, stream.state) and phase == DECODE:
+                    dropped = self._drop(_REFINED, dropped, sum(stream.sizes[: stream.done]))
+
+    def _decoded(self, stream: VAEStream, phase: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Refined frames and their reference, [t, H', W', 3] both, for each chunk that is left."""
+        sizes = [TEMPORAL_FACTOR * size for size in stream.sizes]
+        sizes[0] -= TEMPORAL_FACTOR - 1  # the first latent frame is one frame
+        done = sum(sizes[: stream.done])
+        for chunk, length in self._prepared(sizes, stream.done):
+            first = sum(stream.sizes[: stream.done])
+            frames = range(first, first + stream.sizes[stream.done])
+            latent = torch.stack([self.work.get(_REFINED, index)["latent"] for index in frames], dim=1)
+            latent = latent.to(self.networks.device).float() / STAGE2_LATENT_SCALE
+            video = stream(latent[None].to(_dtype(stream.network))).float()
+            done += length
+            self._report(phase, done, self.clip.count)
+            yield to_frames(video)[:length, : self.height, : self.width], chunk[:length, : self.height, : self.width]
+
+    def _prepared(self, sizes: Sequence[int], done: int) -> Iterator[tuple[Tensor, int]]:
+        """The clip's chunks from number `done` on, enlarged and padded, and how many of their frames are the clip's."""
+        frames = self.clip.frames(sum(sizes[:done]))
+        for size in sizes[done:]:
+            source, _ = clean(torch.stack(list(islice(frames, size))).to(self.networks.device))
+            yield enlarge(source, self.height, self.width, size, self.settings.resample), len(source)
+
+    def _matcher(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What brings refined frames to their reference's colours, [t, H, W, 3] both."""
+        if self.settings.color_match == "none":
+            return lambda refined, _: refined
+        if self.settings.color_match == "adain":
+            parts = [self.work.get(_STATISTICS, number) for number in range(len(self._segments))]
+            refined, reference = (
+                clip_statistics(torch.cat([part[name] for part in parts])) for name in ("refined", "reference")
+            )
+            match = AdainMatch(refined, reference, self.networks.device)
+        else:
+            match = WaveletMatch(self.height, self.width, self.networks.device)
+        return lambda *pair: torch.stack([match(*frames) for frames in zip(*pair, strict=True)])
+
+    def _drop(self, kind: str, start: int, stop: int) -> int:
+        for index in range(start, stop):
+            self.work.drop(kind, index)
+        return stop
+
+
+def _measure(pairs: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Statistics of each refined frame and of each reference frame, [t, 2, 3]."""
+    numbers = [[torch.stack([frame_statistics(frame) for frame in frames]) for frames in pair] for pair in pairs]
+    refined, reference = zip(*numbers, strict=True)
+    return {"refined": torch.cat(refined), "reference": torch.cat(reference)}
+
+
+@contextmanager
+def _resident(network: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Have a network on the device for a while."""
+    home = next(network.parameters()).device
+    try:
+        yield network.to(device)
+    finally:
+        network.to(home)
+        if home != device and device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype

@@ -1,0 +1,271 @@
+"""Stage II over a long video: windows of time that agree with each other at every evaluation of the network.
+
+The network sees one window of frames at a time, with positions and frame count of its own. Where windows overlap, the
+velocities that they give are averaged, with weights that fade towards a window's ends, and only then the latent moves
+on (MultiDiffusion, arXiv 2302.08113, over time). At every evaluation the windows lie elsewhere, so that what is
+different where they meet does not add up. So all windows work on one latent and no border can be told.
+
+Two ways to the same numbers. `windowed_velocity` makes one velocity of a whole latent, for any solver. `Wavefront`
+takes the frames in order and gives the finished ones in order: a frame moves on as soon as no window still to come
+covers it, so that the last evaluation's windows follow the first one's at a short distance. It holds a few windows,
+however long the video is, and what it holds can be saved and restored between any two evaluations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import TEMPORAL_FACTOR
+from ..samplers import SOLVERS, Velocity
+from ..schedule import STAGE2_SHIFT, shift_times
+
+WINDOW = 49  # frames: what the refiner was trained on
+OVERLAP = 16  # frames
+PLACES = 8  # where windows can lie at different times of the flow, from one window's start to the next
+MANY = 8  # windows: from there on one more costs little
+
+
+class Piece(NamedTuple):
+    """A part of a latent [B, C, T, H, W] that the network sees by itself."""
+
+    at: tuple[slice, slice, slice, slice, slice]
+    weight: Tensor  # what it counts, broadcast over the part; the weights of all pieces sum to one everywhere
+
+
+def blend(pieces: Iterable[Piece], evaluate: Callable[[Piece], Tensor], latent: Tensor) -> Tensor:
+    """The weighted sum of what `evaluate(piece)` gives for all pieces of `latent`, whose shape it has."""
+    total = None
+    for piece in pieces:
+        part = evaluate(piece) * piece.weight.to(latent)
+        if total is None:
+            total = part.new_zeros(latent.shape)
+        total[piece.at] += part
+    return total
+
+
+State = tuple[Tensor, ...]  # what a solver knows of some frames: the latent first, [B, C, T, H, W] each
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where windows lie on `frames` latent frames.
+
+    `starts` ascend; every window has `length` frames. weights[i, p] is what window i's frame p counts, and the weights
+    of the windows that cover a frame sum to one. Overlapping windows share `shared` frames or more.
+    """
+
+    frames: int
+    length: int
+    shared: int
+    starts: tuple[int, ...]
+    weights: Tensor
+
+    def at(self, time: Tensor | float) -> WindowPlan:
+        """The windows of an evaluation at a time of the flow, 0 to 1; at 0 they are these.
+
+        Evaluations that are evenly spread on the flow's usual grid have their windows' borders evenly spread, too. A
+        few windows move only as far as needs no further window.
+        """
+        even = float(shift_times(torch.as_tensor(time, dtype=torch.float32).cpu(), 1 / STAGE2_SHIFT))
+        step, count = self.length - self.shared, len(self.starts)
+        room = step if count > MANY else (count - 1) * step - self.starts[-1] + 1
+        return _plan(self.frames, self.length, self.shared, round(PLACES * even) % PLACES * room // PLACES)
+
+    def pieces(self) -> list[Piece]:
+        """The windows."""
+        rows = zip(self.starts, self.weights.view(-1, self.length, 1, 1), strict=True)
+        every = slice(None)
+        return [Piece((every, every, slice(start, start + self.length), every, every), row) for start, row in rows]
+
+    @property
+    def settled(self) -> tuple[int, ...]:
+        """How many frames are done when a window is: those that no later window covers."""
+        return (*self.starts[1:], self.frames)
+
+
+def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP) -> WindowPlan:
+    """Windows of `window` frames (4n + 1), each overlapping the one before by `overlap` (a multiple of 4) or more.
+
+    `frames` counts latent frames, the other two video frames. The last window is moved back to be whole; a video
+    shorter than a window is one window. Raises ValueError for other numbers.
+    """
+    if frames < 1:
+        raise ValueError(f"a video has at least one frame; got {frames} latent frames.")
+    if window < 1 or window % TEMPORAL_FACTOR != 1:
+        raise ValueError(f"a window must have 4n+1 frames (1, 5, 9, ... 49, ...); got {window}.")
+    if overlap % TEMPORAL_FACTOR or not 0 <= overlap < window:
+        raise ValueError(f"windows overlap by a multiple of 4 frames, from 0 to less than {window}; got {overlap}.")
+    length = min(frames, (window - 1) // TEMPORAL_FACTOR + 1)
+    return _plan(frames, length, min(overlap // TEMPORAL_FACTOR, length - 1), 0)
+
+
+def _plan(frames: int, length: int, shared: int, earlier: int) -> WindowPlan:
+    """Windows that share `shared` frames with the next, all but the first and last `earlier` frames earlier."""
+    step, last = length - shared, frames - length
+    starts = tuple(sorted({0, *range(step - earlier, last, step), last}))
+    return WindowPlan(frames, length, shared, starts, _weights(frames, length, starts, shared))
+
+
+def _weights(frames: int, length: int, starts: tuple[int, ...], overlap: int) -> Tensor:
+    """[windows, length]: a raised cosine over the overlap at both ends, divided by the sum at each frame."""
+    from_end = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1.0
+    fade = torch.sin(math.pi / 2 * (from_end / (overlap + 1)).clamp(max=1)).square()
+    sums = torch.zeros(frames)
+    for start in starts:
+        sums[start : start + length] += fade
+    return torch.stack([fade / sums[start : start + length] for start in starts])
+
+
+def windowed_velocity(velocity: Velocity, plan: WindowPlan) -> Velocity:
+    """A velocity of the whole latent from a velocity of windows."""
+    return lambda latent, time: blend(plan.at(time).pieces(), lambda piece: velocity(latent[piece.at], time), latent)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the network: at which time, and how a state moves on with the velocity found there."""
+
+    time: Tensor
+    advance: Callable[[State, Tensor], State]
+
+
+def flow_evaluations(times: Tensor, solver: str = "euler") -> list[Evaluation]:
+    """What `solve_flow` does over the grid `times` [steps + 1], evaluation by evaluation."""
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; one of {', '.join(SOLVERS)}")
+    evaluations = []
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        if solver == "heun" and step < len(times) - 2:
+            evaluations += [Evaluation(t, _predict(t_next - t)), Evaluation(t_next, _correct(t_next - t))]
+        else:
+            evaluations.append(Evaluation(t, _straight(t_next - t)))
+    return evaluations
+
+
+def _straight(span: Tensor) -> Callable[[State, Tensor], State]:
+    return lambda state, slope: (state[0] + span * slope,)
+
+
+def _predict(span: Tensor) -> Callable[[State, Tensor], State]:
+    return lambda state, slope: (state[0] + span * slope, state[0], slope)
+
+
+def _correct(span: Tensor) -> Callable[[State, Tensor], State]:
+    def advance(state: State, slope: Tensor) -> State:
+        _, before, first = state
+        return (before + span * ((first + slope) / 2),)
+
+    return advance
+
+
+class Wavefront:
+    """The frames of a video on their way through all evaluations. Frames go in and come out in order.
+
+    Feed it with `feed` while it is not `ready`, and let it evaluate one window with `step` while it is.
+    """
+
+    def __init__(self, velocity: Velocity, evaluations: Iterable[Evaluation], plan: WindowPlan) -> None:
+        self._passes = [_Pass(velocity, evaluation, plan.at(evaluation.time)) for evaluation in evaluations]
+        self.fed = 0  # frames
+        self.finished = 0  # frames
+
+    @property
+    def evaluated(self) -> int:
+        """How many evaluations of a window are done."""
+        return sum(each.window for each in self._passes)
+
+    @property
+    def total(self) -> int:
+        """How many evaluations of a window there are in all."""
+        return sum(len(each.plan.starts) for each in self._passes)
+
+    @property
+    def ready(self) -> bool:
+        """Whether some window can be evaluated."""
+        return any(each.ready for each in self._passes)
+
+    def feed(self, latent: Tensor) -> None:
+        """Take the next frames [B, C, t, H, W] of the degraded latent, in the model's scaled space, float32."""
+        self._passes[0].push((latent,))
+        self.fed += latent.shape[2]
+
+    def step(self) -> Tensor | None:
+        """Evaluate one window, one that is furthest on; returns the frames that are finished by it, if any."""
+        place = max(index for index, each in enumerate(self._passes) if each.ready)
+        moved = self._passes[place].run()
+        if place + 1 < len(self._passes):
+            self._passes[place + 1].push(moved)
+            return None
+        self.finished += moved[0].shape[2]
+        return moved[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is held, for `restore`."""
+        tensors = {"counts": torch.tensor([self.fed, self.finished, *(each.window for each in self._passes)])}
+        for place, each in enumerate(self._passes):
+            tensors |= {f"{place}.state.{index}": tensor for index, tensor in enumerate(each.held)}
+            if each.carried is not None:
+                tensors[f"{place}.carried"] = each.carried
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Go on where `state` was taken; the plan and the evaluations must be the same."""
+        self.fed, self.finished, *windows = tensors["counts"].tolist()
+        for place, each in enumerate(self._passes):
+            each.window = windows[place]
+            names = (f"{place}.state.{index}" for index in range(len(tensors)))
+            each.held = tuple(tensors[name].to(device) for name in names if name in tensors)
+            carried = tensors.get(f"{place}.carried")
+            each.carried = None if carried is None else carried.to(device)
+
+
+class _Pass:
+    """One evaluation's place in the wavefront: frames that wait for their windows here."""
+
+    def __init__(self, velocity: Velocity, evaluation: Evaluation, plan: WindowPlan) -> None:
+        self.velocity, self.evaluation, self.plan = velocity, evaluation, plan
+        self.window = 0  # the next one; what is held starts at its first frame
+        self.held: State = ()
+        self.carried: Tensor | None = None  # what earlier windows add to the first of these frames' velocity
+
+    @property
+    def ready(self) -> bool:
+        return self.window < len(self.plan.starts) and bool(self.held) and self.held[0].shape[2] >= self.plan.length
+
+    def push(self, state: State) -> None:
+        if self.held:
+            state = tuple(torch.cat(pair, dim=2) for pair in zip(self.held, state, strict=True))
+        self.held = state
+
+    def run(self) -> State:
+        """Evaluate the next window; returns the frames that move on."""
+        plan, length = self.plan, self.plan.length
+        slope = self.velocity(self.held[0][:, :, :length], self.evaluation.time)
+        slope = slope * plan.weights[self.window].to(slope).view(-1, 1, 1)
+        if self.carried is not None:
+            slope[:, :, : self.carried.shape[2]] += self.carried
+        done = plan.settled[self.window] - plan.starts[self.window]
+        moved = self.evaluation.advance(tuple(part[:, :, :done] for part in self.held), slope[:, :, :done])
+        # Copies, so that the frames that have left are freed.
+        self.carried = slope[:, :, done:].clone() if done < length else None
+        self.held = tuple(part[:, :, done:].clone() for part in self.held)
+        self.window += 1
+        return moved
+
+
+def frame_noise(shape: tuple[int, ...], seed: int, frame: int) -> Tensor:
+    """Standard normal noise for latent frame number `frame` of a video, [C, H, W], on the CPU, float32.
+
+    It depends on seed, number and shape alone: windows agree on it, and so do runs that start anywhere.
+    """
+    digest = hashlib.blake2b(f"{seed} {frame}".encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,1 @@
+"""What trainings learn from: videos, latents, degradations."""

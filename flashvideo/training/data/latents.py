@@ -1,0 +1,219 @@
+"""Clips as latents on disk: encoded once, then read by every step. Made in shards, so that making them can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ...checkpoints import read_vae
+from ...config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ...frames import TargetSize, finish, prepare, resize, to_frames, to_video
+from ..errors import TrainingError
+from ..loop.checkpointing import whole_file
+from ..randomness import generator_for, randint
+from ..scenes.stream import VERSION as SCENES
+from ..scenes.stream import SceneStream
+from .folder import VideoFolder
+from .frozen_vae import FrozenVAE
+
+SHARD = 32  # clips in a file
+DTYPE = torch.float16
+CAPTIONS = "captions"
+
+# make(i) gives clip i as named tensors and its caption
+MakeClip = Callable[[int], tuple[Mapping[str, Tensor], str]]
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Which clips are learnt from: procedural scenes, or a folder of videos with captions."""
+
+    height: int
+    width: int
+    frames: int  # 4n + 1
+    clips: int
+    validation_clips: int = 8
+    folder: str = ""  # of videos; empty for procedural scenes
+    scene: tuple[int, int] = (0, 0)  # height and width that scenes are drawn at; the clip is a piece of it, (0, 0) all
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that the networks don't take."""
+        if self.height % PIXEL_MULTIPLE or self.width % PIXEL_MULTIPLE or self.frames % TEMPORAL_FACTOR != 1:
+            size = f"{self.width}x{self.height}, {self.frames} frames"
+            raise TrainingError(f"Clips must have sides of multiples of {PIXEL_MULTIPLE} and 4n+1 frames; got {size}.")
+        if min(self.clips, self.validation_clips) < 1:
+            raise TrainingError("There must be at least one clip to learn from, and one to validate with.")
+        if self.folder and any(self.scene):
+            raise TrainingError("`scene` is for drawn scenes; clips from a folder are cut from its videos.")
+
+    def open(self, split: str, seed: int) -> Source:
+        """Return the clips of "train" or "validation"."""
+        if self.folder:
+            return VideoFolder(self.folder, self.height, self.width, self.frames, seed, split=split)
+        if any(self.scene):
+            return ScenePieces(SceneStream(split, *self.scene, self.frames, seed), self.height, self.width)
+        return SceneStream(split, self.height, self.width, self.frames, seed)
+
+
+@dataclass(frozen=True)
+class ScenePieces:
+    """Clips cut from larger scenes: the detail of full resolution for the work of a small clip."""
+
+    scenes: SceneStream
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        """Refuse pieces larger than the whole."""
+        if self.height > self.scenes.height or self.width > self.scenes.width:
+            raise TrainingError(
+                f"A piece of {self.width}x{self.height} doesn't fit a scene of "
+                f"{self.scenes.width}x{self.scenes.height}."
+            )
+
+    def sample(self, index: int) -> tuple[Tensor, str]:
+        """Piece `index`, [3, T, height, width] in [-1, 1], and the caption of the whole scene."""
+        video, caption = self.scenes.sample(index)
+        return self.cut(video, index), caption
+
+    def cut(self, video: Tensor, index: int) -> Tensor:
+        """Piece `index` of its whole scene [3, T, H, W], or of what was made of that."""
+        generator = generator_for(self.scenes.seed, "piece", index)
+        top = randint(generator, 0, self.scenes.height - self.height)
+        left = randint(generator, 0, self.scenes.width - self.width)
+        return video[..., top : top + self.height, left : left + self.width]
+
+
+Source = SceneStream | ScenePieces | VideoFolder  # what clips come from; all have `sample(index)`
+
+
+def content_of(source: Source) -> tuple[str, ...]:
+    """What clips depend on beside settings: a folder's files."""
+    return (source.digest,) if isinstance(source, VideoFolder) else ()
+
+
+def sample_uncut(source: Source, index: int) -> tuple[Tensor, str, Callable[[Tensor], Tensor]]:
+    """The whole video that clip `index` is of, [3, T, H, W]; its caption; and what cuts the clip from such a video."""
+    if isinstance(source, ScenePieces):
+        return *source.scenes.sample(index), lambda video: source.cut(video, index)
+    return *source.sample(index), lambda video: video
+
+
+class LatentCache(Dataset):
+    """Clips [i] as dicts of tensors, from shards of a folder that `make` fills."""
+
+    def __init__(self, folder: Path, clips: int, make: MakeClip) -> None:
+        """Nothing is read or written yet."""
+        self.folder, self.clips, self.make = folder, clips, make
+        self._open: dict[int, tuple[Any, list[str]]] = {}  # shards in use: the file, and its captions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files, and what makes others, behind when a worker process is started."""
+        return {**self.__dict__, "_open": {}, "make": None}
+
+    def __len__(self) -> int:
+        """Count the clips."""
+        return self.clips
+
+    def fill(self) -> None:
+        """Make the shards that aren't there yet. May be stopped and called again at any time."""
+        starts = [start for start in range(0, self.clips, SHARD) if not self._path(start).is_file()]
+        with torch.inference_mode(), tqdm(total=self.clips, desc="latents", unit="clip", disable=not starts) as bar:
+            bar.update(self.clips - sum(min(SHARD, self.clips - start) for start in starts))
+            for start in starts:
+                entries, captions = [], []
+                for index in range(start, min(start + SHARD, self.clips)):
+                    tensors, caption = self.make(index)
+                    entries.append({name: tensor.to("cpu", DTYPE) for name, tensor in tensors.items()})
+                    captions.append(caption)
+                    bar.update()
+                stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+                with whole_file(self._path(start)) as part:
+                    save_file(stacked, part, metadata={CAPTIONS: json.dumps(captions)})
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Clip `index` as stored, in half precision."""
+        (shard, _), row = self._shard(index), index % SHARD
+        return {name: shard.get_slice(name)[row] for name in shard.keys()}  # noqa: SIM118
+
+    def caption(self, index: int) -> str:
+        """Caption of clip `index`."""
+        return self._shard(index)[1][index % SHARD]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Clips of these indices, stacked, in float32."""
+        entries = [self[index] for index in indices]
+        return {name: torch.stack([entry[name] for entry in entries]).float() for name in entries[0]}
+
+    def draw(self, batch: int, seed: int, *names: str | int) -> list[int]:
+        """Draw `batch` indices, the same for the same seed and names."""
+        generator = generator_for(seed, *names)
+        return [randint(generator, 0, self.clips - 1) for _ in range(batch)]
+
+    def _shard(self, index: int) -> tuple[Any, list[str]]:
+        start = index // SHARD * SHARD
+        if start not in self._open:
+            file = safe_open(self._path(start), framework="pt")
+            self._open[start] = (file, json.loads(file.metadata()[CAPTIONS]))
+        return self._open[start]
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"{start:06d}.safetensors"
+
+
+def check_lengths(lengths: Sequence[int], where: str) -> None:
+    """Refuse a length of nothing; `where` names the part of a config file. Raises TrainingError."""
+    if any(length < 1 for length in lengths):
+        raise TrainingError(f"{where} lengths must be 1 or more; got {list(lengths)}.")
+
+
+def draw_length(lengths: Sequence[int], whole: int, generator: torch.Generator) -> int:
+    """Draw how many of `whole` latent frames are seen: one of `lengths`, or all of them if there are none."""
+    if not lengths:
+        return whole
+    return min(lengths[randint(generator, 0, len(lengths) - 1)], whole)
+
+
+def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
+    """Return the folder of latents that this VAE's encoder and these settings give; others get another folder."""
+    if not vae.is_file():
+        raise TrainingError(f"{vae}: there is no such VAE. Train it first: python -m flashvideo train vae.")
+    plain = [dataclasses.astuple(each) if dataclasses.is_dataclass(each) else each for each in settings]
+    key = repr((encoder_digest(vae), SCENES, plain))
+    return root / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def encoder_digest(vae: Path) -> str:
+    """A hash of a VAE's encoder: what latents depend on, whatever its decoder learns later."""
+    _, state = read_vae(vae)
+    digest = hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith("encoder.")):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def coded_draft(vae: FrozenVAE, frames: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
+    """A draft of frames [T, H, W, 3] in [0, 1], `factor` times smaller, through the VAE as stage I's drafts come."""
+    small = resize(frames, frames.shape[1] // factor, frames.shape[2] // factor, "bilinear")
+    prepared = prepare(small, TargetSize("keep"))
+    latent = vae.encode(to_video(prepared.frames)[0], seed, *names)
+    return finish(to_frames(vae.decode(latent[None])), prepared.reference)
+
+
+def enlarged_draft(vae: FrozenVAE, video: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
+    """What stage II's reference is of a video [3, T, H, W] in [-1, 1] if stage I drew it: `coded_draft`, enlarged."""
+    draft = coded_draft(vae, to_frames(video[None]), factor, seed, *names)
+    return to_video(prepare(draft, TargetSize("scale", scale=float(factor))).reference)[0]

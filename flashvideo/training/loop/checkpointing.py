@@ -1,0 +1,98 @@
+"""Checkpoints of a training run: written whole or not at all, and read without running code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import TrainingError
+
+LAST = "last.pt"
+BEST = "best.pt"
+FORMAT = 1
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a .part beside `path` to be written; at the end it takes the place of `path`, which is thus always whole.
+
+    Raises TrainingError if there is no room or no permission; the old file is kept.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        reason = "the disk is full" if cause in NO_SPACE else os.strerror(cause)
+        kept = " The one written before is kept." if path.is_file() else ""
+        raise TrainingError(f"{path} can't be written: {reason}.{kept}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file through `whole_file`."""
+    with whole_file(path) as part, part.open("wb") as file:
+        write(file)
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """Find the operating system's error number under what PyTorch and safetensors raise on top of it."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a run's state: tensors, numbers, texts, and lists and dicts of them."""
+    write_whole(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote. Raises TrainingError if it isn't there, is damaged, or is something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainingError(f"{path}: there is no checkpoint to go on from; start without --resume.") from error
+    except PermissionError as error:
+        raise TrainingError(f"{path} can't be read: {error.strerror}.") from error
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, OSError) as error:
+        raise TrainingError(f"{path} is damaged, or no checkpoint of this program.") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise TrainingError(f"{path} is no checkpoint of this version of the program.")
+    return state
+
+
+def export_weights(
+    path: Path, state: Mapping[str, Tensor], metadata: dict[str, str], dtype: torch.dtype = torch.float16
+) -> None:
+    """Write weights in half precision as safetensors, whole or not at all.
+
+    Raises TrainingError if a number doesn't fit the data type.
+    """
+    half = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
+    if broken := [name for name, tensor in half.items() if not tensor.isfinite().all()]:
+        raise TrainingError(f"{path.name} was not written: {broken[0]} doesn't fit half precision.")
+    with whole_file(path) as part:
+        save_file(half, part, metadata={"format": "pt", **metadata})

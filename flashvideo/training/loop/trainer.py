@@ -1,0 +1,304 @@
+"""The one training loop: any network, any loss; resumable to the bit, and never worse off than its last checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ...atomic_files import in_use
+from ..config import LoopSettings
+from ..errors import TrainingError
+from .checkpointing import BEST, LAST, load_state, save_state
+from .metrics import MetricsFile, save_picture, save_plot
+from .optimise import RunningMean, learning_rate, load_optimiser, make_optimiser, trainable
+
+METRICS = "metrics.jsonl"
+PLOT = "metrics.png"
+MINUTE = 60.0
+
+
+class Task(Protocol):
+    """What the loop needs to know of a network and its data. All randomness must follow from the index given."""
+
+    model: nn.Module  # on its device; what requires a gradient learns
+    data: Dataset  # data[i] is batch i: tensors on the CPU in a dict or list, made in other processes if asked to
+    description: dict[str, Any]  # numbers that a checkpoint must agree with, such as the network's sizes
+
+    def prepare(self) -> None:
+        """Make what the batches are drawn from, such as latents on disk, as far as it isn't there.
+
+        The network still has the weights that a fresh run begins with.
+        """
+        ...
+
+    def loss(self, batch: Any, index: int) -> dict[str, Tensor]:
+        """Scalars of batch `index`; the one called "loss" is minimised, the others are shown."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Metrics on held-out data; the first is the one by which the best checkpoint is chosen, higher is better."""
+        ...
+
+    def sheet(self) -> Image.Image:
+        """A picture that shows what the network does now."""
+        ...
+
+
+@dataclass
+class Limits:
+    """When this run ends, if not at the end of the schedule."""
+
+    steps: int | None = None  # at most so many now
+    minutes: float | None = None
+
+
+class Interrupts:
+    """Turns the first Ctrl+C or SIGTERM into a wish to stop after the step at hand; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        """Start to listen."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+
+class Trainer:
+    """Trains a task in a folder: last.pt, best.pt, metrics.jsonl, metrics.png and sheets/."""
+
+    def __init__(self, task: Task, settings: LoopSettings, folder: Path) -> None:
+        """Prepare a fresh run; nothing is written yet."""
+        self.task, self.settings, self.folder = task, settings, folder
+        self.optimiser = make_optimiser(task.model, settings)
+        self.mean = RunningMean(task.model, settings.ema)
+        self.metrics = MetricsFile(folder / METRICS)
+        self.device = next(task.model.parameters()).device
+        self.step = 0  # optimiser steps done
+        self.seconds = 0.0  # of training, all runs together
+        self.best = float("-inf")
+        self._saved = -1
+
+    def train(self, limits: Limits, *, resume: bool) -> int | None:
+        """Start anew or go on, and train as `run` does, while no other program does so in the folder.
+
+        Returns and raises what these do, and raises InUseError if another program is at work there.
+        """
+        if not resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with in_use(self.folder) if self.folder.is_dir() else nullcontext():
+            if resume:
+                self.resume()
+            else:
+                self.start_anew()
+            return self.run(limits)
+
+    def resume(self) -> None:
+        """Go on from last.pt, with all clips made.
+
+        Raises TrainingError if it isn't there, is damaged, or is of another network or optimiser.
+        """
+        state = load_state(self.folder / LAST)
+        check_description(state, self.task, self.folder / LAST)
+        self._check_learning(state)
+        if state["step"] < self.settings.steps:
+            self.task.prepare()  # before the weights: preference tuning lets the network it began with choose
+        for name, parameter in trainable(self.task.model).items():
+            parameter.data.copy_(state["model"][name])
+        self.mean.load(state["mean"])
+        load_optimiser(self.optimiser, state["optimiser"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self._saved = self.step
+        self.metrics.truncate(self.step)
+
+    def _check_learning(self, state: dict[str, Any]) -> None:
+        """What learns, and by which optimiser, must be as in the run so far. Raises TrainingError."""
+        path, now = self.folder / LAST, trainable(self.task.model)
+        if changed := sorted(now.keys() ^ state["model"].keys()):
+            raise TrainingError(f"{path} can't go on with this config: other weights learn, such as {changed[0]}.")
+        if state["optimiser"].keys() != self.optimiser.state_dict().keys():
+            raise TrainingError(
+                f"{path} can't go on with this config: it was trained by another optimiser than "
+                f"{self.settings.optimiser}."
+            )
+
+    def start_anew(self) -> None:
+        """Take an empty folder, and have all clips made. Raises TrainingError if a run is in it already."""
+        if (self.folder / LAST).exists():
+            raise TrainingError(f"{self.folder} holds a run already: add --resume, or give another folder with --out.")
+        self.metrics.path.unlink(missing_ok=True)
+        self.task.prepare()
+
+    def run(self, limits: Limits) -> int | None:
+        """Train until the schedule or a limit ends, with a checkpoint at the end.
+
+        Returns the number of the signal that ended it, if one did. Raises TrainingError where training can't go on;
+        the last checkpoint is then the last good one.
+        """
+        end = self.settings.steps
+        if limits.steps is not None:
+            end = min(end, self.step + limits.steps)
+        started = time.monotonic() - self.seconds
+        deadline = time.monotonic() + limits.minutes * MINUTE if limits.minutes is not None else float("inf")
+        with (
+            self._told_what_is_kept(),
+            Interrupts() as interrupts,
+            tqdm(total=self.settings.steps, initial=self.step, unit="step") as bar,
+        ):
+            batches = self._batches(end)
+            while self.step < end and interrupts.received is None and time.monotonic() < deadline:
+                values = self._optimise(batches)
+                self.step += 1
+                self.seconds = time.monotonic() - started
+                bar.update()
+                self._report(values, bar)
+                if self.step % self.settings.checkpoint_every == 0:
+                    self.save(LAST)
+            if self._saved != self.step:
+                self.save(LAST)
+        return interrupts.received
+
+    @contextmanager
+    def _told_what_is_kept(self) -> Iterator[None]:
+        """Add to the message of what ends training which checkpoint it can go on from."""
+        try:
+            yield
+        except (TrainingError, OSError) as error:
+            kept = f"{self.folder / LAST} holds step {self._saved}: --resume goes on from there."
+            if self._saved < 0:
+                kept = "No checkpoint was written yet."
+            reason = str(error)
+            if not isinstance(error, TrainingError):
+                reason = f"{error.filename or self.folder}: {error.strerror}."
+            raise TrainingError(f"{reason} {kept}") from error
+
+    def _report(self, values: dict[str, Tensor], bar: tqdm) -> None:
+        settings = self.settings
+        if self.step % settings.log_every == 0 or self.step == 1:
+            numbers = {name: float(value) for name, value in values.items()}
+            bar.set_postfix({name: f"{number:.4g}" for name, number in numbers.items()})
+            self.metrics.add(self.step, {**numbers, "seconds": round(self.seconds, 2)})
+        if self.step % settings.validate_every == 0 or self.step == settings.steps:
+            self.validate()
+
+    def _batches(self, end: int) -> Iterator[Any]:
+        """Batches from the step at hand to step `end`, made ahead by worker processes if there are any."""
+        per_step, workers = self.settings.accumulate, self.settings.workers
+        loader = DataLoader(
+            self.task.data,
+            batch_size=None,
+            sampler=range(self.step * per_step, end * per_step),
+            num_workers=workers,
+            worker_init_fn=_leave_interrupts_to_the_parent if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        return iter(loader)
+
+    def _optimise(self, batches: Iterator[Any]) -> dict[str, Tensor]:
+        """One optimiser step. Returns the loss terms, averaged over its batches, the rate and the gradient's norm."""
+        settings, model = self.settings, self.task.model
+        rate = learning_rate(self.step, settings)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        model.train()
+        totals: dict[str, Tensor] = {}
+        for part in range(settings.accumulate):
+            batch = _to_device(next(batches), self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._uses_bf16()):
+                terms = self.task.loss(batch, self.step * settings.accumulate + part)
+            (terms["loss"] / settings.accumulate).backward()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach() / settings.accumulate
+        norm = nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
+        if not torch.isfinite(norm) or not torch.isfinite(totals["loss"]):
+            raise TrainingError(
+                f"At step {self.step + 1} the loss is {float(totals['loss'])} and its gradient's norm {float(norm)}, "
+                "so training stopped. Lower the learning rate, or look at the data of this step."
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.mean.update(self.step)
+        return {**totals, "rate": rate, "gradient_norm": norm}
+
+    def _uses_bf16(self) -> bool:
+        wanted = {"cuda": self.settings.bf16, "cpu": self.settings.bf16_cpu}
+        return wanted.get(self.device.type, False)
+
+    def validate(self) -> dict[str, float]:
+        """Measure, draw a sheet, and keep the checkpoint if it is the best so far. The mean weights are judged."""
+        self.task.model.eval()
+        with self.mean.applied(), torch.no_grad():
+            scores = self.task.validate()
+            picture = self.task.sheet()
+        self.metrics.add(self.step, scores)
+        save_picture(self.folder / "sheets" / f"{self.step:06d}.png", picture)
+        save_plot(self.folder / PLOT, self.metrics.rows())
+        score = next(iter(scores.values()))
+        tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if score > self.best:
+            self.best = score
+            self.save(BEST)
+        return scores
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        state = {
+            "description": self.task.description,
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "model": {key: parameter.detach() for key, parameter in trainable(self.task.model).items()},
+            "mean": self.mean.mean,
+            "optimiser": self.optimiser.state_dict(),
+        }
+        save_state(self.folder / name, state)
+        if name == LAST:
+            self._saved = self.step
+
+
+def check_description(state: dict[str, Any], task: Task, path: Path) -> None:
+    """Raise TrainingError if a checkpoint is not of the network that the config describes."""
+    if state["description"] != task.description:
+        raise TrainingError(
+            f"{path} belongs to another network: it has {state['description']}, the config {task.description}."
+        )
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    """Ctrl+C reaches every process of the terminal; the workers end when the loop does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

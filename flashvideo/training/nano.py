@@ -1,0 +1,227 @@
+"""All of FlashVideo-Nano from nothing: its trainings, side by side where neither waits for the other, then its files.
+
+May be stopped at any time and started again: what is done is skipped, what was begun goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from .errors import TrainingError
+from .loop.checkpointing import BEST, LAST, load_state, whole_file
+from .loop.metrics import MetricsFile
+from .loop.optimise import trainable
+from .loop.trainer import METRICS, MINUTE, Interrupts, Limits, Trainer, check_description
+
+CONFIGS = Path(__file__).resolve().parent / "configs" / "nano"
+WEIGHTS = Path("runs/nano/weights")  # never the built-in ones, which may be better than what is learnt here
+LOG = "training.log"
+POLL_SECONDS = 1.0
+# Where a terminal's Ctrl+C reaches only the process that was started there; Windows' tells all of a console.
+APART = os.name == "posix"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training: of a network, or of a part of it."""
+
+    name: str  # of its config file
+    kind: str  # as `train` calls it
+    file: str  # what its export writes into its run's folder
+    what: str
+
+
+TEXT = Part("text", "text", "text_encoder.safetensors", "the text encoder")
+VAE = Part("vae", "vae", "vae.safetensors", "the video VAE")
+DECODER = Part("vae_decoder", "vae", "vae.safetensors", "the VAE's decoder once more, for texture")
+STAGE1 = Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts")
+STAGE2 = Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them")
+CALM = Part("stage2_calm", "stage2", "stage2.safetensors", "stage II once more, for calm motion")
+PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2, CALM)}
+# One round after the other; a round's chains side by side, a chain's parts one after the other. Stage I needs the
+# VAE's encoder alone, stage II learns from decoded pixels, too.
+ROUNDS = (((TEXT,),), ((VAE,),), ((STAGE1,), (DECODER, STAGE2, CALM)))
+NANO = (TEXT, DECODER, STAGE1, CALM)  # those whose files FlashVideo-Nano consists of
+
+
+class Opener(Protocol):
+    """Reads a part's config."""
+
+    def settings(self, part: Part) -> Any:
+        """Its settings."""
+        ...
+
+    def task(self, part: Part, settings: Any) -> Any:
+        """What the loop trains, with these settings."""
+        ...
+
+
+# command(parts, minutes) is a command line that calls `train_parts` with these in a process of its own
+Command = Callable[[Sequence[Part], float | None], list[str]]
+
+
+def rebuild(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
+    """Train what isn't done yet, for at most so many minutes; put the four files into `folder` when all is done.
+
+    Returns a signal's number if one ended it. Raises TrainingError where a training can't go on.
+    """
+    deadline = _deadline(minutes)
+    for chains in ROUNDS:
+        left = [chain for chain in chains if not _all_done(chain, opener)]
+        if len(left) > 1:
+            ended_by = _side_by_side(left, opener, deadline, command)
+        else:
+            ended_by = train_parts([part for chain in left for part in chain], opener, _minutes_left(deadline))
+        if ended_by is not None or not all(_all_done(chain, opener) for chain in left):
+            sys.stdout.write("Stopped; the same command goes on from here.\n")
+            return ended_by
+    for part in NANO:
+        with whole_file(folder / part.file) as copy:
+            shutil.copyfile(opener.settings(part).out / part.file, copy)
+    sys.stdout.write(f"{folder}: FlashVideo-Nano is complete. Copied to models/nano, it is the built-in one.\n")
+    return None
+
+
+def train_parts(parts: Sequence[Part], opener: Opener, minutes: float | None) -> int | None:
+    """Train and export what isn't done yet of parts, in their order; returns a signal's number if one ended it."""
+    deadline = _deadline(minutes)
+    for part in parts:
+        settings = opener.settings(part)
+        if _is_done(part, settings.out, settings.loop.steps):
+            continue
+        sys.stdout.write(f"FlashVideo-Nano: {part.what}\n")
+        task = opener.task(part, settings)
+        if not _is_trained(settings.out, settings.loop.steps):
+            trainer = Trainer(task, settings.loop, settings.out)
+            begun = (settings.out / LAST).is_file()
+            ended_by = trainer.train(Limits(minutes=_minutes_left(deadline)), resume=begun)
+            if ended_by is not None or trainer.step < settings.loop.steps:
+                return ended_by
+        export(task, settings.out, settings.out)
+    return None
+
+
+def _deadline(minutes: float | None) -> float | None:
+    return None if minutes is None else time.monotonic() + minutes * MINUTE
+
+
+def _minutes_left(deadline: float | None) -> float | None:
+    return None if deadline is None else (deadline - time.monotonic()) / MINUTE
+
+
+def _all_done(parts: Sequence[Part], opener: Opener) -> bool:
+    for part in parts:
+        settings = opener.settings(part)
+        if not _is_done(part, settings.out, settings.loop.steps):
+            return False
+    return True
+
+
+def _is_done(part: Part, run: Path, steps: int) -> bool:
+    """Whether a run has ended and its weights were exported since."""
+    file = run / part.file
+    return _is_trained(run, steps) and file.is_file() and file.stat().st_mtime_ns >= (run / LAST).stat().st_mtime_ns
+
+
+def _is_trained(run: Path, steps: int) -> bool:
+    last = run / LAST
+    return last.is_file() and load_state(last)["step"] >= steps
+
+
+class _Chain:
+    """A process that trains parts one after the other, and its bar."""
+
+    def __init__(self, parts: Sequence[Part], opener: Opener, place: int) -> None:
+        self.parts = parts
+        runs = [opener.settings(part) for part in parts]
+        self._metrics = [MetricsFile(run.out / METRICS) for run in runs]
+        self._log = runs[0].out / LOG
+        total = sum(run.loop.steps for run in runs)
+        self._bar = tqdm(total=total, initial=self._steps(), desc=parts[-1].name, position=place, unit="step")
+        self._process: subprocess.Popen | None = None
+
+    def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        """Start the process; what it says goes to a file beside its first run."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=APART)
+
+    def _steps(self) -> int:
+        return sum(int(rows[-1]["step"]) for metrics in self._metrics if (rows := metrics.rows()))
+
+    def show(self) -> None:
+        """Move the bar to where the trainings are."""
+        self._bar.update(self._steps() - self._bar.n)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def end(self) -> None:
+        """Have it save what it has, if it still runs, and wait for that: a second word would end it at once."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+        self.show()
+        self._bar.close()
+
+    def last_words(self) -> str:
+        """The last line that the process said."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing.")
+
+
+def _side_by_side(
+    left: Sequence[Sequence[Part]], opener: Opener, deadline: float | None, command: Command
+) -> int | None:
+    """Train chains of parts in a process each, which share the processor's cores."""
+    threads = max(1, torch.get_num_threads() // len(left))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    chains = [_Chain(parts, opener, place) for place, parts in enumerate(left)]
+    failed = None
+    with Interrupts() as interrupts:
+        try:
+            for chain in chains:
+                chain.start(command(chain.parts, _minutes_left(deadline)), environment)
+            while any(chain.exit_code is None for chain in chains):
+                time.sleep(POLL_SECONDS)
+                for chain in chains:
+                    chain.show()
+                told = interrupts.received is not None
+                failed = None if told else next((chain for chain in chains if chain.exit_code), None)
+                if failed or (told and (APART or interrupts.received != signal.SIGINT)):
+                    break
+        finally:
+            for chain in chains:
+                chain.end()
+    if failed and interrupts.received is None:
+        what = ", then ".join(part.what for part in failed.parts)
+        raise TrainingError(f"The training of {what}, ended: {failed.last_words()}")
+    return interrupts.received
+
+
+def export(task: Any, run: Path, folder: Path) -> None:
+    """Write the best weights of a run so far to a folder."""
+    if not (run / BEST).is_file():
+        raise TrainingError(f"{run / BEST}: there is none yet; the first is kept after [loop] validate_every steps.")
+    state = load_state(run / BEST)
+    check_description(state, task, run / BEST)
+    for name, parameter in trainable(task.model).items():
+        parameter.data.copy_(state["mean"][name])
+    task.model.eval()
+    for path, scores in task.export(folder, state["step"]).items():
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        sys.stdout.write(f"{path}: step {state['step']}, {path.stat().st_size:,} bytes; {numbers}\n")

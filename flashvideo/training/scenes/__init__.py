@@ -1,0 +1,1 @@
+"""Procedural videos with captions, and a judge of what they show."""

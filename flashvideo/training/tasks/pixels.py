@@ -1,0 +1,69 @@
+"""What of stage II's errors is seen: part of where its velocity leads is decoded and compared with the clip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ...vae import VideoVAE
+from ..errors import TrainingError
+from ..randomness import randint
+from .losses import PixelWeights, pixel_loss
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How much pixels count beside latents, where a batch's pieces begin with their clips.
+
+    The network's velocity is followed to the clean end, and a part of what comes out is decoded and compared. The VAE
+    doesn't learn, but tells which errors of a latent show.
+    """
+
+    weight: float = 0.0  # of `pixel_loss` beside the velocity's error; 0: latents alone count
+    since: int = 0  # the first step in which it counts
+    window: int = 12  # latent pixels of the part that is decoded, rows and columns
+    edge: int = 1  # latent pixels around it that are decoded, but not compared: their neighbours are missing
+    terms: PixelWeights = field(default_factory=PixelWeights)
+
+    def __post_init__(self) -> None:
+        """Refuse parts with nothing in them."""
+        if not 0 <= 2 * self.edge < self.window:
+            raise TrainingError(
+                f"[pixels] edge must be 0 or more, and leave something of a window of {self.window}; got {self.edge}."
+            )
+
+
+def visible_part(
+    videos: Sequence[Tensor], piece: Sequence[Any], window: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Part of what pieces of latents show that begin with their clips.
+
+    `piece` holds the slices of latent frames, rows and columns last, `window` the latent pixels of the part's sides.
+    Returns "video" [B, 3, F, h, w] and "place", the latent row and column where the part begins in the piece.
+    """
+    time, *sides = piece[-3:]
+    place = [randint(generator, 0, side.stop - side.start - window) for side in sides]
+    starts = [side.start + offset for side, offset in zip(sides, place, strict=True)]
+    rows, columns = (slice(SPATIAL_FACTOR * start, SPATIAL_FACTOR * (start + window)) for start in starts)
+    frames = TEMPORAL_FACTOR * (time.stop - 1) + 1
+    return {"video": torch.stack([video[:, :frames, rows, columns] for video in videos]), "place": torch.tensor(place)}
+
+
+def visible_loss(vae: VideoVAE, latent: Tensor, video: Tensor, place: Tensor, settings: PixelSettings) -> Tensor:
+    """Decode the part of a latent in raw scale that `visible_part` chose, and compare it."""
+    rows, columns = (slice(start, start + settings.window) for start in place.tolist())
+    edge = settings.edge * SPATIAL_FACTOR
+    inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
+    shown = vae.decode(latent[..., rows, columns].to(vae.dtype)).float()
+    return weighted_loss(shown[..., inner, inner], video[..., inner, inner], settings.terms)
+
+
+def weighted_loss(shown: Tensor, video: Tensor, terms: PixelWeights) -> Tensor:
+    """How far videos [B, 3, T, H, W] are from the true ones, by these weights."""
+    return pixel_loss(shown, video, **dataclasses.asdict(terms))["loss"]

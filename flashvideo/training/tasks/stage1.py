@@ -1,0 +1,306 @@
+"""Training of stage I: v-prediction on cached latents of drafts, the text encoder along with it if wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ...config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR
+from ...samplers import sample_stage1
+from ...schedule import TRAIN_STEPS
+from ...t5 import T5Encoder, T5Tokens, load_encoder
+from ..config import LoopSettings
+from ..data.frozen_vae import FrozenVAE
+from ..data.latents import ClipSettings, LatentCache, cache_folder, check_lengths, content_of, draw_length
+from ..errors import TrainingError
+from ..loop.checkpointing import export_weights
+from ..loop.metrics import sheet
+from ..randomness import generator_for, normal_like
+from ..scenes.stream import SceneStream
+from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
+from .networks import (
+    FrozenText,
+    NetworkSettings,
+    ShortText,
+    as_called,
+    describe_network,
+    export_network,
+    held_out_batch,
+    make_network,
+    set_aside,
+)
+from .text import fresh_encoder, text_metadata
+
+VALIDATION_SEED = 1
+LAYOUT_LAYER = 3  # whose tokens must tell where subjects are: the layers after it draw
+LAYOUT_CELL = 4  # pixels
+
+
+@dataclass(frozen=True)
+class SheetSettings:
+    """What is drawn while training."""
+
+    prompts: tuple[str, ...] = ()  # empty for held-out captions
+    count: int = 6
+    steps: int = 20
+    scale: float = 6.0  # of the guidance
+
+
+@dataclass(frozen=True)
+class ShortClips:
+    """A first stretch of training that sees beginnings of clips, stills among them, each step those of one length.
+
+    What things look like is learnt from them at a fraction of a clip's time; motion is what whole clips are for.
+    """
+
+    lengths: tuple[int, ...] = ()  # in latent frames: one is drawn for each step; empty for whole clips
+    until: int = 0  # the step from which on all clips are whole
+
+    def __post_init__(self) -> None:
+        """Refuse a length of nothing."""
+        check_lengths(self.lengths, "[short_clips]")
+
+    def length(self, whole: int, step: int, generator: torch.Generator) -> int:
+        """How many of `whole` latent frames are seen in this step."""
+        return whole if step >= self.until else draw_length(self.lengths, whole, generator)
+
+
+@dataclass(frozen=True)
+class Stage1Settings:
+    """A whole config file of stage I."""
+
+    seed: int
+    out: Path
+    cache: Path  # folder of latents; may be shared by runs
+    vae: Path
+    clips: ClipSettings
+    loop: LoopSettings
+    batch: int
+    text: str = ""  # text encoder to start from; empty for a fresh miniature, which must then learn
+    train_text: bool = False
+    tokenizer: str = ""
+    caption_dropout: float = CAPTION_DROPOUT
+    timestep_power: float = 1.0  # below 1, noisy timesteps are drawn more often: there the layout is decided
+    layout_weight: float = 0.0  # of the layout's loss; procedural scenes only
+    short_text: ShortText = field(default_factory=ShortText)
+    short_clips: ShortClips = field(default_factory=ShortClips)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    sheet: SheetSettings = field(default_factory=SheetSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a power that draws no timesteps."""
+        if self.timestep_power <= 0:
+            raise TrainingError(f"timestep_power must be above 0; got {self.timestep_power}.")
+        if self.layout_weight and (self.clips.folder or any(self.clips.scene)):
+            raise TrainingError("layout_weight must be 0 for clips that aren't whole procedural scenes.")
+
+
+class Layout(nn.Module):
+    """Reads from a layer's video tokens how much of each square of 4 x 4 pixels the subjects cover.
+
+    Learns along with the network and is then left behind. A draft's shapes are few tokens large, and v says little
+    of them: with this, the layers before it must settle them from the first steps on (as arXiv 2410.06940 does with
+    the features of another network).
+    """
+
+    def __init__(self, width: int, patch: int) -> None:
+        """`width` of the tokens, and how many latent pixels a token's side is."""
+        super().__init__()
+        self.side = patch * SPATIAL_FACTOR // LAYOUT_CELL  # squares
+        self.read = nn.Linear(width, self.side**2)
+        nn.init.zeros_(self.read.weight)
+        nn.init.zeros_(self.read.bias)
+
+    def forward(self, tokens: Tensor, layout: Tensor) -> Tensor:
+        """Binary cross entropy of tokens [B, T' * rows * columns, hidden] to a layout [B, T, H / 4, W / 4].
+
+        The layout may be of a longer clip.
+        """
+        # The first latent frame is of one frame, the others of four each.
+        later = layout[:, 1:].unflatten(1, (-1, TEMPORAL_FACTOR)).mean(2)
+        frames = torch.cat((layout[:, :1], later), dim=1)
+        cells = frames.unflatten(-1, (-1, self.side)).unflatten(2, (-1, self.side))
+        wanted = cells.transpose(3, 4).flatten(4).flatten(1, 3)[:, : tokens.shape[1]]  # [B, T' * rows * columns, ...]
+        return F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted)
+
+
+class DraftData(Dataset):
+    """data[i]: latents in raw scale and their captions, as tokens if the text encoder learns, else as contexts.
+
+    With `scenes`, their layouts too.
+    """
+
+    def __init__(
+        self, cache: LatentCache, batch: int, seed: int, tokens: T5Tokens | None, scenes: SceneStream | None = None
+    ) -> None:
+        self.cache, self.batch, self.seed, self.tokens, self.scenes = cache, batch, seed, tokens, scenes
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Draw batch `index`."""
+        clips = self.cache.draw(self.batch, self.seed, "clips", index)
+        batch = self.cache.batch(clips)
+        if self.tokens is not None:
+            batch["tokens"] = self.tokens([self.cache.caption(clip) for clip in clips])
+        if self.scenes is not None:
+            batch["layout"] = torch.stack([self.scenes.layout(clip, LAYOUT_CELL) for clip in clips])
+        return batch
+
+
+class Stage1Task:
+    """Stage I as the training loop sees it."""
+
+    def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
+        """Build or load the networks, and encode the held-out clips that aren't in the cache yet."""
+        self.settings, self.device = settings, device
+        self.vae = FrozenVAE(settings.vae, device)
+        frozen = None if settings.train_text else FrozenText(settings.text, settings.tokenizer, device)
+        self.frozen, self.tokens = frozen, frozen.tokens if frozen else T5Tokens(settings.tokenizer)
+        self.clips, self.held_out = (self._cached(split) for split in ("train", "validation"))
+        self.held_out.fill()
+        self.prompts = list(settings.sheet.prompts) or [
+            self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
+        ]
+        self._prompt_contexts = None
+        if frozen is not None:  # before the network needs its place
+            self._prompt_contexts = frozen(self.prompts)
+            frozen.release()
+        dit = make_network(settings.network, 1, settings.seed, device)
+        self.model = nn.ModuleDict({"dit": dit})
+        if frozen is None:
+            self.model["text"] = self._encoder().to(device)
+        if settings.layout_weight:
+            self.model["layout"] = Layout(dit.config.hidden_size, dit.config.patch_size).to(device)
+        scenes = settings.clips.open("train", settings.seed) if settings.layout_weight else None
+        self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
+        self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
+
+    def _encoder(self) -> T5Encoder:
+        if self.settings.text:
+            return load_encoder(Path(self.settings.text))
+        return fresh_encoder(self.settings.seed)
+
+    def _cached(self, split: str) -> LatentCache:
+        clips, text = self.settings.clips, self.frozen
+        seed = self.settings.seed if split == "train" else VALIDATION_SEED
+        source = clips.open(split, seed)
+        kinds = (clips, split, seed, "tokens" if text is None else text.digest, *content_of(source))
+
+        def make(index: int) -> tuple[dict[str, Tensor], str]:
+            video, caption = source.sample(index)
+            tensors = {"latent": self.vae.encode(video, seed, "posterior", index)}
+            if text is not None:
+                tensors["context"] = text([caption])[0]
+            return tensors, caption
+
+        folder = cache_folder(self.settings.cache, self.settings.vae, "stage1", *kinds)
+        return LatentCache(folder, clips.clips if split == "train" else clips.validation_clips, make)
+
+    def prepare(self) -> None:
+        """Encode the clips that aren't in the cache yet."""
+        with set_aside(self.model, self.device):
+            self.clips.fill()
+            if self.frozen is not None:
+                self.frozen.release()
+
+    def _context(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]
+
+    def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Mean squared error of v at random timesteps, well spread over the batch; and the layout's loss if wanted."""
+        settings, step = self.settings, index // self.settings.loop.accumulate
+        latent = batch["latent"] * STAGE1_LATENT_SCALE
+        lengths = generator_for(settings.seed, "length", step)
+        latent = latent[:, :, : settings.short_clips.length(latent.shape[2], step, lengths)]
+        context = settings.short_text.cut(self._context(batch), step)
+        context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
+        noise = normal_like(latent, generator_for(settings.seed, "noise", index))
+        places = generator_for(settings.seed, "time", index)
+        timestep = _spread_timesteps(len(latent), places, settings.timestep_power).to(latent.device)
+        layers: dict[int, Tensor] = {}
+        network = as_called(
+            self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks, watch=layers.__setitem__
+        )
+        loss = stage1_loss(network, latent, context, noise, timestep)
+        if not settings.layout_weight:
+            return {"loss": loss}
+        layout = self.model["layout"](layers[LAYOUT_LAYER][:, context.shape[1] :], batch["layout"])
+        return {"loss": loss + settings.layout_weight * layout, "v": loss, "layout": layout}
+
+    def validate(self) -> dict[str, float]:
+        """Part of v that is explained on held-out clips, over fixed noise and timesteps; and without the text."""
+        batch = {name: value.to(self.device) for name, value in held_out_batch(self.held_out, 16).items()}
+        if "text" in self.model:
+            captions = [self.held_out.caption(index) for index in range(len(batch["latent"]))]
+            batch["tokens"] = self.tokens(captions).to(self.device)
+        latent, context = batch["latent"] * STAGE1_LATENT_SCALE, self._context(batch)
+        network = as_called(self.model["dit"])
+        totals = torch.zeros(3)
+        for draw in range(4):
+            noise = normal_like(latent, generator_for(VALIDATION_SEED, "noise", draw))
+            timestep = _spread_timesteps(len(latent), generator_for(VALIDATION_SEED, "time", draw)).to(self.device)
+            for row, (call, text) in enumerate(
+                ((network, context), (network, torch.zeros_like(context)), (_nothing, context))
+            ):
+                totals[row] += stage1_loss(call, latent, text, noise, timestep).item()
+        with_text, without, nothing = totals.tolist()
+        return {"explained": 1 - with_text / nothing, "explained_without_text": 1 - without / nothing}
+
+    def sheet(self) -> Image.Image:
+        """Drafts of the prompts."""
+        if self._prompt_contexts is None:
+            context = self.model["text"](self.tokens(self.prompts).to(self.device))
+        else:
+            context = self._prompt_contexts.to(self.device)
+        drafts = self.draft(context)
+        return sheet(list(zip(self.prompts, drafts, strict=True)))
+
+    @torch.no_grad()
+    def draft(self, context: Tensor) -> Tensor:
+        """Sample videos [B, 3, T, H, W] for contexts [B, 226, width]."""
+        settings, first = self.settings, self.held_out[0]["latent"]
+        dit = self.model["dit"]
+        context = context.to(dit.proj_out.weight.dtype)
+
+        def noise(step: int) -> Tensor:
+            shape = (len(context), *first.shape)
+            return torch.randn(shape, generator=generator_for(VALIDATION_SEED, "sample", step)).to(self.device)
+
+        latent = sample_stage1(
+            dit, noise(-1), context, torch.zeros_like(context),
+            steps=settings.sheet.steps, scale=settings.sheet.scale, step_noise=noise,
+        )  # fmt: skip
+        return self.vae.decode(latent / STAGE1_LATENT_SCALE)
+
+    def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
+        """Write stage1.safetensors, and text_encoder.safetensors if it learnt too."""
+        with torch.no_grad():
+            scores = self.validate()
+        written: dict[Path, dict[str, Any]] = {
+            export_network(folder, self.model["dit"], self.settings.network, step, scores): scores
+        }
+        if "text" in self.model:
+            path = folder / "text_encoder.safetensors"
+            export_weights(path, self.model["text"].weights(), text_metadata(step))
+            written[path] = {}
+        return written
+
+
+def _nothing(latent: Tensor, *_: Any) -> Tensor:
+    """What an untrained network says."""
+    return torch.zeros_like(latent)
+
+
+def _spread_timesteps(count: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
+    """[count] timesteps of 0 to 999, one from each of `count` parts that are equally likely, so together even.
+
+    Uniform to the power `power`, in parts of 1000.
+    """
+    places = (torch.rand(count, generator=generator) + torch.arange(count)) / count
+    return (places**power * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)

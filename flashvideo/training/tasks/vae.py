@@ -1,0 +1,315 @@
+"""Training of the video VAE on crops of many sizes, and its export with latents of standard deviation one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ...checkpoints import STAGE_METADATA, load_vae
+from ...checkpoints.architecture import MAX_NORM_GROUPS
+from ...config import TEMPORAL_FACTOR, VAEConfig
+from ...nano import PREVIEW_METADATA
+from ...vae import VideoVAE
+from ...vae.layers import SpatialNorm
+from ..config import LoopSettings
+from ..errors import TrainingError
+from ..loop.checkpointing import BEST, export_weights, load_state
+from ..loop.metrics import psnr, sheet
+from ..randomness import generator_for, normal_like, randint
+from ..scenes.stream import SceneStream
+from .losses import PixelWeights, vae_loss
+
+START_LOGVAR = -4.0  # of the posterior: noise of its usual size, 1, would drown what the first steps learn
+VALIDATION_SEED = 1  # of held-out scenes; the same for every run, so that runs compare
+
+
+@dataclass(frozen=True)
+class VAENumbers:
+    """The network's sizes; the norm groups follow from them as they do when the file is loaded."""
+
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    encoder_blocks: int
+    decoder_blocks: int
+
+    def config(self) -> VAEConfig:
+        """Return the whole architecture."""
+        widths = (self.base_channels * multiplier for multiplier in self.channel_multipliers)
+        return VAEConfig(**dataclasses.asdict(self), norm_groups=math.gcd(MAX_NORM_GROUPS, *widths))
+
+    @classmethod
+    def of(cls, config: VAEConfig) -> VAENumbers:
+        """Return the sizes of an architecture."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One kind of training batch: `clips` scenes rendered at a size, `crops` pieces cut from each."""
+
+    render: tuple[int, int]  # height, width
+    size: tuple[int, int]  # height, width of a piece, multiples of 8
+    frames: int  # 4n + 1
+    clips: int
+    crops: int = 1
+    weight: float = 1.0  # how often, relative to the others
+
+
+@dataclass(frozen=True)
+class ValidationClip:
+    """Whole held-out clips of one size; `name` stands in the metrics."""
+
+    name: str
+    size: tuple[int, int]
+    frames: int
+    clips: int
+
+
+@dataclass(frozen=True)
+class VAELossSettings(PixelWeights):
+    """Weights of the loss terms."""
+
+    kl: float = 1e-6
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """A whole VAE config file."""
+
+    seed: int
+    out: Path
+    model: VAENumbers
+    loop: LoopSettings
+    loss: VAELossSettings
+    crops: tuple[Crop, ...]
+    validation: tuple[ValidationClip, ...]
+    start: str = ""  # a file of weights, or a run's folder for its best ones, to start from; empty for fresh ones
+    decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
+    latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
+
+    def __post_init__(self) -> None:
+        """Refuse noise on latents that are still being learnt: there is no telling how much of it would be left."""
+        if self.latent_noise and not self.decoder_only:
+            raise TrainingError("latent_noise is for a decoder that learns alone: add decoder_only = true.")
+
+
+class CropData(Dataset):
+    """data[i] is a batch of crops [B, 3, T, H, W], all of one kind."""
+
+    def __init__(self, crops: tuple[Crop, ...], seed: int) -> None:
+        self.crops, self.seed = crops, seed
+        self.weights = torch.tensor([crop.weight for crop in crops])
+        self.streams = [SceneStream("train", *crop.render, crop.frames, seed) for crop in crops]
+        self.stride = max(crop.clips for crop in crops)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Render batch `index`."""
+        generator = generator_for(self.seed, "crop", index)
+        kind = int(torch.multinomial(self.weights, 1, generator=generator))
+        crop = self.crops[kind]
+        pieces = []
+        for clip in range(crop.clips):
+            video, _ = self.streams[kind].sample(index * self.stride + clip)
+            for _ in range(crop.crops):
+                top, left = (
+                    randint(generator, 0, whole - part) for whole, part in zip(crop.render, crop.size, strict=True)
+                )
+                pieces.append(video[..., top : top + crop.size[0], left : left + crop.size[1]])
+        return torch.stack(pieces)
+
+
+def initialise(vae: VideoVAE, seed: int) -> None:
+    """Draw starting weights; the decoder's norms begin as plain norms that follow the latent only a little."""
+    generator = generator_for(seed, "weights")
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            limit = math.sqrt(3 / module.weight[0].numel())
+            nn.init.uniform_(module.weight, -limit, limit, generator=generator)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, SpatialNorm):
+            for conv in (module.conv_y.conv, module.conv_b.conv):
+                conv.weight.data *= 0.1
+            nn.init.ones_(module.conv_y.conv.bias)
+    logvar = vae.encoder.conv_out.conv.bias.data[vae.config.latent_channels :]
+    logvar.fill_(START_LOGVAR)
+
+
+class VAETask:
+    """The VAE as the training loop sees it."""
+
+    def __init__(self, settings: VAESettings, device: torch.device) -> None:
+        """Build the network with fresh weights."""
+        self.settings = settings
+        self.model = VideoVAE(settings.model.config())
+        self.description = _describe(settings.model)
+        self._exported = False  # whether it starts from weights whose latents have a deviation of one already
+        initialise(self.model, settings.seed)
+        if settings.start:
+            self._start_from(Path(settings.start))
+        self.model.encoder.requires_grad_(not settings.decoder_only)
+        self.model.to(device)
+        self.data = CropData(settings.crops, settings.seed)
+        self._held_out: dict[str, list[Tensor]] = {}
+        self._noise = settings.latent_noise * self._latent_deviation() if settings.latent_noise else None
+
+    def _start_from(self, path: Path) -> None:
+        if path.is_dir():
+            state = load_state(path / BEST)
+            found, weights = state["description"], state["mean"]
+        else:
+            vae = load_vae(path, dtype=torch.float32)
+            found, weights = _describe(VAENumbers.of(vae.config)), vae.state_dict()
+            self._exported = True
+        if found != self.description:
+            raise TrainingError(f"{path} holds {found}, the config asks for {self.description}.")
+        self.model.load_state_dict(weights)
+
+    def prepare(self) -> None:
+        """Clips are made as they are needed."""
+
+    def loss(self, batch: Tensor, index: int) -> dict[str, Tensor]:
+        """Encode, draw a latent, decode, compare."""
+        posterior = self.model.encode(batch)
+        generator = generator_for(self.settings.seed, "latent", index)
+        latent = posterior.sample(normal_like(posterior.mean, generator))
+        if self._noise is not None:
+            share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator).to(latent)
+            latent = latent + share * self._noise[:, None, None, None] * normal_like(latent, generator)
+        video = self.model.decode(latent)
+        return vae_loss(video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss))
+
+    def validate(self) -> dict[str, float]:
+        """What is minimised, of held-out clips and with the other sign, first; their PSNR; the latents' deviation.
+
+        PSNR alone would choose a blur where texture is learnt.
+        """
+        scores: dict[str, float] = {}
+        losses, spreads = [], []
+        for kind in self.settings.validation:
+            values = []
+            for clip in self._clips(kind):
+                video, latent = self._reconstruct(clip)
+                clip = clip.to(video.device)
+                values.append(psnr(video, clip))
+                losses.append(self._distance(video, clip))
+                spreads.append(latent.std().item())
+            scores[f"psnr_{kind.name}"] = sum(values) / len(values)
+        mean = sum(scores.values()) / len(scores)
+        score = -sum(losses) / len(losses)
+        return {"score": score, "psnr": mean, **scores, "latent_std": sum(spreads) / len(spreads)}
+
+    def _distance(self, video: Tensor, clip: Tensor) -> float:
+        """The loss of a reconstruction but for its latent's part."""
+        nothing, weights = torch.zeros(1, device=clip.device), dataclasses.asdict(self.settings.loss)
+        return vae_loss(video, clip, nothing, nothing, **{**weights, "kl": 0.0})["loss"].item()
+
+    def sheet(self) -> Image.Image:
+        """A held-out clip of each size above its reconstruction."""
+        rows = []
+        for kind in self.settings.validation:
+            clip = self._clips(kind)[0]
+            rows += [(f"{kind.name}: clip", clip[0]), ("reconstruction", self._reconstruct(clip)[0][0])]
+        return sheet(rows)
+
+    def _reconstruct(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.model.encode(clip.to(next(self.model.parameters()).device)).mode()
+        return self.model.decode(latent), latent
+
+    def _clips(self, kind: ValidationClip) -> list[Tensor]:
+        if kind.name not in self._held_out:
+            stream = SceneStream("validation", *kind.size, kind.frames, VALIDATION_SEED)
+            self._held_out[kind.name] = [stream.sample(index)[0][None] for index in range(kind.clips)]
+        return self._held_out[kind.name]
+
+    def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
+        """Write vae.safetensors with normalised latents in half precision; returns the metrics of what it holds."""
+        with torch.no_grad():
+            if not (self._exported and self.settings.decoder_only):
+                fold_latent_scale(self.model, self._latent_deviation())
+            self.model.load_state_dict({name: value.half() for name, value in self.model.state_dict().items()})
+            scores = self.validate()
+        metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
+        metadata |= {f"flashvideo.{name}": f"{value:.3f}" for name, value in scores.items()}
+        metadata[PREVIEW_METADATA] = json.dumps([[round(v, 4) for v in row] for row in self._preview().tolist()])
+        path = folder / "vae.safetensors"
+        export_weights(path, self.model.state_dict(), metadata)
+        return {path: scores}
+
+    @torch.no_grad()
+    def _preview(self) -> Tensor:
+        """The linear map from a latent to its picture, [17, 3]; see `fit_preview`."""
+        device = next(self.model.parameters()).device
+        clips = [clip for kind in self.settings.validation for clip in self._clips(kind)]
+        latents = [self.model.encode(clip.to(device)).mode()[0].cpu() for clip in clips]
+        return fit_preview(latents, [clip[0] for clip in clips])
+
+    @torch.no_grad()
+    def _latent_deviation(self) -> Tensor:
+        """Standard deviation of each latent channel over held-out clips, the posterior's own noise included: [16]."""
+        device = next(self.model.parameters()).device
+        draws = []
+        for kind in self.settings.validation:
+            for clip in self._clips(kind):
+                posterior = self.model.encode(clip.to(device))
+                noise = normal_like(posterior.mean, generator_for(VALIDATION_SEED, kind.name, len(draws)))
+                draws.append(posterior.sample(noise)[0].flatten(1))
+        return torch.cat(draws, dim=1).std(dim=1)
+
+
+@torch.no_grad()
+def fold_latent_scale(vae: VideoVAE, deviation: Tensor) -> None:
+    """Divide the latent's channels by `deviation` [C], exactly: the encoder's last and the decoder's first layers.
+
+    Only a scale can be folded: a shift would meet the zeros around the picture in the decoder's first convolution.
+    """
+    if not bool((deviation > 0).all()):
+        raise TrainingError("A latent channel of the VAE is constant; it isn't trained enough to be exported.")
+    channels = len(deviation)
+    last = vae.encoder.conv_out.conv
+    last.weight[:channels] /= deviation[:, None, None, None, None]
+    last.bias[:channels] /= deviation
+    last.bias[channels:] -= 2 * deviation.log()
+    readers = [vae.decoder.conv_in.conv]
+    for module in vae.decoder.modules():
+        if isinstance(module, SpatialNorm):
+            readers += [module.conv_y.conv, module.conv_b.conv]
+    for conv in readers:
+        conv.weight *= deviation[None, :, None, None, None]
+
+
+def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
+    """Least-squares map from latents [16, n + 1, h, w] to what they show, the mean colours of [3, 4n + 1, 8h, 8w].
+
+    Returns [17, 3]: red, green and blue in [-1, 1] a channel, and in the last row for a latent of zeros.
+    """
+    rows, colours = [], []
+    for latent, video in zip(latents, videos, strict=True):
+        size = latent.shape[2:]
+        starts = range(1, video.shape[1], TEMPORAL_FACTOR)  # the first frame stands alone
+        frames = [video[:, :1], *(video[:, start : start + TEMPORAL_FACTOR] for start in starts)]
+        small = torch.stack([F.adaptive_avg_pool2d(part.mean(dim=1), size) for part in frames], dim=1)
+        rows.append(latent.float().flatten(1).T)
+        colours.append(small.float().flatten(1).T)
+    inputs = torch.cat(rows)
+    inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), dim=1)
+    return torch.linalg.lstsq(inputs, torch.cat(colours)).solution
+
+
+def _describe(numbers: VAENumbers) -> dict[str, Any]:
+    """Return a network's sizes as a checkpoint holds them: tuples as lists."""
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(numbers).items()
+    }
+    return {"network": "vae", **plain}

@@ -1,0 +1,158 @@
+"""One half of the VAE as a stream: chunks go in one by one, and it can be put aside between any two of them.
+
+The same chunks through `VideoVAE.encode` or `decode` give the same numbers; here nobody has to hold the whole video.
+What one chunk leaves for the next can be saved and restored, so that an interrupted run goes on as if it had not been.
+
+Over spatial tiles neither the length nor the size of a video decides what the device must hold:
+every chunk passes over all tiles before the next one comes, as in `vae.tiles`, and what a tile leaves for the next
+chunk waits in main memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..devices import is_out_of_memory
+from .layers import ChunkContext
+from .memory import MOVE, TilePlan, held_bytes, largest_chunk, plan_tiles
+from .network import Decoder, Encoder, Posterior
+from .tiles import Tile, TiledRun
+
+
+class VAEStream:
+    """The encoder or the decoder over chunks of the given sizes: those of `encode_chunks` or `decode_chunks`.
+
+    The encoder takes videos [1, 3, t, H, W] in [-1, 1] and gives moments (see `latent_of`), the decoder takes latents
+    [1, 16, t, h, w] in raw scale and gives videos in about [-1, 1].
+    """
+
+    def __init__(self, network: Encoder | Decoder, sizes: Sequence[int]) -> None:
+        self.network, self.sizes = network, sizes
+        self.done = 0  # chunks
+        self._context = ChunkContext()
+
+    def __call__(self, chunk: Tensor) -> Tensor:
+        """The network's output for the next chunk [1, C, t, H, W]. Raises ValueError for one of another length."""
+        if self.done == len(self.sizes) or chunk.shape[2] != self.sizes[self.done]:
+            wanted = self.sizes[self.done : self.done + 1] or "none"
+            raise ValueError(f"chunk {self.done} of {len(self.sizes)} must have {wanted} frames; got {chunk.shape[2]}")
+        self._context.last = self.done == len(self.sizes) - 1
+        result = self._evaluate(chunk)
+        self._context.first = False
+        self.done += 1
+        return result
+
+    def _evaluate(self, chunk: Tensor) -> Tensor:
+        return self.network(chunk, self._context)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the chunks so far leave for the next, by the names of the layers; the tensors are not copied."""
+        names = {module: name for name, module in self.network.named_modules()}
+        return {names[module]: tensor for module, tensor in self._context.past.items()}
+
+    def restore(self, done: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Go on after `done` chunks with what `state` gave then."""
+        self.done = done
+        self._context.first = done == 0
+        self._context.past = {self.network.get_submodule(name): tensor.to(device) for name, tensor in tensors.items()}
+
+
+def latent_of(moments: Tensor) -> Tensor:
+    """The likeliest latent [B, 16, t, h, w], raw scale, of an encoder's output [B, 32, t, h, w]."""
+    return Posterior(*moments.chunk(2, dim=1)).mode()
+
+
+class TiledVAEStream(VAEStream):
+    """See `VAEStream`; the work is done on `device`, in tiles as `plan` says. Gives the same, to rounding.
+
+    All that is as large as the picture lies in main memory. Tiles are halved where the device has less memory than the
+    plan believes.
+    """
+
+    def __init__(self, network: Encoder | Decoder, sizes: Sequence[int], plan: TilePlan, device: torch.device) -> None:
+        super().__init__(network, sizes)
+        self._run = TiledRun(plan, device, next(network.parameters()).dtype, is_out_of_memory=is_out_of_memory)
+
+    def _evaluate(self, chunk: Tensor) -> Tensor:
+        decodes = isinstance(self.network, Decoder)
+        latents = chunk.shape[2] if decodes else -(-chunk.shape[2] // TEMPORAL_FACTOR)
+        frames = latents * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1 if self._context.first else 0)
+        channels = self.network.conv_out.conv.out_channels
+        rows, columns = chunk.shape[3:]
+        if decodes:
+            shape = (1, channels, frames, rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
+        else:
+            shape = (1, channels, latents, rows // SPATIAL_FACTOR, columns // SPATIAL_FACTOR)
+        result = torch.empty(shape, device=chunk.device, dtype=self._run.dtype)
+        self._run.first, self._run.last = self._context.first, self._context.last
+        self._run([chunk], [result], [chunk] if decodes else None, [latents])
+        return result
+
+    def state(self) -> dict[str, Tensor]:
+        """What the chunks so far leave for the next, by tile and layer."""
+        names = {module: name for name, module in self.network.named_modules()}
+        return {
+            " ".join([*map(str, (group, *tile, self._run.reach[module])), names[module]]): tensor
+            for (group, tile), past in self._run.past.items()
+            for module, tensor in past.items()
+        }
+
+    def restore(self, done: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Go on after `done` chunks with what `state` gave then; it stays in main memory."""
+        super().restore(done, {})
+        run = self._run
+        run.past = {}
+        for name, tensor in tensors.items():
+            *numbers, layer = name.split(" ")
+            group, *tile, reach = map(int, numbers)
+            module = self.network.get_submodule(layer)
+            run.past.setdefault((group, Tile(*tile)), {})[module] = tensor
+            run.reach[module] = reach
+        # Where tiles were halved, groups that haven't run since have the larger ones' past.
+        tiles = {tile for _, tile in run.past}
+        run.tiles = sorted(tile for tile in tiles if not any(part != tile and part.is_in(tile) for part in tiles))
+
+
+def stream_within(
+    network: Encoder | Decoder,
+    sizes: Sequence[int],
+    grid: tuple[int, int],
+    budget: float | None,
+    device: torch.device,
+    store: float | None = None,
+) -> VAEStream:
+    """A stream over latents of `grid` (h, w) that holds about `budget` bytes on the device: tiled if it has to be.
+
+    See `plan_stream` for `store`.
+    """
+    plan = plan_stream(network, len(sizes), grid, budget, device, store)
+    return VAEStream(network, sizes) if plan is None else TiledVAEStream(network, sizes, plan, device)
+
+
+def plan_stream(
+    network: Encoder | Decoder,
+    chunks: int,
+    grid: tuple[int, int],
+    budget: float | None,
+    device: torch.device,
+    store: float | None = None,
+) -> TilePlan | None:
+    """The tiles of such a stream; None if it holds no more than `budget` with the whole picture in one piece.
+
+    `store`, by default as much, is for what lies in main memory, beyond which work is repeated instead. But what chunks
+    leave for each other has to lie there, however much it is. On a processor both share the budget.
+    """
+    if budget is None:
+        return None
+    size = (min(chunks, 2) * largest_chunk(network), *grid)  # with a second chunk, what the first leaves counts
+    dtype, on_card = next(network.parameters()).dtype, torch.device(device).type != "cpu"
+    if held_bytes(network, size, dtype) <= budget:
+        return None
+    store = budget if store is None else store
+    if not on_card:
+        budget = store = min(budget, store) / 2
+    return plan_tiles(network, size, dtype, budget, store, move=MOVE if on_card else 0.0, by_chunk=True)

@@ -1,0 +1,1 @@
+"""What the scripts share: the private ComfyUI, its server and client, workflows."""
