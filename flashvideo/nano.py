@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints.weights import open_weights
+from .checkpoints.weights import StateDict, open_weights
 from .config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE
 from .dit import FlashVideoDiT
 from .t5 import t5_shapes
@@ -54,16 +54,16 @@ def nano_is_trained(folder: Path = NANO_FOLDER) -> bool:
     return all(_file(part, folder).is_file() for part in NANO_PARTS)
 
 
-def nano_state(part: str, folder: Path = NANO_FOLDER) -> dict[str, Tensor]:
-    """Weights of one of NANO_PARTS by their converted names, in half precision.
+def nano_state(part: str, folder: Path = NANO_FOLDER) -> StateDict:
+    """Weights of one of NANO_PARTS by their converted names, in half precision, with their file's metadata.
 
     The trained ones if `nano_is_trained`, else untrained ones that are the same in every run and on every machine.
     Raises CheckpointError for a damaged file.
     """
     if not nano_is_trained(folder):
-        return _build(part, NANO_SEED)
+        return StateDict(_build(part, NANO_SEED), {})
     weights = open_weights(_file(part, folder))
-    return {name: weights.read(name) for name in weights.shapes}
+    return StateDict({name: weights.read(name) for name in weights.shapes}, weights.metadata)
 
 
 def nano_preview(folder: Path = NANO_FOLDER) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..config import DiTConfig, VAEConfig
 from .weights import CheckpointError, some
@@ -12,6 +12,7 @@ from .weights import CheckpointError, some
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_NORM_GROUPS = 32
+NORM_GROUPS_METADATA = "flashvideo.norm_groups"  # in a VAE's file, whose shapes don't tell it
 MAX_LAYERS = 512  # of any kind: more are a mistake or an attack, and building takes about 65 KB and 2 ms each
 EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # what stage II has and stage I hasn't
 
@@ -53,11 +54,12 @@ def dit_config(shapes: Shapes) -> DiTConfig:
     )
 
 
-def vae_config(shapes: Shapes) -> VAEConfig:
+def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAEConfig:
     """Architecture of the VAE from the shapes of its converted weights.
 
-    The number of norm groups leaves no trace in them: it is the largest up to 32 that divides every width.
-    Raises CheckpointError if a tensor that says a size is missing, or the sizes contradict each other.
+    The number of norm groups leaves no trace in shapes: it stands in the file's `metadata` (see NORM_GROUPS_METADATA),
+    or is the largest up to 32 that divides every width. Raises CheckpointError if a tensor that says a size is missing,
+    or the sizes contradict each other.
     """
     sizes = _Sizes(shapes)
     base = sizes("encoder.conv_in.conv.weight", 0)
@@ -75,9 +77,26 @@ def vae_config(shapes: Shapes) -> VAEConfig:
     return VAEConfig(
         base_channels=base,
         channel_multipliers=tuple(width // base for width in widths),
-        norm_groups=math.gcd(MAX_NORM_GROUPS, *widths),
+        norm_groups=_norm_groups(widths, (metadata or {}).get(NORM_GROUPS_METADATA)),
         **config,
     )
+
+
+def default_norm_groups(widths: Iterable[int]) -> int:
+    """Norm groups of a VAE with levels of these channels, where nothing else is said: 32 in the official one."""
+    return math.gcd(MAX_NORM_GROUPS, *widths)
+
+
+def _norm_groups(widths: Sequence[int], stated: str | None) -> int:
+    if stated is None:
+        return default_norm_groups(widths)
+    groups = int(stated) if re.fullmatch(r"[0-9]{1,5}", str(stated)) else 0
+    if groups < 1 or any(width % groups for width in widths):
+        raise CheckpointError(
+            f"its metadata give {str(stated)[:20]!r} as {NORM_GROUPS_METADATA}, and its levels have "
+            f"{', '.join(map(str, widths))} channels: the number of norm groups must divide them all"
+        )
+    return groups
 
 
 def layer_count(numbers: Collection[int], what: str = "it") -> int:

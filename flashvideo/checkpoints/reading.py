@@ -138,7 +138,7 @@ def open_checkpoint(source: FileSource, *, kind: str | None = None, stage: int |
 
 def _config(weights: Weights, layout: Layout, shapes: Shapes) -> DiTConfig | VAEConfig:
     try:
-        return dit_config(shapes) if layout.kind == "dit" else vae_config(shapes)
+        return dit_config(shapes) if layout.kind == "dit" else vae_config(shapes, weights.metadata)
     except CheckpointError as error:
         what = "a FlashVideo diffusion model" if layout.kind == "dit" else "FlashVideo's VAE"
         raise CheckpointError(f"{weights.label} was taken for {what} ({layout.naming} layout): {error}") from error

@@ -76,6 +76,14 @@ class CheckpointError(ValueError):
     """A file that can't be used as asked; the message says which file, why, and what it seems to be instead."""
 
 
+class StateDict(dict[str, Tensor]):
+    """Tensors by name, with the `metadata` of the file that they come from."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
 def some(names: Sequence[str]) -> str:
     """List the first few names, for a message."""
     return ", ".join(names[:SHOWN_KEYS]) + (", …" if len(names) > SHOWN_KEYS else "")
@@ -107,11 +115,13 @@ class Weights:
 def open_weights(source: str | Path | Mapping[str, Any]) -> Weights:
     """Open a checkpoint: a path, or a state dict that may stand under "module" or "state_dict".
 
-    Raises CheckpointError if it is no weight file, is damaged, or carries code.
+    A `StateDict` keeps its metadata. Raises CheckpointError if it is no weight file, is damaged, or carries code.
     """
     if isinstance(source, Mapping):
         tensors = _find_tensors(source, "The state dict")
-        return _from_tensors("The state dict", "state dict", tensors, lambda: tensors)
+        weights = _from_tensors("The state dict", "state dict", tensors, lambda: tensors)
+        weights.metadata = dict(source.metadata) if isinstance(source, StateDict) else {}
+        return weights
     path = Path(source)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")

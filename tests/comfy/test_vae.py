@@ -470,6 +470,15 @@ def test_a_replaced_file_is_read_again(submodule: Callable, vae_folder: Path) ->
     assert torch.equal(first.get_sd()[name], state[name].float())
 
 
+def test_norm_groups_come_from_the_file(submodule: Callable, vae_folder: Path) -> None:
+    """Nano's widths divide by 16, which a file means that doesn't say 4."""
+    native, state = submodule("nodes.native.vae"), submodule("flashvideo.nano").nano_state("vae")
+    for groups, metadata in ((16, {}), (4, {"flashvideo.norm_groups": "4"})):
+        save_file(dict(state), vae_folder / f"groups{groups}.safetensors", metadata)
+        vae = native.load_vae_native(vae_folder / f"groups{groups}.safetensors")
+        assert vae.first_stage_model.config.norm_groups == groups
+
+
 def test_the_vae_runs_in_float32_on_the_cpu(vae: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert vae.vae_dtype == torch.float32
     assert all(record.levelno < logging.WARNING for record in caplog.get_records("setup"))

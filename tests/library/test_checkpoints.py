@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, open_checkpoint, read_dit, read_vae
+from flashvideo.checkpoints.architecture import NORM_GROUPS_METADATA
 from flashvideo.checkpoints.keymaps import Layout, original_name
 from flashvideo.config import STAGE2, DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
@@ -182,6 +183,14 @@ def test_any_transformer_size_is_read_from_its_shapes(config: DiTConfig | VAECon
 )
 def test_any_vae_size_is_read_from_its_shapes(config: DiTConfig | VAEConfig) -> None:
     assert open_checkpoint(empty_network(config, VideoVAE)).config == config
+
+
+@pytest.mark.parametrize("stated", ["0", "-4", "5", "64", "four", "", "9" * 5000])
+def test_norm_groups_that_do_not_divide_every_width_are_refused(stated: str, tmp_path: Path) -> None:
+    save_file(random_network(VideoVAE, TINY_VAE), tmp_path / "vae.safetensors", {NORM_GROUPS_METADATA: stated})
+    with pytest.raises(CheckpointError, match=r"vae\.safetensors .*norm_groups.*32, 32, 32, 64") as caught:
+        open_checkpoint(tmp_path / "vae.safetensors")
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

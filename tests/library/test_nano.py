@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashvideo.checkpoints import CheckpointError, load_dit, load_vae
-from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, TEXT_TOKENS
+from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, read_vae
+from flashvideo.checkpoints.convert import convert_file
+from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, TEXT_TOKENS, VAEConfig
 from flashvideo.nano import NANO_FOLDER, NANO_PARTS, NANO_SEED, build_nano, nano_is_trained, nano_preview, nano_state
 from flashvideo.t5 import t5_shapes
 from flashvideo.training.loop.metrics import psnr
 from flashvideo.training.scenes.stream import SceneStream
+from flashvideo.vae import VideoVAE
 
 BUDGET = 16_000_000  # bytes of all parts together
 PROJ_OUT = [0.1405029296875, -0.042205810546875, 0.10980224609375]
@@ -104,6 +106,23 @@ def test_files_in_the_folder_replace_the_untrained_weights(tmp_path: Path) -> No
     save_file({"weight": torch.ones(1)}, tmp_path / f"{NANO_PARTS[-1]}.safetensors")
     assert nano_is_trained(tmp_path)
     assert all(nano_state(part, tmp_path).keys() == {"weight"} for part in NANO_PARTS)
+
+
+@pytest.mark.parametrize("groups", [4, None])
+def test_a_vae_in_the_folder_says_how_many_norm_groups_it_has(groups: int | None, tmp_path: Path) -> None:
+    """Widths of 16, 32, 64 and 96 channels divide by 16, and that is what a file means that says nothing."""
+    config = VAEConfig(16, (1, 2, 4, 6), encoder_blocks=1, decoder_blocks=1, norm_groups=groups or 16)
+    metadata = {} if groups is None else {"flashvideo.norm_groups": str(groups)}
+    for part in NANO_PARTS:
+        save_file({"weight": torch.ones(1)}, tmp_path / f"{part}.safetensors")
+    state = VideoVAE(config).state_dict()
+    save_file(state, tmp_path / "vae.safetensors", metadata=metadata)
+    convert_file(tmp_path / "vae.safetensors", tmp_path / "converted.safetensors")
+    for source in (nano_state("vae", tmp_path), tmp_path / "vae.safetensors", tmp_path / "converted.safetensors"):
+        assert read_vae(source)[0] == config
+        assert load_vae(source).config == config
+        norms = [module for module in load_vae(source).modules() if isinstance(module, torch.nn.GroupNorm)]
+        assert norms and all(norm.num_groups == config.norm_groups for norm in norms)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...checkpoints import STAGE_METADATA, load_vae
-from ...checkpoints.architecture import MAX_NORM_GROUPS
+from ...checkpoints.architecture import NORM_GROUPS_METADATA, default_norm_groups
 from ...config import TEMPORAL_FACTOR, VAEConfig
 from ...nano import PREVIEW_METADATA
 from ...vae import VideoVAE
@@ -36,17 +36,26 @@ VALIDATION_SEED = 1  # of held-out scenes; the same for every run, so that runs 
 
 @dataclass(frozen=True)
 class VAENumbers:
-    """The network's sizes; the norm groups follow from them as they do when the file is loaded."""
+    """The network's sizes. `norm_groups` 0: as many as a file has that doesn't say how many."""
 
     base_channels: int
     channel_multipliers: tuple[int, ...]
     encoder_blocks: int
     decoder_blocks: int
+    norm_groups: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse groups that don't fit the levels."""
+        if self.norm_groups < 0 or any(width % max(1, self.norm_groups) for width in self._widths()):
+            raise TrainingError(f"[model] norm_groups must divide every level's channels; got {self.norm_groups}.")
 
     def config(self) -> VAEConfig:
         """Return the whole architecture."""
-        widths = (self.base_channels * multiplier for multiplier in self.channel_multipliers)
-        return VAEConfig(**dataclasses.asdict(self), norm_groups=math.gcd(MAX_NORM_GROUPS, *widths))
+        groups = self.norm_groups or default_norm_groups(self._widths())
+        return VAEConfig(**{**dataclasses.asdict(self), "norm_groups": groups})
+
+    def _widths(self) -> list[int]:
+        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
 
     @classmethod
     def of(cls, config: VAEConfig) -> VAENumbers:
@@ -241,6 +250,7 @@ class VAETask:
             self.model.load_state_dict({name: value.half() for name, value in self.model.state_dict().items()})
             scores = self.validate()
         metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
+        metadata[NORM_GROUPS_METADATA] = str(self.model.config.norm_groups)
         metadata |= {f"flashvideo.{name}": f"{value:.3f}" for name, value in scores.items()}
         metadata[PREVIEW_METADATA] = json.dumps([[round(v, 4) for v in row] for row in self._preview().tolist()])
         path = folder / "vae.safetensors"
@@ -308,8 +318,11 @@ def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
 
 
 def _describe(numbers: VAENumbers) -> dict[str, Any]:
-    """Return a network's sizes as a checkpoint holds them: tuples as lists."""
+    """Return a network's sizes as a checkpoint holds them: tuples as lists, and norm groups where they are chosen."""
     plain = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(numbers).items()
     }
+    default = dataclasses.replace(numbers, norm_groups=0).config().norm_groups
+    if plain["norm_groups"] in (0, default):
+        del plain["norm_groups"]
     return {"network": "vae", **plain}
