@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -125,20 +125,22 @@ def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, to
             on_frame(len(times), stream.frames)
         if first is None:
             raise CommandError(f"{path} holds no pictures.")
-        rate = stream.average_rate or stream.guessed_rate or _FALLBACK_RATE
+        # PyAV from 19 on has rationals of its own, which lack most of a Fraction's arithmetic.
+        time_base = Fraction(stream.time_base)
+        rate = Fraction(stream.average_rate or stream.guessed_rate or _FALLBACK_RATE)
         start = Fraction(max(0, container.start_time or 0), _CONTAINER_TICKS)
-        clock = _Clock(stream.time_base, start)
+        clock = _Clock(time_base, start)
         turns = quarter_turns(first)
         height, width = size if turns % 2 == 0 else size[::-1]
         context = stream.codec_context
-        aspect = stream.sample_aspect_ratio or None
+        aspect = Fraction(stream.sample_aspect_ratio or 0) or None
         return VideoClip(
             path=path,
             height=height,
             width=width,
-            rate=Fraction(rate),
-            time_base=stream.time_base,
-            times=tuple(clock(time, round(1 / (rate * stream.time_base))) for time in times),
+            rate=rate,
+            time_base=time_base,
+            times=tuple(clock(time, round(1 / (rate * time_base))) for time in times),
             matrix=colour_matrix(first),
             turns=turns,
             pixel_aspect=1 / aspect if aspect and turns % 2 else aspect,
@@ -175,11 +177,27 @@ class _Clock:
         return now
 
 
+def open_container(path: Path) -> av.container.InputContainer:
+    """Open a media file for reading, whatever the code page of its titles. Raises av.FFmpegError or OSError."""
+    try:
+        return av.open(str(path), metadata_errors="replace")
+    except TypeError:  # PyAV from 19 on has no such option: it marks what is not UTF-8 by surrogates, see `_texts`
+        return av.open(str(path))
+
+
+def _texts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Tags as text that can be written; what was not UTF-8 becomes replacement characters."""
+
+    def text(value: str) -> str:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    return {text(key): text(value) for key, value in metadata.items()}
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     try:
-        # A title in a Western or Japanese Windows's characters is no reason to refuse a clip.
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_container(path) as container:
             if not container.streams.video:
                 raise CommandError(f"{path} holds no pictures.")
             container.streams.video[0].thread_type = "AUTO"
@@ -328,13 +346,13 @@ def _output(
 ) -> Iterator[tuple[av.container.OutputContainer, av.VideoStream, dict[int, av.AudioStream]]]:
     """A container with one stream of pictures and the source's of sound, those by the source's numbers."""
     with av.open(file, "w", format=kind) as container:
-        container.metadata.update(source.metadata)
+        container.metadata.update(_texts(source.metadata))
         stream = container.add_stream(CODEC, rate=form.clip.rate)
         form.prepare(stream.codec_context)
         stream.time_base = form.clip.time_base
         sound = {each.index: container.add_stream_from_template(each) for each in _tracks(source)}
         for each in _tracks(source):
-            sound[each.index].metadata.update(each.metadata)
+            sound[each.index].metadata.update(_texts(each.metadata))
         container.start_encoding()
         yield container, stream, sound
 
@@ -370,7 +388,7 @@ def _sound_packets(
     if not streams:
         return
     tracks = [source.streams[index] for index in streams]
-    clocks = {track.index: _Clock(track.time_base, start) for track in tracks}
+    clocks = {track.index: _Clock(Fraction(track.time_base), start) for track in tracks}
     for packet in source.demux(tracks):
         if packet.dts is not None:  # the last one is empty and only says that there are no more
             index, decoded = packet.stream.index, packet.dts
@@ -381,4 +399,4 @@ def _sound_packets(
 
 
 def _moment(packet: av.Packet) -> Fraction:
-    return packet.dts * packet.time_base
+    return packet.dts * Fraction(packet.time_base)

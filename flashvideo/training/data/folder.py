@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...video_files import colour_matrix, quarter_turns, upright_pixels
+from ...video_files import colour_matrix, open_container, quarter_turns, upright_pixels
 from ..errors import TrainingError
 from ..scenes.rendering import FRAME_RATE
 
@@ -184,8 +184,7 @@ def read_clip(
     isn't a video or is too short, and UnusablePart for what is damaged at this place.
     """
     try:
-        # A title in a Western or Japanese Windows's characters is no reason to leave a video out.
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_container(path) as container:
             if not container.streams.video:
                 raise UnusableVideo("it holds no pictures")
             return _cut(container, frames, rate, when, fit)
@@ -227,7 +226,7 @@ def _decode(
 ) -> list[Any]:
     """Up to `count` frames from `start` seconds on, each as `fit` makes it, as far as there are any."""
     stream = container.streams.video[0]
-    origin = float((stream.start_time or 0) * stream.time_base)
+    origin = float((stream.start_time or 0) * Fraction(stream.time_base))
     kept: list[Any] = []
     sizes: set[tuple[int, ...]] = set()
 
@@ -241,7 +240,7 @@ def _decode(
     shown, shown_at = None, 0.0
     try:
         if seek:
-            container.seek(int((origin + start) / stream.time_base), stream=stream)
+            container.seek(int((origin + start) / float(stream.time_base)), stream=stream)
         for frame in container.decode(stream):
             at = (frame.time or 0.0) - origin
             while shown is not None and len(kept) < count and at > start + len(kept) / rate + _EPSILON:
@@ -260,7 +259,7 @@ def _decode(
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
     """Seconds of the pictures, as far as the file says; else of all that is in it."""
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * Fraction(stream.time_base))
     if match := _DURATION.fullmatch(stream.metadata.get("DURATION", "")):
         hours, minutes, seconds = match.groups()
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
