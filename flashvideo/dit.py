@@ -1,9 +1,8 @@
 """The diffusion transformer that both stages share (FlashVideo section 3; the network is CogVideoX's).
 
-Text and video tokens stand in one sequence, text first, and attend to each other without a mask. Each layer
-modulates the two kinds with their own shifts, scales and gates. Stage II adds two embeddings to the timestep's:
-how far its input was degraded, and how many latent frames there are. Parameter names are those of ComfyUI
-core's CogVideoX.
+Text and video tokens form one sequence, text first, and attend to each other without a mask. Each layer modulates the
+two kinds with their own shifts, scales and gates. Stage II adds two embeddings to the timestep's: the degradation step
+of its input, and the number of latent frames. Parameter names are those of ComfyUI core's CogVideoX.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import DiTConfig
@@ -23,14 +23,14 @@ BLOCK_EPS = 1e-5  # norms of the residual stream
 HEAD_EPS = 1e-6  # norms of queries and keys, and the last norm
 SINUSOID_BASE = 10000.0
 
-# Without autograd a layer goes over the sequence in pieces, so that its activations take memory for keys, values and
-# one piece. A piece's largest tensor has batch * tokens * ff_dim elements:
-PIECE_ELEMENTS = 2**26  # 8,738 tokens of stage II, enough to fill any card's matrix units
-PIECE_BYTES_CPU = 2**24  # of that tensor: enough rows for the matrix products' speed, and near the caches
-PIECE_MULTIPLE = 128  # tokens; attention kernels and matrix products work in such tiles
+# Without autograd a layer runs over the sequence in chunks of tokens, so that its activations take memory for keys,
+# values and one chunk. A chunk's largest tensor has batch * tokens * ff_dim elements:
+CHUNK_ELEMENTS = 2**26  # 8,738 tokens of stage II, enough to fill any card's matrix units
+CHUNK_BYTES_CPU = 2**24  # of that tensor: enough rows for the matrix products' speed, and near the caches
+CHUNK_MULTIPLE = 128  # tokens; attention kernels and matrix products work in such tiles
 
 # attention(q, k, v, heads, start) on [B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads *
-# head_dim]; the queries may be a piece of the sequence, whose first token is number `start`.
+# head_dim]; the queries may be a chunk of the sequence, whose first token is number `start`.
 Attention = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 # around_block(index, block, tokens) -> tokens: runs block(tokens), or something in its place. Without autograd
 # block(tokens) overwrites its argument.
@@ -42,7 +42,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, start: int = 0) 
 
     It is exact and so the same wherever the queries `start`.
     """
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n width -> b n (heads width)")
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -82,23 +82,25 @@ class PatchEmbed(nn.Module):
         """[B, C, T, H, W] and [B, L, text_dim] -> [B, L + T * H/2 * W/2, hidden]."""
         batch, frames = latent.shape[0], latent.shape[2]
         text = self.text_proj(context)
-        patches = self.proj(latent.transpose(1, 2).flatten(0, 1)).flatten(2)  # [B * T, hidden, H/2 * W/2]
+        patches = self.proj(rearrange(latent, "b c t h w -> (b t) c h w"))  # [B * T, hidden, H/2, W/2]
+        patches = rearrange(patches, "(b t) c h w -> b t (h w) c", b=batch)
         tokens = text.new_empty(batch, text.shape[1] + frames * patches.shape[2], text.shape[2])
         tokens[:, : text.shape[1]] = text
-        tokens[:, text.shape[1] :].unflatten(1, (frames, -1))[:] = patches.transpose(1, 2).unflatten(0, (batch, frames))
+        # Both sides are views: the patches are copied once.
+        rearrange(tokens[:, text.shape[1] :], "b (t n) c -> b t n c", t=frames).copy_(patches)
         return tokens
 
 
 def may_overwrite() -> bool:
-    """Whether temporaries and the residual stream may be overwritten: autograd would need them; a compiler knows."""
+    """Whether temporaries and the residual stream may be overwritten: not with autograd, and a compiler decides itself."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-class Stretch(NamedTuple):
-    """A piece of the sequence: where it stands, how many of its tokens, the first ones, are text, and its positions."""
+class TokenChunk(NamedTuple):
+    """A chunk of the sequence: its place, how many of its tokens (the first ones) are text, and its positions."""
 
     tokens: slice
-    text: int
+    text_tokens: int
     rope: tuple[Tensor, Tensor]  # of its video tokens
 
 
@@ -108,42 +110,44 @@ def dit_tokens(config: DiTConfig, shape: tuple[int, int, int]) -> int:
     return frames * (rows // config.patch_size) * (columns // config.patch_size)
 
 
-def piece_tokens(count: int, row: int, itemsize: int, device: str) -> int:
-    """Tokens of each of the equal pieces that `count` tokens are cut into, at most `count`.
+def tokens_per_chunk(count: int, elements_per_token: int, itemsize: int, device: str) -> int:
+    """Tokens in each of the equal chunks that `count` tokens are split into, at most `count`.
 
-    `row` is how many elements of `itemsize` bytes their largest tensor has a token, `device` a device's type.
+    `elements_per_token`: size of the widest activation per token, in elements of `itemsize` bytes. `device`: a device's
+    type.
     """
-    limit = max(1, PIECE_BYTES_CPU // (row * itemsize) if device == "cpu" else PIECE_ELEMENTS // row)
-    return min(count, math.ceil(count / math.ceil(count / limit) / PIECE_MULTIPLE) * PIECE_MULTIPLE)
+    on_cpu, on_card = CHUNK_BYTES_CPU // (elements_per_token * itemsize), CHUNK_ELEMENTS // elements_per_token
+    limit = max(1, on_cpu if device == "cpu" else on_card)
+    return min(count, math.ceil(count / math.ceil(count / limit) / CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
 
 
-def stretches(tokens: Tensor, rope: tuple[Tensor, Tensor], expanded: int) -> list[Stretch]:
-    """Cut a sequence [B, N, hidden] into pieces of equal size. `expanded` is the feed-forward network's width."""
+def token_chunks(tokens: Tensor, rope: tuple[Tensor, Tensor], ff_dim: int) -> list[TokenChunk]:
+    """Split a sequence [B, N, hidden] into chunks of equal size; with autograd, into one."""
     batch, count = tokens.shape[:2]
-    text = count - rope[0].shape[0]
+    text_tokens = count - rope[0].shape[0]
     if not may_overwrite():
-        return [Stretch(slice(None), text, rope)]
-    step = piece_tokens(count, batch * expanded, tokens.element_size(), tokens.device.type)
-    cut = []
+        return [TokenChunk(slice(None), text_tokens, rope)]
+    step = tokens_per_chunk(count, batch * ff_dim, tokens.element_size(), tokens.device.type)
+    chunks = []
     for start in range(0, count, step):
         stop = min(start + step, count)
-        text_here = min(max(text - start, 0), stop - start)
-        turned = slice(start + text_here - text, stop - text) if text_here < stop - start else slice(0)
-        cut.append(Stretch(slice(start, stop), text_here, (rope[0][turned], rope[1][turned])))
-    return cut
+        text_here = min(max(text_tokens - start, 0), stop - start)
+        video = slice(start + text_here - text_tokens, stop - text_tokens) if text_here < stop - start else slice(0)
+        chunks.append(TokenChunk(slice(start, stop), text_here, (rope[0][video], rope[1][video])))
+    return chunks
 
 
 class Modulators(NamedTuple):
-    """What the timestep makes of half a layer, for text and for video: each number is [B, 1, hidden]."""
+    """Shift, scale and gate of half a layer, from the timestep; for text and for video, each [B, 1, hidden]."""
 
     shift: tuple[Tensor, Tensor]
     scale: tuple[Tensor, Tensor]
     gate: tuple[Tensor, Tensor]
 
 
-def by_kind(tokens: Tensor, text: int) -> tuple[Tensor, Tensor]:
+def split_text(tokens: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
     """Views of the text tokens and of the video tokens of [B, N, ...]."""
-    return tokens[:, :text], tokens[:, text:]
+    return tokens[:, :text_tokens], tokens[:, text_tokens:]
 
 
 class Modulation(nn.Module):
@@ -161,10 +165,10 @@ class Modulation(nn.Module):
         shift, scale, gate, text_shift, text_scale, text_gate = numbers
         return Modulators((text_shift, shift), (1 + text_scale, 1 + scale), (text_gate, gate))
 
-    def forward(self, tokens: Tensor, numbers: Modulators, text: int) -> Tensor:
-        """[B, N, hidden], of which `text` tokens are text -> the same, normed and modulated."""
+    def forward(self, tokens: Tensor, numbers: Modulators, text_tokens: int) -> Tensor:
+        """[B, N, hidden], of which the first `text_tokens` are text -> the same, normed and modulated."""
         normed = self.norm(tokens)
-        kinds = list(zip(numbers.shift, by_kind(normed, text), numbers.scale, strict=True))
+        kinds = list(zip(numbers.shift, split_text(normed, text_tokens), numbers.scale, strict=True))
         if not may_overwrite():
             return torch.cat([torch.addcmul(shift, x, scale) for shift, x, scale in kinds], dim=1)
         for shift, x, scale in kinds:
@@ -172,9 +176,9 @@ class Modulation(nn.Module):
         return normed
 
 
-def add_gated(tokens: Tensor, update: Tensor, numbers: Modulators, text: int) -> Tensor:
+def gated_residual(tokens: Tensor, update: Tensor, numbers: Modulators, text_tokens: int) -> Tensor:
     """`tokens` + gate * `update`, text and video tokens with their own gate; in place where that is allowed."""
-    kinds = list(zip(by_kind(tokens, text), numbers.gate, by_kind(update, text), strict=True))
+    kinds = list(zip(split_text(tokens, text_tokens), numbers.gate, split_text(update, text_tokens), strict=True))
     if not may_overwrite():
         return torch.cat([torch.addcmul(x, gate, change) for x, gate, change in kinds], dim=1)
     for x, gate, change in kinds:
@@ -212,51 +216,52 @@ class Block(nn.Module):
         Without autograd the result overwrites `tokens`.
         """
         first, second = self.norm1.modulators(embedding), self.norm2.modulators(embedding)
-        pieces = stretches(tokens, rope, self.ff_dim)
-        if len(pieces) == 1:
-            piece = pieces[0]
-            normed = self.norm1(tokens, first, piece.text)
-            k, v = self._keys(normed, piece), self._heads(self.v(normed))
-            return self._advance(tokens, self._attend(normed, k, v, piece, attention), first, second, piece)
+        chunks = token_chunks(tokens, rope, self.ff_dim)
+        if len(chunks) == 1:
+            chunk = chunks[0]
+            normed = self.norm1(tokens, first, chunk.text_tokens)
+            k, v = self._keys(normed, chunk), self._heads(self.v(normed))
+            return self._finish_layer(tokens, self._attend(normed, k, v, chunk, attention), first, second, chunk)
 
-        # Keys and values of the whole sequence stand before the first token changes; then each piece runs through
+        # Keys and values of the whole sequence are made before the first token changes; then each chunk runs through
         # the rest of the layer by itself.
         k, v = self._heads(torch.empty_like(tokens)), self._heads(torch.empty_like(tokens))
-        for piece in pieces:
-            normed = self.norm1(tokens[:, piece.tokens], first, piece.text)
-            k[:, piece.tokens], v[:, piece.tokens] = self._keys(normed, piece), self._heads(self.v(normed))
-        for piece in pieces:
-            normed = self.norm1(tokens[:, piece.tokens], first, piece.text)
-            attended = self._attend(normed, k, v, piece, attention)
-            self._advance(tokens[:, piece.tokens], attended, first, second, piece)
+        for chunk in chunks:
+            normed = self.norm1(tokens[:, chunk.tokens], first, chunk.text_tokens)
+            k[:, chunk.tokens], v[:, chunk.tokens] = self._keys(normed, chunk), self._heads(self.v(normed))
+        for chunk in chunks:
+            normed = self.norm1(tokens[:, chunk.tokens], first, chunk.text_tokens)
+            attended = self._attend(normed, k, v, chunk, attention)
+            self._finish_layer(tokens[:, chunk.tokens], attended, first, second, chunk)
         return tokens
 
-    def _attend(self, normed: Tensor, k: Tensor, v: Tensor, piece: Stretch, attention: Attention) -> Tensor:
-        """Attention of a piece's tokens [B, n, hidden] to keys and values [B, N, heads, head_dim]: [B, n, hidden]."""
-        q = self._turn(self.norm_q(self._heads(self.q(normed))), piece)
-        start = piece.tokens.start or 0
-        return self.attn_out(attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.heads, start))
+    def _attend(self, normed: Tensor, k: Tensor, v: Tensor, chunk: TokenChunk, attention: Attention) -> Tensor:
+        """Attention of a chunk's tokens [B, n, hidden] to keys and values [B, N, heads, head_dim]: [B, n, hidden]."""
+        q = self._apply_rope(self.norm_q(self._heads(self.q(normed))), chunk)
+        q, k, v = (rearrange(each, "b n heads width -> b heads n width") for each in (q, k, v))
+        return self.attn_out(attention(q, k, v, self.heads, chunk.tokens.start or 0))
 
-    def _advance(
-        self, tokens: Tensor, attended: Tensor, first: Modulators, second: Modulators, piece: Stretch
+    def _finish_layer(
+        self, tokens: Tensor, attended: Tensor, first: Modulators, second: Modulators, chunk: TokenChunk
     ) -> Tensor:
         """Add attention's result, then the feed-forward network's."""
-        tokens = add_gated(tokens, attended, first, piece.text)
-        expanded = activate(self.ff_proj(self.norm2(tokens, second, piece.text)))
-        return add_gated(tokens, self.ff_out(expanded), second, piece.text)
+        tokens = gated_residual(tokens, attended, first, chunk.text_tokens)
+        expanded = activate(self.ff_proj(self.norm2(tokens, second, chunk.text_tokens)))
+        return gated_residual(tokens, self.ff_out(expanded), second, chunk.text_tokens)
 
-    def _keys(self, normed: Tensor, piece: Stretch) -> Tensor:
-        return self._turn(self.norm_k(self._heads(self.k(normed))), piece)
+    def _keys(self, normed: Tensor, chunk: TokenChunk) -> Tensor:
+        return self._apply_rope(self.norm_k(self._heads(self.k(normed))), chunk)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # [B, N, heads, head_dim]
+        """A view of [B, N, hidden] as [B, N, heads, head_dim]."""
+        return rearrange(x, "b n (heads width) -> b n heads width", heads=self.heads)
 
     @staticmethod
-    def _turn(x: Tensor, piece: Stretch) -> Tensor:
-        text, video = by_kind(x, piece.text)
+    def _apply_rope(x: Tensor, chunk: TokenChunk) -> Tensor:
+        text, video = split_text(x, chunk.text_tokens)
         if not may_overwrite():
-            return torch.cat((text, rotate(video, *piece.rope)), dim=1)
-        rotate_(video, *piece.rope)
+            return torch.cat((text, rotate(video, *chunk.rope)), dim=1)
+        rotate_(video, *chunk.rope)
         return x
 
 
@@ -325,8 +330,8 @@ class FlashVideoDiT(nn.Module):
 
         `latent` [B, C, T, H, W] in the model's scaled space, H and W even; `timestep` [B] in 0..1000, fractions
         allowed; `context` [B, L, text_dim]; `degradation_step` 0..999, needed by stage II and refused by stage I.
-        `order` [T * H/2 * W/2] numbers the patches as the layers shall see them, for an `attention` that goes by their
-        places; else they stand by frame, row and column. Returns [B, out_channels, T, H, W]. Raises ValueError on any
+        `order` [T * H/2 * W/2] numbers the patches in the order in which the layers see them, for an `attention` that
+        depends on their places; the default order is frame, row, column. Returns [B, out_channels, T, H, W]. Raises ValueError on any
         other shape.
         """
         self._check(latent, context, degradation_step)
@@ -346,13 +351,13 @@ class FlashVideoDiT(nn.Module):
         # Each token is normed by itself, so the text is dropped first.
         video = tokens[:, context.shape[1] :]
         patches = [
-            self.proj_out(self.norm_out(self.norm_final(video[:, piece.tokens]), embedding))
-            for piece in stretches(video, rope, self.config.ff_dim)
+            self.proj_out(self.norm_out(self.norm_final(video[:, chunk.tokens]), embedding))
+            for chunk in token_chunks(video, rope, self.config.ff_dim)
         ]
         patches = torch.cat(patches, dim=1)
         if order is not None:
             patches = patches[:, order.argsort()]
-        return self._unpatchify(patches, frames, rows, columns)
+        return self._unpatchify(patches, frames, rows)
 
     def rope(self, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the video tokens' positions; a variant with other positions overrides this."""
@@ -388,7 +393,8 @@ class FlashVideoDiT(nn.Module):
             embedding = embedding + self.degradation_embedding(step.expand(timestep.shape), dtype)
         return embedding  # [B, time_embed_dim]
 
-    def _unpatchify(self, patches: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        size, batch = self.config.patch_size, patches.shape[0]
-        patches = patches.view(batch, frames, rows, columns, self.config.out_channels, size, size)
-        return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, -1, frames, rows * size, columns * size)
+    def _unpatchify(self, patches: Tensor, frames: int, rows: int) -> Tensor:
+        """[B, T * rows * columns, C * patch area] -> [B, C, T, H, W]."""
+        size = self.config.patch_size
+        shape = {"t": frames, "h": rows, "p": size, "q": size}
+        return rearrange(patches, "b (t h w) (c p q) -> b c t (h p) (w q)", **shape)

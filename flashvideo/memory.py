@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from .config import TEXT_TOKENS, DiTConfig, T5Config, VAEConfig
-from .dit import FlashVideoDiT, dit_tokens, piece_tokens
+from .dit import FlashVideoDiT, dit_tokens, tokens_per_chunk
 from .t5 import t5_shapes
 from .vae import VideoVAE
 
@@ -46,7 +46,7 @@ def dit_bytes(config: DiTConfig, shape: tuple[int, int, int], dtype: torch.dtype
     `device` is a device's type; a processor works in smaller pieces.
     """
     tokens = dit_tokens(config, shape) + TEXT_TOKENS
-    piece = piece_tokens(tokens, config.ff_dim, dtype.itemsize, device)
+    piece = tokens_per_chunk(tokens, config.ff_dim, dtype.itemsize, device)
     layer = LAYER_SEQUENCES * tokens * config.hidden_size + LAYER_EXPANDED * piece * config.ff_dim
     rope = dit_tokens(config, shape) * config.head_dim * FLOAT32_BYTES  # a cosine and a sine for every second number
     return layer * dtype.itemsize + rope

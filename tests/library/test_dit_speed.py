@@ -12,7 +12,7 @@ from torch import Tensor
 from flashvideo import dit as dit_module
 from flashvideo.checkpoints import load_dit
 from flashvideo.config import NANO_STAGE1
-from flashvideo.dit import PIECE_BYTES_CPU, PIECE_ELEMENTS, PIECE_MULTIPLE, FlashVideoDiT, piece_tokens
+from flashvideo.dit import CHUNK_BYTES_CPU, CHUNK_ELEMENTS, CHUNK_MULTIPLE, FlashVideoDiT, tokens_per_chunk
 from flashvideo.nano import build_nano
 from flashvideo.rope import rope_table, rotate, rotate_
 
@@ -33,7 +33,7 @@ def inputs(frames: int = 2, rows: int = 16, columns: int = 24, batch: int = 2) -
 
 def cut(monkeypatch: pytest.MonkeyPatch, piece: int, network: FlashVideoDiT, batch: int = 2) -> None:
     """Let pieces be of at most so many tokens, in float32."""
-    monkeypatch.setattr(dit_module, "PIECE_BYTES_CPU", piece * batch * network.config.ff_dim * torch.float32.itemsize)
+    monkeypatch.setattr(dit_module, "CHUNK_BYTES_CPU", piece * batch * network.config.ff_dim * torch.float32.itemsize)
 
 
 @pytest.mark.parametrize("piece", [128, 256, 10_000])
@@ -78,12 +78,12 @@ def test_pieces_are_even_and_within_their_limit(
     count: int, width: int, device: str, batch: int, dtype: torch.dtype
 ) -> None:
     """The limit may be passed by rounding up to what kernels like, and by no more."""
-    size = piece_tokens(count, batch * width, dtype.itemsize, device)
-    assert size == count or size % PIECE_MULTIPLE == 0
+    size = tokens_per_chunk(count, batch * width, dtype.itemsize, device)
+    assert size == count or size % CHUNK_MULTIPLE == 0
     pieces = math.ceil(count / size)
-    assert size - count / pieces < PIECE_MULTIPLE * (1 + 1 / pieces)
-    rounded_off = max(1, size - PIECE_MULTIPLE) * batch * width
-    limit = PIECE_BYTES_CPU / dtype.itemsize if device == "cpu" else PIECE_ELEMENTS
+    assert size - count / pieces < CHUNK_MULTIPLE * (1 + 1 / pieces)
+    rounded_off = max(1, size - CHUNK_MULTIPLE) * batch * width
+    limit = CHUNK_BYTES_CPU / dtype.itemsize if device == "cpu" else CHUNK_ELEMENTS
     assert rounded_off <= limit
 
 

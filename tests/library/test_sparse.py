@@ -150,7 +150,7 @@ def test_the_network_gives_the_same_in_pieces_whole_and_compiled(
     exact = nano(*arguments, degradation_step=675).detach()
     assert (whole - exact).abs().max() > 100 * TOLERANCE
     row = arguments[0].shape[0] * nano.config.ff_dim
-    monkeypatch.setattr(dit_module, "PIECE_BYTES_CPU", piece * row * torch.float32.itemsize)
+    monkeypatch.setattr(dit_module, "CHUNK_BYTES_CPU", piece * row * torch.float32.itemsize)
     torch._dynamo.reset()
     network = load_dit(nano.state_dict(), dtype=torch.float32)
     for block in network.blocks:
