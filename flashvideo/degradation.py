@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .schedule import TRAIN_STEPS, zero_snr_signal
 
-DEGRADATION_STEP = 675  # 650 to 750 is useful
+DEGRADATION_STEP = 675  # 650 to 750 is useful at the official size
+OFFICIAL_SHORT_SIDE = 1072  # pixels: 1920x1072, the size that FlashVideo's strengths belong to
+OFFICIAL_LATENT_FRAMES = 13  # 49 frames
 
 
 def degradation_weights(step: int = DEGRADATION_STEP) -> tuple[float, float]:
@@ -18,6 +20,32 @@ def degradation_weights(step: int = DEGRADATION_STEP) -> tuple[float, float]:
         raise ValueError(f"the degradation strength must be 0 to {TRAIN_STEPS - 1}; got {step}")
     signal = zero_snr_signal()[int(step)]
     return float(signal), float((1 - signal**2).sqrt())
+
+
+def auto_strength(
+    height: int, width: int, latent_frames: int | None = None, *, strength: int = DEGRADATION_STEP
+) -> int:
+    """The strength, 0 to 999, that does to a picture of `height` x `width` pixels what `strength` does to 1920x1072.
+
+    The same share of the picture gets the same signal-to-noise ratio. A thing that fills a tenth of the height covers
+    (1072 / S)^2 times fewer pixels at a short side of S, and noise averages out over pixels, so that
+
+        SNR(result) = SNR(strength) * (1072 / S)^2,   SNR(k) = s_k^2 / (1 - s_k^2),
+
+    with s_k the 1000-entry table and the nearest entry as the result. `latent_frames` counts time in the same way,
+    with a factor of 13 / latent_frames; None leaves time out. 448x256 gives 298, with its 17 frames 177. FlashVideo's
+    authors lower the strength for smaller pictures, too, by hand. Raises ValueError for a size below 1 pixel, fewer
+    than 1 frame, or a strength that `degradation_weights` refuses.
+    """
+    if min(height, width) < 1 or (latent_frames is not None and latent_frames < 1):
+        raise ValueError(f"auto strength needs at least 1 pixel and 1 frame; got {width}x{height}, {latent_frames}")
+    degradation_weights(strength)
+    power = zero_snr_signal().double() ** 2
+    ratio = power / (1 - power)  # [1000], descending
+    wanted = ratio[strength] * (OFFICIAL_SHORT_SIDE / min(height, width)) ** 2
+    if latent_frames is not None:
+        wanted = wanted * OFFICIAL_LATENT_FRAMES / latent_frames
+    return int((ratio - wanted).abs().argmin())
 
 
 def degrade_latent(latent: Tensor, noise: Tensor, step: int = DEGRADATION_STEP) -> Tensor:

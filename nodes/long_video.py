@@ -17,9 +17,9 @@ from .checks import check_stage, check_text
 from .common import CATEGORY, found_as, named
 from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames
 from .native.long_video import refine_long_video
-from .native.notices import tell
+from .native.notices import note, tell
 from .native.vae import FlashVideoVAE
-from .stage2 import MAX_WINDOW, FlashVideoLatentDegradation, FlashVideoStage2Refiner
+from .stage2 import MAX_WINDOW, FlashVideoLatentDegradation, FlashVideoStage2Refiner, chosen_strength
 
 UNFINISHED = "flashvideo-unfinished"  # in the output folder: ComfyUI empties its temp folder when it starts
 
@@ -94,6 +94,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             if not isinstance(vae, FlashVideoVAE):
                 raise ValueError("vae must come from Load FlashVideo VAE; this one can't work piece by piece")
             target = TargetSize(size, short_side, scale, width, height)
+            choices["strength"] = chosen_strength(choices["strength"])
             settings = RefineSettings(target, **choices)
             try:
                 path = refine_long_video(
@@ -106,6 +107,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
                     finished=Path(folder_paths.get_temp_directory()),
                     warn=lambda text: tell(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id),
+                    note=lambda text: note(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id),
                 )
             except CommandError as error:
                 raise ValueError(str(error)) from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
-from ..flashvideo.degradation import DEGRADATION_STEP
+from ..flashvideo.degradation import degradation_weights
 from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.refiner.tiles import SMALLEST_TILE, TILE
 from ..flashvideo.refiner.windows import OVERLAP, WINDOW
@@ -14,15 +14,19 @@ from .checks import check_latent, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
 from .native.degradation import check_unmasked, degradation_of, degrade, mark_samples, was_degraded
 from .native.multidiffusion import with_tiles, with_windows
+from .native.notices import note
+from .native.sampling import auto_latent_strength
 from .native.stages import refiner_settings, run_stage2, seeded_noise
 
 MAX_WINDOW = 1001  # frames; no card holds as many at once
 MAX_TILE = 8192  # pixels
 SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
 
+AUTO = -1  # the value of the strength widget that means auto
 STRENGTH_TOOLTIP = (
-    "How much of the draft's detail is hidden before it is made anew. 650 to 750 works well: lower stays closer to "
-    "the input, flaws included; higher invents more and can drift. Default: 675."
+    "How much of the input's detail is hidden before it is made anew. -1 is auto: what the official 675 at 1080p means "
+    "for this size, such as 298 at 448x256; the number is shown. Lower stays closer to the input, flaws included; "
+    "higher invents more and can drift. FlashVideo-Nano is best at 60. Default: -1."
 )
 SHIFT_TOOLTIP = (
     "How the steps are spaced. Higher takes smaller steps at the start, where the layout is settled; 2 to 3.5 works "
@@ -32,7 +36,15 @@ SHIFT_TOOLTIP = (
 
 def strength_input() -> io.Int.Input:
     """The degradation strength, which two nodes ask for."""
-    return io.Int.Input("strength", default=DEGRADATION_STEP, min=0, max=TRAIN_STEPS - 1, tooltip=STRENGTH_TOOLTIP)
+    return io.Int.Input("strength", default=AUTO, min=AUTO, max=TRAIN_STEPS - 1, tooltip=STRENGTH_TOOLTIP)
+
+
+def chosen_strength(strength: int) -> int | None:
+    """The widget's strength; None for auto. Raises ValueError beyond 0 to 999."""
+    if strength == AUTO:
+        return None
+    degradation_weights(strength)
+    return strength
 
 
 def shift_input() -> io.Float.Input:
@@ -69,12 +81,14 @@ def window_inputs() -> list[io.Int.Input]:
 class FlashVideoLatentDegradation(io.ComfyNode):
     """The noise that stage II starts from."""
 
+    NAME = "FlashVideo Latent Degradation"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
         return io.Schema(
             node_id="FlashVideoLatentDegradation",
-            display_name="FlashVideo Latent Degradation",
+            display_name=cls.NAME,
             category=CATEGORY,
             **found_as("add noise", "degrade latent", "refine strength"),
             description="Hides the flaws of an enlarged video under noise, so that the refiner makes its detail "
@@ -96,12 +110,13 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     display_name="latent", tooltip="The degraded latent; it carries its strength to the refiner."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, latent: dict, strength: int, seed: int) -> io.NodeOutput:
         """Degrade the latent."""
-        with named("FlashVideo Latent Degradation"):
+        with named(cls.NAME):
             samples = check_latent(latent)
             check_unmasked(latent.get("noise_mask"))
             before = degradation_of(latent)
@@ -110,8 +125,14 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     f"this latent was degraded before, with strength {before}; a second time would ruin it. "
                     "Remove one of the two degradation nodes"
                 )
+            chosen = chosen_strength(strength)
             noise = seeded_noise(samples.shape, seed)().to(samples)
-            return io.NodeOutput(degrade(latent, noise, strength))
+            degraded = degrade(latent, noise, auto_latent_strength(samples) if chosen is None else chosen)
+        if chosen is not None:
+            return io.NodeOutput(degraded)
+        text = f"strength {degradation_of(degraded)} (auto)"
+        note(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id)
+        return io.NodeOutput(degraded, ui=ui.PreviewText(text))
 
 
 class FlashVideoStage2Refiner(io.ComfyNode):
@@ -245,7 +266,8 @@ class FlashVideoRefinerSettings(io.ComfyNode):
         """Patch a clone of the model."""
         with named("FlashVideo Refiner Settings"):
             check_stage(model, 2)
-            return io.NodeOutput(with_windows(refiner_settings(model, strength, shift), window, overlap))
+            ready = refiner_settings(model, chosen_strength(strength), shift)
+            return io.NodeOutput(with_windows(ready, window, overlap))
 
 
 class FlashVideoSpatialTiles(io.ComfyNode):

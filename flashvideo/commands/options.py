@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..config import NANO_STRENGTH
-from ..degradation import DEGRADATION_STEP
 from ..errors import CommandError
 from ..frames import COLOR_MATCHES, RESAMPLERS
 from ..guidance import STAGE2_SCALE
@@ -18,10 +17,11 @@ from ..nano import nano_state
 from ..refiner.tiles import TILE
 from ..refiner.windows import OVERLAP, WINDOW
 from ..samplers import SOLVERS
-from ..schedule import STAGE2_SHIFT
+from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..t5 import MOTIONS, T5Tokens, contexts, load_encoder
 
 BUILT_IN = "nano"
+AUTO = "auto"
 MOTION = "medium"  # the official script's for stage II
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,9 +60,10 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     group.add_argument(
         "--strength",
-        type=int,
-        help="how much detail is made anew, 0 to 999; 650 to 750 works well, with Nano 40 to 150 "
-        f"(default: {DEGRADATION_STEP}; Nano: {NANO_STRENGTH})",
+        type=_strength,
+        metavar="N",
+        help="how much detail is made anew, 0 to 999, or auto: what the official 675 at 1080p means for the size of "
+        f"the result (default: {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
     )
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
     group.add_argument(
@@ -84,6 +85,16 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
     group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 and a float16 VAE, on a CPU float32")
+
+
+def _strength(text: str) -> int | str:
+    """--strength: a number of 0 to 999, or AUTO."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes 0 to {TRAIN_STEPS - 1} or {AUTO}; got {text}") from None
 
 
 def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

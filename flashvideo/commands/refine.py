@@ -14,7 +14,6 @@ from tqdm import tqdm
 from ..atomic_files import InUseError
 from ..checkpoints import load_dit, load_vae
 from ..config import NANO_STAGE2, NANO_STRENGTH, TEXT_TOKENS
-from ..degradation import DEGRADATION_STEP
 from ..devices import is_out_of_memory, main_memory, open_device
 from ..errors import CommandError
 from ..frames import TargetSize
@@ -22,6 +21,7 @@ from ..nano import NANO_NOTICE, nano_is_trained
 from ..refiner.run import REFINE, STORE_SHARE, VAE_SHARE, Networks, RefineSettings
 from ..t5 import with_motion
 from .options import (
+    AUTO,
     BUILT_IN,
     add_file_options,
     add_model_options,
@@ -85,7 +85,9 @@ def refine(options: argparse.Namespace) -> int:
             continue
         try:
             if is_picture(job.source):
-                refine_picture(networks, job.source, job.target, settings, force=options.force, on_progress=bars)
+                refine_picture(
+                    networks, job.source, job.target, settings, force=options.force, on_progress=bars, note=_say
+                )
             else:
                 files = FileOptions(
                     crf=options.crf,
@@ -93,6 +95,7 @@ def refine(options: argparse.Namespace) -> int:
                     work=_work(options, job),
                     anew=options.anew,
                     about=_about(options, networks),
+                    note=_say,
                 )
                 refine_video(networks, job.source, job.target, settings, files, bars)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -107,6 +110,10 @@ def refine(options: argparse.Namespace) -> int:
             bars.close()
             sys.stdout.write(f"{job.target}: refined\n")
     return 1 if failed else 0
+
+
+def _say(note: str) -> None:
+    sys.stderr.write(f"{note}\n")
 
 
 def _reason(error: Exception) -> str:
@@ -128,7 +135,7 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
         return RefineSettings(
             size=_size(options),
             resample=options.resample,
-            strength=DEGRADATION_STEP if options.strength is None else options.strength,
+            strength=None if options.strength in (None, AUTO) else options.strength,
             steps=options.steps,
             cfg=1.0 if options.prompt is None else options.cfg,
             shift=options.shift,

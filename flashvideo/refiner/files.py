@@ -55,7 +55,7 @@ class FileOptions:
     `crf`: quality, see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
     (default: the result's name + .unfinished), `anew`: delete it first. `about` (JSON): what else the result depends
     on, such as the networks' files; a run with another one isn't gone on with. `segment_chunks`: see `RefineRun`.
-    `warn` gets what somebody should know before the work starts.
+    `warn` gets what somebody should know before the work starts, `note` what was chosen for them (the strength).
     """
 
     crf: int = CRF
@@ -65,6 +65,7 @@ class FileOptions:
     about: Mapping[str, Any] = field(default_factory=dict)
     segment_chunks: int = SEGMENT_CHUNKS
     warn: Callable[[str], None] = log.warning
+    note: Callable[[str], None] = log.info
 
 
 def is_picture(path: Path) -> bool:
@@ -126,6 +127,7 @@ def refine_video(
             folder.remove()
             raise InUseError(f"Another program has made {target} in the meantime.")
         run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
+        _note_strength(settings, run.strength, form.height, form.width, options.note)
         if folder.fresh:
             _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
         _warn_of_memory(run.main_bytes(), form, options.warn)
@@ -133,6 +135,13 @@ def refine_video(
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
         write_whole(target, lambda part: write_video(part, form, segments))
         folder.remove()
+
+
+def _note_strength(
+    settings: RefineSettings, strength: int, height: int, width: int, note: Callable[[str], None]
+) -> None:
+    if settings.strength is None:
+        note(f"strength {strength} (auto, for {width}x{height})")
 
 
 def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None]) -> None:
@@ -158,10 +167,17 @@ def refine_picture(
     *,
     force: bool = False,
     on_progress: OnProgress | None = None,
+    note: Callable[[str], None] = log.info,
 ) -> None:
-    """Refine a picture file. Raises CommandError for what can't be done, and ValueError as `refine_frames` does."""
+    """Refine a picture file; `note` as in `FileOptions`.
+
+    Raises CommandError for what can't be done, and ValueError as `refine_frames` does.
+    """
     check_paths(source, target, force=force)
     pixels, profile = _read_picture(source)
+    height, width = pixels.shape[:2]
+    target_size = settings.size.resolve(height, width)
+    _note_strength(settings, settings.strength_for(height, width), *target_size, note)
     refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
     result = Image.fromarray(to_bytes(refined)[0].numpy())
     write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY, icc_profile=profile))

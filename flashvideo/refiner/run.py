@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..color import AdainMatch, WaveletMatch, clip_statistics, frame_statistics
 from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
-from ..degradation import DEGRADATION_STEP, degradation_weights, degrade_latent
+from ..degradation import DEGRADATION_STEP, auto_strength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
 from ..frames import COLOR_MATCHES, RESAMPLERS, TargetSize, clean, enlarge, padded_shape, to_frames, to_video
 from ..guidance import STAGE2_SCALE
@@ -84,12 +84,13 @@ class TensorClip:
 class RefineSettings:
     """What an artist can choose. Raises ValueError for what can't be.
 
-    `window` and `overlap` are in frames, `tile` in pixels; with tile 0 stage II sees whole pictures.
+    `strength` None follows from the result's size (`degradation.auto_strength`). `window` and `overlap` are in frames,
+    `tile` in pixels; with tile 0 stage II sees whole pictures.
     """
 
     size: TargetSize = field(default_factory=TargetSize)
     resample: str = "bilinear"
-    strength: int = DEGRADATION_STEP
+    strength: int | None = DEGRADATION_STEP
     steps: int = 4
     cfg: float = STAGE2_SCALE
     shift: float = STAGE2_SHIFT
@@ -101,7 +102,8 @@ class RefineSettings:
     color_match: str = "wavelet"
 
     def __post_init__(self) -> None:
-        degradation_weights(self.strength)
+        if self.strength is not None:
+            degradation_weights(self.strength)
         flow_evaluations(stage2_times(self.steps, self.shift), self.solver)
         plan_windows(1, self.window, self.overlap)
         if self.tile:
@@ -109,6 +111,12 @@ class RefineSettings:
         for name, options in (("resample", RESAMPLERS), ("color_match", COLOR_MATCHES)):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
+
+    def strength_for(self, height: int, width: int) -> int:
+        """The strength for a clip of `height` x `width` pixels. Raises ValueError for a size that can't be."""
+        if self.strength is not None:
+            return self.strength
+        return auto_strength(*padded_shape(1, *self.size.resolve(height, width))[1:])
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ class RefineRun:
         """Raises ValueError for a size that can't be."""
         self.networks, self.clip, self.settings, self.work = networks, clip, settings, work
         self.height, self.width = settings.size.resolve(clip.height, clip.width)
+        self.strength = settings.strength_for(clip.height, clip.width)
         self.padded = padded_shape(clip.count, self.height, self.width)
         self.latents = (self.padded[0] - 1) // TEMPORAL_FACTOR + 1
         self.plan = plan_windows(self.latents, settings.window, settings.overlap)
@@ -233,7 +242,7 @@ class RefineRun:
         with _resident(self.networks.dit, device) as dit:
             context = self.networks.context.to(device, _dtype(dit))
             nothing = torch.zeros_like(context)
-            velocity = guided_velocity(dit, context, nothing, settings.cfg, settings.strength)
+            velocity = guided_velocity(dit, context, nothing, settings.cfg, self.strength)
             if settings.tile:
                 velocity = tiled_velocity(velocity, settings.tile)
             evaluations = self._evaluations()
@@ -256,7 +265,7 @@ class RefineRun:
         """Frame `index` of the latent that stage II starts from, [1, C, 1, h, w] in its scaled space."""
         latent = self.work.get(_ENCODED, index)["latent"].float() * STAGE2_LATENT_SCALE
         noise = frame_noise(tuple(latent.shape), self.settings.seed, index).to(latent)
-        return degrade_latent(latent, noise, self.settings.strength)[None, :, None]
+        return degrade_latent(latent, noise, self.strength)[None, :, None]
 
     def _decode(self, progress: Progress, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
         phase, device = progress.phase, self.networks.device

@@ -8,6 +8,7 @@ with the noise that is about to be added.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...flashvideo.config import STAGE2_LATENT_SCALE
+from ...flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ...flashvideo.degradation import degrade_latent
-from .sampling import RefinerSampling
+from .sampling import AutoRefinerSampling, RefinerSampling, auto_latent_strength
 
 MARK = "flashvideo_degradation"
 # Timesteps: at or above the first a run starts from the fully degraded latent; none starts above the second.
@@ -107,6 +108,10 @@ def guard_degradation(
             "Remove that node and set strength and shift with FlashVideo Refiner Settings."
         )
     strength = getattr(latent_image, MARK, None)
+    if isinstance(sampling, AutoRefinerSampling):
+        chosen = auto_latent_strength(latent_image) if strength is None else strength
+        run = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
+        return _at_strength(executor, sampling, chosen, *run, **kwargs)
     adds_noise = bool(torch.count_nonzero(noise))
     starts_at = float(sampling.timestep(sigmas[0]))
     if starts_at > BEYOND_NOISE:
@@ -129,6 +134,31 @@ def guard_degradation(
     model = executor.class_obj.model_patcher.model
     start = model.process_latent_in(latent_image) / sampling.noise_weight
     return executor(start, torch.zeros_like(latent_image), sampler, sigmas, None, *args, **kwargs)
+
+
+def _at_strength(
+    executor: Callable[..., Tensor],
+    sampling: AutoRefinerSampling,
+    strength: int,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """The guarded run with a known strength in place of auto; the guider has its own model again afterwards."""
+    guider = executor.class_obj
+    height, width = (SPATIAL_FACTOR * side for side in latent_image.shape[-2:])
+    logging.info("FlashVideo stage II: strength %d (auto, for %dx%d)", strength, width, height)
+    automatic = guider.model_patcher
+    guider.model_patcher = automatic.clone()
+    guider.model_patcher.add_object_patch("model_sampling", sampling.at(strength))
+    try:
+        sigmas = sampling.moved(sigmas, strength)
+        return guard_degradation(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        guider.model_patcher = automatic
 
 
 def check_degraded_start(strength: int, expected: int, *, adds_noise: bool, starts_full: bool) -> None:

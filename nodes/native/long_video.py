@@ -73,10 +73,10 @@ class GuidedRefiner:
         device: torch.device,
     ) -> None:
         """`device` is where latents come from and go to."""
-        self.model = refiner_settings(model, settings.strength, settings.shift)
+        self.model, self._settings = model, settings
         self.config = model.model.diffusion_model.config
-        sigmas = flow_to_sigma(1 - stage2_times(settings.steps, settings.shift), settings.strength)
-        self._sampling = {"cfg": settings.cfg, "sigmas": sigmas, "positive": positive, "negative": negative, "seed": 0}
+        self._strength: int | None = None  # known when the clip's size is
+        self._sampling = {"cfg": settings.cfg, "positive": positive, "negative": negative, "seed": 0}
         self._latents = torch.empty(0, device=device)
 
     def parameters(self) -> Iterator[Tensor]:
@@ -88,8 +88,9 @@ class GuidedRefiner:
         return self
 
     def __call__(self, latent: Tensor, timestep: Tensor, _context: Tensor, *, degradation_step: int) -> Tensor:
-        """dx/dt of a window [1, C, T, H, W]; the strength is the sampling's, which is the settings'."""
+        """dx/dt of a window [1, C, T, H, W], which was degraded by `degradation_step`."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self._set_strength(degradation_step)
         place = timestep[0] / TRAIN_STEPS
         sigma = flow_to_sigma(place, degradation_step)
         evaluation, nothing = _Evaluation(sigma), torch.zeros_like(latent)
@@ -98,6 +99,14 @@ class GuidedRefiner:
             self.model, sample, sampler=evaluation, latent_image=nothing, disable_pbar=True, **self._sampling
         )
         return (evaluation.clean.to(latent) - latent) / place
+
+    def _set_strength(self, strength: int) -> None:
+        """Set the model up for a strength; it is the same in all calls of a run."""
+        if strength == self._strength:
+            return
+        settings, self._strength = self._settings, strength
+        self.model = refiner_settings(self.model, strength, settings.shift)
+        self._sampling["sigmas"] = flow_to_sigma(1 - stage2_times(settings.steps, settings.shift), strength)
 
 
 class LoadedVAE:
@@ -141,12 +150,13 @@ def refine_long_video(
     unfinished: Path,
     finished: Path,
     warn: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> Path:
     """Refine a VIDEO to a file in the folder `finished`; if it was made before, it is there at once.
 
     Work is kept in the folder `unfinished` until all is done, and a call with the same arguments goes on with it, in
-    another process, too. `warn` gets what an artist should know before the work starts. Raises CommandError for what
-    can't be done, and ValueError for a size that can't be.
+    another process, too. `warn` gets what a user should know before the work starts, `note` the strength if it is
+    auto. Raises CommandError for what can't be done, and ValueError for a size that can't be.
     """
     for folder in (unfinished, finished):
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +185,7 @@ def refine_long_video(
         guided = GuidedRefiner(model, positive, negative, settings, vae.device)
         loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
         networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
-        options = FileOptions(work=unfinished / key, about=about, warn=warn)
+        options = FileOptions(work=unfinished / key, about=about, warn=warn, note=note)
         # The network is guided already: the library's cfg 1 stands for a single evaluation.
         refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
     if copied:

@@ -1,4 +1,4 @@
-"""What an artist should know while a graph runs."""
+"""What a user should know while a graph runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from server import PromptServer
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Say something in the log and on the node."""
+    """Warn in the log and on the node."""
     logging.warning(text)
+    _show(text, node_id)
+
+
+def note(text: str, node_id: str | None) -> None:
+    """Report a choice, such as the strength, in the log and on the node."""
+    logging.info(text)
+    _show(text, node_id)
+
+
+def _show(text: str, node_id: str | None) -> None:
     if node_id is not None and hasattr(PromptServer, "instance"):  # no server in a script that runs nodes by itself
         PromptServer.instance.send_progress_text(text, node_id)

@@ -11,7 +11,8 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...flashvideo.degradation import DEGRADATION_STEP, degradation_weights
+from ...flashvideo.config import SPATIAL_FACTOR
+from ...flashvideo.degradation import DEGRADATION_STEP, auto_strength, degradation_weights
 from ...flashvideo.samplers import v_to_clean
 from ...flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS, Stage1Schedule, stage1_schedule, zero_snr_signal
 
@@ -171,3 +172,33 @@ class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
     def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
         """A run that is continued without noise goes on where it was."""
         return latent
+
+
+class AutoRefinerSampling(RefinerSampling):
+    """Stage II at the strength that suits the picture's size, which is not known before a sampler starts.
+
+    Schedulers make their sigmas from this one, at the official strength. They name places on the flow, so that they
+    can be moved to the sigmas of another strength. `guard_degradation` does that when the latent is there.
+    """
+
+    def __init__(self, shift: float = STAGE2_SHIFT) -> None:
+        super().__init__(DEGRADATION_STEP, shift)
+
+    def at(self, strength: int) -> RefinerSampling:
+        """The sampling for a known strength."""
+        return RefinerSampling(strength, self.shift)
+
+    def moved(self, sigmas: Tensor, strength: int) -> Tensor:
+        """Sigmas of this sampling as those of `strength`, at the same places on the flow."""
+        return flow_to_sigma(sigma_to_flow(sigmas, self.degradation_step), strength)
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        """The latent degradation outside of a run, as AddNoise does it."""
+        strength = auto_latent_strength(latent_image)
+        return self.at(strength).noise_scaling(self.moved(sigma, strength), noise, latent_image, max_denoise)
+
+
+def auto_latent_strength(latent: Tensor) -> int:
+    """`auto_strength` for a latent [B, C, T, H, W]."""
+    height, width = (SPATIAL_FACTOR * side for side in latent.shape[-2:])
+    return auto_strength(height, width)

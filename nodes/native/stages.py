@@ -16,7 +16,7 @@ from torch import Tensor
 from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
-from .sampling import RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
+from .sampling import AutoRefinerSampling, RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
 
 # A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
 ANY_SCALE = 2.0
@@ -151,9 +151,10 @@ def run_stage2(
 
 
 def refiner_settings(
-    model: comfy.model_patcher.ModelPatcher, strength: int, shift: float
+    model: comfy.model_patcher.ModelPatcher, strength: int | None, shift: float
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of a stage-II MODEL that degrades with `strength` and spaces its steps by `shift`."""
+    """A clone of a stage-II MODEL that degrades with `strength` (None: auto) and spaces steps by `shift`."""
     clone = model.clone()
-    clone.add_object_patch("model_sampling", RefinerSampling(strength, shift))
+    sampling = AutoRefinerSampling(shift) if strength is None else RefinerSampling(strength, shift)
+    clone.add_object_patch("model_sampling", sampling)
     return clone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -329,3 +330,15 @@ def test_what_cannot_be_is_refused_before_work_starts(
 ) -> None:
     with pytest.raises(ValueError, match=f"^FlashVideo Refine Long Video: {words}"):
         refine(video, **changes)
+
+
+def test_strength_auto_is_that_of_the_result_and_is_shown(
+    refine: Callable[..., Path], video: Any, submodule: Callable[[str], ModuleType], caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = submodule("flashvideo.degradation").auto_strength(HEIGHT, WIDTH)
+    cheap = {"steps": 1, "cfg": 1.0, "color_match": "none"}
+    with caplog.at_level(logging.INFO):
+        automatic = refine(video, strength=-1, **cheap)
+    assert f"FlashVideo Refine Long Video: strength {chosen} (auto, for {WIDTH}x{HEIGHT})" in caplog.text
+    by_hand = refine(video, strength=chosen, **cheap)
+    assert automatic != by_hand and automatic.read_bytes() == by_hand.read_bytes()

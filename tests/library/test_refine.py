@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE
-from flashvideo.degradation import degrade_latent
+from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare, to_frames, to_video
 from flashvideo.nano import nano_state
@@ -265,3 +265,34 @@ def collecting(parts: dict[int, Tensor]) -> Callable[[int, Iterator[Tensor]], No
 def joined(parts: dict[int, Tensor]) -> Tensor:
     """All segments in their order."""
     return torch.cat([parts[number] for number in sorted(parts)])
+
+
+@pytest.mark.parametrize(
+    ("strength", "by_area", "by_area_and_time", "small_by_area", "small_by_area_and_time"),
+    [(650, 266, 153, 113, 53), (675, 298, 177, 134, 64), (750, 412, 276, 220, 119), (900, 711, 609, 556, 425)],
+)
+def test_auto_strength_keeps_the_signal_to_noise_ratio_of_a_share_of_the_picture(
+    strength: int, by_area: int, by_area_and_time: int, small_by_area: int, small_by_area_and_time: int
+) -> None:
+    """Worked out apart from the code, from the zero-SNR table: 448x256 and 128x128, 17 frames."""
+    assert auto_strength(256, 448, strength=strength) == by_area
+    assert auto_strength(448, 256, 5, strength=strength) == by_area_and_time
+    assert auto_strength(128, 128, strength=strength) == small_by_area
+    assert auto_strength(128, 128, 5, strength=strength) == small_by_area_and_time
+    assert auto_strength(1072, 1920, 13, strength=strength) == auto_strength(1072, 1920, strength=strength) == strength
+
+
+@pytest.mark.parametrize("arguments", [(0, 16), (16, 16, 0)])
+def test_auto_strength_needs_a_picture(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least 1 pixel and 1 frame"):
+        auto_strength(*arguments)
+
+
+def test_auto_refines_as_the_number_that_it_stands_for(tiny: Networks) -> None:
+    frames, size = picture_waves(5, 40, 64), TargetSize("scale", scale=2)
+    settings = RefineSettings(size, steps=1, strength=None)
+    chosen = auto_strength(80, 128)  # padded: 80 is a multiple of 16
+    assert settings.strength_for(40, 64) == chosen
+    automatic = refine_frames(tiny, frames, settings)
+    assert torch.equal(automatic, refine_frames(tiny, frames, replace(settings, strength=chosen)))
+    assert not torch.equal(automatic, refine_frames(tiny, frames, replace(settings, strength=675)))

@@ -294,6 +294,6 @@ def test_the_strength_suits_the_model_unless_it_is_given(
         ("--model", tmp_path / f"{name}.safetensors", "--vae", tmp_path / "vae.safetensors")
         for name in ("nano", "other")
     )
-    for options in ((), same, other, ("--strength", "500")):
+    for options in ((), same, other, (*same, "--strength", "auto"), ("--strength", "500")):
         assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
-    assert strengths == [NANO_STRENGTH, NANO_STRENGTH, 675, 500]
+    assert strengths == [NANO_STRENGTH, NANO_STRENGTH, None, None, 500]
