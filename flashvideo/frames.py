@@ -9,8 +9,10 @@ wanted shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +32,24 @@ _ANTIALIASED = ("bilinear", "bicubic")  # the resamplers that torch can antialia
 Progress = Callable[[int, int], None]  # called with (frames done, frames in all)
 
 
+class PictureSize(NamedTuple):
+    """The size of a picture in pixels, as `TargetSize.resolve` gives it."""
+
+    height: int
+    width: int
+
+    @property
+    def even(self) -> bool:
+        """Whether both sides are even, as nearly all video files and players need them."""
+        return self.height % 2 == self.width % 2 == 0
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
 @dataclass(frozen=True)
 class TargetSize:
-    """The rule that turns the input's size into the size the artist gets.
+    """The rule that turns the input's size into the size of the result.
 
     `mode` is one of SIZE_MODES; the field that the mode names counts, the others are ignored. Pixels.
     """
@@ -43,29 +60,43 @@ class TargetSize:
     width: int = 1920
     height: int = 1080
 
-    def resolve(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels for an input of `height` x `width`; halves are rounded up.
+    def resolve(self, height: int, width: int) -> PictureSize:
+        """The size for an input of `height` x `width` pixels. Resolve it once and hand the result down.
 
-        "short side" and "scale" keep the aspect ratio as far as whole pixels can; "exact" stretches.
-        Raises ValueError for an unknown mode and for a side below 1 or above MAX_SIDE.
+        "short side" and "scale" keep the aspect ratio as far as even sides can (to the nearest, halves up), because
+        video files hold colours at half size. "exact" and "keep" give what was asked for, odd sides included; "exact"
+        stretches. Raises ValueError for an unknown mode, a scale that is no positive number, and a side below 1 or
+        above MAX_SIDE.
         """
         if self.mode == "short side":
             short = min(height, width)
-            target = tuple((2 * side * self.short_side + short) // (2 * short) for side in (height, width))
+            target = PictureSize(*(2 * ((side * self.short_side + short) // (2 * short)) for side in (height, width)))
         elif self.mode == "scale":
-            target = tuple(int(side * self.scale + 0.5) for side in (height, width))
+            if not (math.isfinite(self.scale) and self.scale > 0):
+                raise ValueError(f"scale must be a number above 0; got {self.scale}.")
+            target = PictureSize(*(2 * int(side * self.scale / 2 + 0.5) for side in (height, width)))
         elif self.mode == "exact":
-            target = (self.height, self.width)
+            target = PictureSize(self.height, self.width)
         elif self.mode == "keep":
-            target = (height, width)
+            target = PictureSize(height, width)
         else:
             raise ValueError(f"size must be one of {', '.join(SIZE_MODES)}; got {self.mode!r}.")
         if min(target) < 1 or max(target) > MAX_SIDE:
             raise ValueError(
-                f"size {self.mode!r} would turn {width}x{height} into {target[1]}x{target[0]}; "
+                f"size {self.mode!r} would turn {width}x{height} into {target}; "
                 f"each side must be 1 to {MAX_SIDE} pixels."
             )
         return target
+
+
+def odd_size_notice(size: PictureSize) -> str:
+    """A sentence for who asked for a size with an odd side; empty for even sides."""
+    if size.even:
+        return ""
+    return (
+        f"{size} has an odd side: most video formats and many players refuse it. "
+        "The sizes 'short side' and 'scale' give even sides."
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +105,7 @@ class Prepared:
 
     frames: [T', H', W', 3], sides multiples of 16 and 4n + 1 frames.
     reference: [T, H, W, 3], the same without the padding (a view of `frames`, so that it costs no memory).
-    notes: sentences for the artist: what became of size and length, and what was repaired in the input.
+    notes: sentences for the user: what became of size and length, what was repaired in the input, and odd sides.
     """
 
     frames: Tensor
@@ -91,11 +122,14 @@ def prepare(
     """
     source, notes = clean(frames)
     count, old_height, old_width, _ = source.shape
-    height, width = size.resolve(old_height, old_width)
+    height, width = target = size.resolve(old_height, old_width)
     padded = padded_shape(count, height, width)
     canvas = enlarge(source, height, width, padded[0], resample, progress=progress)
     reference = canvas[:count, :height, :width]
-    return Prepared(canvas, reference, (_describe(source.shape, reference.shape, padded), *notes))
+    odd = odd_size_notice(target)
+    return Prepared(
+        canvas, reference, (_describe(source.shape, reference.shape, padded), *notes, *([odd] if odd else []))
+    )
 
 
 def enlarge(

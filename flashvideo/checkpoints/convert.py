@@ -37,6 +37,7 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
+
 @dataclass(frozen=True)
 class _Item:
     """A source tensor and where what it becomes stands in the new file."""

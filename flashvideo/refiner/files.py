@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..atomic_files import InUseError, write_whole
 from ..devices import main_memory
 from ..errors import CommandError
-from ..frames import to_bytes
+from ..frames import PictureSize, odd_size_notice, to_bytes
 from ..video_files import (
     CONTAINERS,
     CRF,
@@ -35,7 +35,7 @@ from .work_folder import WorkFolder
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
-FORMAT = 5  # of the work folder; another one can't be gone on with. 5: tiles' states tell their reach
+FORMAT = 6  # of the work folder; a run of another format can't be resumed. 6: even sides, damaged sources
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
 _SPARE_SPACE = 2**28
 _JPEG_QUALITY = 95
@@ -120,14 +120,17 @@ def refine_video(
     options, report = options or FileOptions(), on_progress or (lambda phase, done, total: None)
     check_paths(source, target, force=options.force)
     clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
-    form = VideoFormat(clip, *settings.size.resolve(clip.height, clip.width), options.crf)
+    size = settings.size.resolve(clip.height, clip.width)
+    form = VideoFormat(clip, *size, options.crf)
+    if odd := odd_size_notice(size):
+        options.warn(odd)
     check_container(target.suffix, form)
-    with closing(_work_folder(source, target, settings, options)) as folder:
+    with closing(_work_folder(source, target, size, settings, options)) as folder:
         if target.exists() and not options.force:
             folder.remove()
             raise InUseError(f"Another program has made {target} in the meantime.")
-        run = RefineRun(networks, clip, settings, folder, report, options.segment_chunks)
-        _note_strength(settings, run.strength, form.height, form.width, options.note)
+        run = RefineRun(networks, clip, size, settings, folder, report, options.segment_chunks)
+        _note_strength(settings, size, options.note)
         if folder.fresh:
             _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
         _warn_of_memory(run.main_bytes(), form, options.warn)
@@ -137,11 +140,9 @@ def refine_video(
         folder.remove()
 
 
-def _note_strength(
-    settings: RefineSettings, strength: int, height: int, width: int, note: Callable[[str], None]
-) -> None:
+def _note_strength(settings: RefineSettings, size: PictureSize, note: Callable[[str], None]) -> None:
     if settings.strength is None:
-        note(f"strength {strength} (auto, for {width}x{height})")
+        note(f"strength {settings.strength_for(size)} (auto, for {size})")
 
 
 def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None]) -> None:
@@ -153,8 +154,11 @@ def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None
         )
 
 
-def _work_folder(source: Path, target: Path, settings: RefineSettings, options: FileOptions) -> WorkFolder:
+def _work_folder(
+    source: Path, target: Path, size: PictureSize, settings: RefineSettings, options: FileOptions
+) -> WorkFolder:
     facts = {"format": FORMAT, "file": file_identity(source), "crf": options.crf, "segment": options.segment_chunks}
+    facts["pixels"] = str(size)
     path = options.work or target.with_name(target.name + WORK_ENDING)
     return WorkFolder(path, {**facts, **asdict(settings), **options.about}, ENCODE, anew=options.anew)
 
@@ -175,9 +179,7 @@ def refine_picture(
     """
     check_paths(source, target, force=force)
     pixels, profile = _read_picture(source)
-    height, width = pixels.shape[:2]
-    target_size = settings.size.resolve(height, width)
-    _note_strength(settings, settings.strength_for(height, width), *target_size, note)
+    _note_strength(settings, settings.size.resolve(*pixels.shape[:2]), note)
     refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
     result = Image.fromarray(to_bytes(refined)[0].numpy())
     write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY, icc_profile=profile))

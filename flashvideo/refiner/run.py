@@ -22,7 +22,17 @@ from ..color import AdainMatch, WaveletMatch, clip_statistics, frame_statistics
 from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from ..degradation import DEGRADATION_STEP, auto_strength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
-from ..frames import COLOR_MATCHES, RESAMPLERS, TargetSize, clean, enlarge, padded_shape, to_frames, to_video
+from ..frames import (
+    COLOR_MATCHES,
+    RESAMPLERS,
+    PictureSize,
+    TargetSize,
+    clean,
+    enlarge,
+    padded_shape,
+    to_frames,
+    to_video,
+)
 from ..guidance import STAGE2_SCALE
 from ..samplers import guided_velocity
 from ..schedule import STAGE2_SHIFT, stage2_times
@@ -112,11 +122,9 @@ class RefineSettings:
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
 
-    def strength_for(self, height: int, width: int) -> int:
-        """The strength for a clip of `height` x `width` pixels. Raises ValueError for a size that can't be."""
-        if self.strength is not None:
-            return self.strength
-        return auto_strength(*padded_shape(1, *self.size.resolve(height, width))[1:])
+    def strength_for(self, size: PictureSize) -> int:
+        """The strength for a result of this size."""
+        return auto_strength(*padded_shape(1, *size)[1:]) if self.strength is None else self.strength
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,9 @@ def refine_frames(
     """
     frames, _ = clean(frames)
     parts: list[Tensor] = []
-    run = RefineRun(networks, TensorClip(frames), settings, MemoryWork(ENCODE), on_progress)
+    clip = TensorClip(frames)
+    size = settings.size.resolve(clip.height, clip.width)
+    run = RefineRun(networks, clip, size, settings, MemoryWork(ENCODE), on_progress)
     run.run(lambda _, chunks: parts.extend(chunks))
     return torch.cat(parts)
 
@@ -156,15 +166,16 @@ class RefineRun:
         self,
         networks: Networks,
         clip: Clip,
+        size: PictureSize,
         settings: RefineSettings,
         work: MemoryWork | WorkFolder,
         on_progress: OnProgress | None = None,
         segment_chunks: int = SEGMENT_CHUNKS,
     ) -> None:
-        """Raises ValueError for a size that can't be."""
+        """`size` is what `settings.size` means for this clip, see `TargetSize.resolve`."""
         self.networks, self.clip, self.settings, self.work = networks, clip, settings, work
-        self.height, self.width = settings.size.resolve(clip.height, clip.width)
-        self.strength = settings.strength_for(clip.height, clip.width)
+        self.height, self.width = size
+        self.strength = settings.strength_for(size)
         self.padded = padded_shape(clip.count, self.height, self.width)
         self.latents = (self.padded[0] - 1) // TEMPORAL_FACTOR + 1
         self.plan = plan_windows(self.latents, settings.window, settings.overlap)

@@ -34,9 +34,9 @@ def frames_of(count: int, height: int, width: int, seed: int = 0) -> torch.Tenso
 
 
 def expected_side(side: int, numerator: int, denominator: int) -> int:
-    """side * numerator / denominator, halves rounded up."""
-    quotient, rest = divmod(side * numerator, denominator)
-    return quotient + (2 * rest >= denominator)
+    """The even number nearest to side * numerator / denominator; of two, the larger."""
+    quotient, rest = divmod(side * numerator, 2 * denominator)
+    return 2 * (quotient + (rest >= denominator))
 
 
 def random_case(seed: int) -> tuple[torch.Tensor, TargetSize, tuple[int, int]]:
@@ -110,10 +110,13 @@ def test_padding_repeats_the_last_column_row_and_frame() -> None:
 @pytest.mark.parametrize(
     ("source", "size", "target"),
     [
-        ((256, 480), TargetSize(), (1080, 2025)),
+        ((256, 480), TargetSize(), (1080, 2026)),
+        ((272, 640), TargetSize(), (1080, 2542)),
+        ((720, 1280), TargetSize(short_side=192), (192, 342)),
         ((480, 270), TargetSize(), (1920, 1080)),
-        ((270, 480), TargetSize(scale=2.5, mode="scale"), (675, 1200)),
-        ((5, 3), TargetSize("scale", scale=0.5), (3, 2)),
+        ((270, 480), TargetSize(scale=2.5, mode="scale"), (676, 1200)),
+        ((5, 3), TargetSize("scale", scale=0.5), (2, 2)),
+        ((1, 1), TargetSize("scale", scale=1), (2, 2)),
         ((100, 8), TargetSize("keep"), (100, 8)),
         ((100, 8), TargetSize("exact", width=33, height=1), (1, 33)),
     ],
@@ -230,6 +233,19 @@ def test_padding_is_reported() -> None:
     assert "padded to 21 frames of 32x32" in note
     (note,) = prepare(frames_of(1, 16, 16), KEEP).notes
     assert note == "1 frame of 16x16 becomes 1 frame of 16x16."
+
+
+@pytest.mark.parametrize("size", [KEEP, TargetSize("exact", width=33, height=18)])
+def test_odd_sides_that_were_asked_for_are_kept_and_reported(size: TargetSize) -> None:
+    prepared = prepare(frames_of(1, 18, 33), size)
+    assert prepared.reference.shape[1:3] == (18, 33)
+    assert "33x18 has an odd side" in prepared.notes[1]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale must be a number above 0"):
+        TargetSize("scale", scale=scale).resolve(16, 16)
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -189,7 +189,8 @@ def test_a_whole_run(share: float, color_match: str, tile: int, card: PretendedC
     clip = TensorClip(torch.zeros(21, 40, 80, 3, dtype=torch.uint8))
     settings = RefineSettings(TargetSize("scale", scale=2), window=17, overlap=8, tile=tile, color_match=color_match)
     parts: list[Tensor] = []
-    run = RefineRun(networks, clip, settings, MemoryWork(ENCODE), segment_chunks=2)
+    pixels = settings.size.resolve(clip.height, clip.width)
+    run = RefineRun(networks, clip, pixels, settings, MemoryWork(ENCODE), segment_chunks=2)
     run.run(lambda _, chunks: parts.extend(chunks))
     assert [part.device.type for part in parts] == ["cpu"] * len(decode_chunks(6))
     assert sum(map(len, parts)) == 21

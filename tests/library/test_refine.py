@@ -18,7 +18,7 @@ from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.dit import FlashVideoDiT
-from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare, to_frames, to_video
+from flashvideo.frames import COLOR_MATCHES, PictureSize, TargetSize, finish, prepare, to_frames, to_video
 from flashvideo.nano import nano_state
 from flashvideo.refiner.run import ENCODE, Networks, RefineRun, RefineSettings, TensorClip, refine_frames
 from flashvideo.refiner.windows import frame_noise, plan_windows, windowed_velocity
@@ -182,9 +182,9 @@ def test_encoder_and_decoder_can_be_put_aside_after_any_chunk(budget: float | No
 def test_a_memory_budget_for_the_vae_changes_nothing_but_rounding(tiny: Networks) -> None:
     frames = picture_waves(26, 48, 64)
     settings = RefineSettings(KEEP, window=17, overlap=8, cfg=1)
-    little = replace(tiny, vae_memory=2e5)
-    assert RefineRun(little, TensorClip(frames), settings, MemoryWork(ENCODE)).main_bytes() > 0  # in tiles
-    assert RefineRun(tiny, TensorClip(frames), settings, MemoryWork(ENCODE)).main_bytes() == 0
+    little, size = replace(tiny, vae_memory=2e5), PictureSize(48, 64)
+    assert RefineRun(little, TensorClip(frames), size, settings, MemoryWork(ENCODE)).main_bytes() > 0  # in tiles
+    assert RefineRun(tiny, TensorClip(frames), size, settings, MemoryWork(ENCODE)).main_bytes() == 0
     refined = refine_frames(little, frames, settings)
     # Latents rest in half precision, where rounding may turn either way.
     torch.testing.assert_close(refined, refine_frames(tiny, frames, settings), rtol=0, atol=1e-2)
@@ -234,9 +234,9 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(
     color_match: str, tiny: Networks, tmp_path: Path
 ) -> None:
     settings = RefineSettings(KEEP, window=17, overlap=8, color_match=color_match)
-    clip = TensorClip(picture_waves(50, 16, 16))
+    clip, size = TensorClip(picture_waves(50, 16, 16)), PictureSize(16, 16)
     uninterrupted: dict[int, Tensor] = {}
-    RefineRun(tiny, clip, settings, MemoryWork(ENCODE), segment_chunks=4).run(collecting(uninterrupted))
+    RefineRun(tiny, clip, size, settings, MemoryWork(ENCODE), segment_chunks=4).run(collecting(uninterrupted))
 
     parts: dict[int, Tensor] = {}
     for stops in range(100):
@@ -247,7 +247,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(
                 raise Interrupted
 
         with closing(WorkFolder(tmp_path / "work", {}, ENCODE)) as work:
-            run = RefineRun(tiny, clip, settings, work, stop, 4)
+            run = RefineRun(tiny, clip, size, settings, work, stop, 4)
             try:
                 run.run(collecting(parts))
             except Interrupted:
@@ -292,7 +292,7 @@ def test_auto_refines_as_the_number_that_it_stands_for(tiny: Networks) -> None:
     frames, size = picture_waves(5, 40, 64), TargetSize("scale", scale=2)
     settings = RefineSettings(size, steps=1, strength=None)
     chosen = auto_strength(80, 128)  # padded: 80 is a multiple of 16
-    assert settings.strength_for(40, 64) == chosen
+    assert settings.strength_for(settings.size.resolve(40, 64)) == chosen
     automatic = refine_frames(tiny, frames, settings)
     assert torch.equal(automatic, refine_frames(tiny, frames, replace(settings, strength=chosen)))
     assert not torch.equal(automatic, refine_frames(tiny, frames, replace(settings, strength=675)))

@@ -134,6 +134,28 @@ def test_any_length_and_any_size_even_odd_ones(
     assert frames[0].shape == (*size, 3)
 
 
+@pytest.mark.parametrize("size", [TargetSize(short_side=18), TargetSize("scale", scale=0.75)])
+def test_a_video_has_even_sides_unless_its_size_was_asked_for(size: TargetSize, tiny: Networks, tmp_path: Path) -> None:
+    """24x26 with a short side of 18 would be 18x19.5; 0.75 of it 18x19.5, too. Players want 4:2:0."""
+    source, warnings = make_video(tmp_path / "in.mp4", 2, size=(24, 26)), []
+    options = FileOptions(warn=warnings.append)
+    refine_video(tiny, source, tmp_path / "out.mp4", replace(SETTINGS, size=size), options)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width, stream.pix_fmt) == (18, 20, "yuv420p")
+    assert warnings == []
+
+
+def test_an_odd_size_that_was_asked_for_is_kept_with_a_warning(tiny: Networks, tmp_path: Path) -> None:
+    source, warnings = make_video(tmp_path / "in.mp4", 2), []
+    settings = replace(SETTINGS, size=TargetSize("exact", width=33, height=18))
+    refine_video(tiny, source, tmp_path / "out.mp4", settings, FileOptions(warn=warnings.append))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width, stream.pix_fmt) == (18, 33, "yuv444p")
+    assert "33x18 has an odd side" in warnings[0]
+
+
 def test_a_turned_video_comes_out_upright(tiny: Networks, tmp_path: Path) -> None:
     source = make_video(tmp_path / "in.mp4", 5)
     straight = next(open_clip(source).frames())
