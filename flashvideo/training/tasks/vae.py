@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from ..loop.metrics import psnr, sheet
 from ..randomness import generator_for, normal_like, randint
 from ..scenes.stream import SceneStream
 from .losses import PixelWeights, vae_loss
+from .widening import widened
 
 START_LOGVAR = -4.0  # of the posterior: noise of its usual size, 1, would drown what the first steps learn
+FITTED_BATCHES = 8  # that other norm groups are fitted on
 VALIDATION_SEED = 1  # of held-out scenes; the same for every run, so that runs compare
 
 
@@ -103,7 +105,8 @@ class VAESettings:
     loss: VAELossSettings
     crops: tuple[Crop, ...]
     validation: tuple[ValidationClip, ...]
-    start: str = ""  # a file of weights, or a run's folder for its best ones, to start from; empty for fresh ones
+    # A file of weights, or a run's folder for its best ones; those of a narrower VAE are widened. Empty: fresh ones.
+    start: str = ""
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
 
@@ -165,15 +168,16 @@ class VAETask:
         self.description = _describe(settings.model)
         self._exported = False  # whether it starts from weights whose latents have a deviation of one already
         initialise(self.model, settings.seed)
+        self.data = CropData(settings.crops, settings.seed)
         if settings.start:
             self._start_from(Path(settings.start))
         self.model.encoder.requires_grad_(not settings.decoder_only)
         self.model.to(device)
-        self.data = CropData(settings.crops, settings.seed)
         self._held_out: dict[str, list[Tensor]] = {}
         self._noise = settings.latent_noise * self._latent_deviation() if settings.latent_noise else None
 
     def _start_from(self, path: Path) -> None:
+        """Take over a run's best weights or a file's; those of a narrower VAE are widened."""
         if path.is_dir():
             state = load_state(path / BEST)
             found, weights = state["description"], state["mean"]
@@ -181,9 +185,15 @@ class VAETask:
             vae = load_vae(path, dtype=torch.float32)
             found, weights = _describe(VAENumbers.of(vae.config)), vae.state_dict()
             self._exported = True
-        if found != self.description:
+        if found == self.description:
+            self.model.load_state_dict(weights)
+            return
+        if self.settings.decoder_only:
             raise TrainingError(f"{path} holds {found}, the config asks for {self.description}.")
-        self.model.load_state_dict(weights)
+        narrow = VideoVAE(_numbers(found).config())
+        narrow.load_state_dict(weights)
+        clips = (self.data[index] for index in range(FITTED_BATCHES))
+        self.model = widened(narrow, self.model.config, clips, self.settings.seed)
 
     def prepare(self) -> None:
         """Clips are made as they are needed."""
@@ -326,3 +336,11 @@ def _describe(numbers: VAENumbers) -> dict[str, Any]:
     if plain["norm_groups"] in (0, default):
         del plain["norm_groups"]
     return {"network": "vae", **plain}
+
+
+def _numbers(description: Mapping[str, Any]) -> VAENumbers:
+    """The sizes in a checkpoint's description. Raises TrainingError if it is another network's."""
+    if description.get("network") != "vae":
+        raise TrainingError(f"A VAE can't begin as {description.get('network')}.")
+    sizes = {name: value for name, value in description.items() if name != "network"}
+    return VAENumbers(**{**sizes, "channel_multipliers": tuple(sizes["channel_multipliers"])})
