@@ -1,4 +1,9 @@
-"""Files that are there as a whole or not at all, and folders that one program holds at a time."""
+"""Files that are complete or not there, folders that one program holds at a time, and the space that is left.
+
+The only place that writes a final name. A file is written under a new name in the target's folder, which is created
+exclusively, so that no other file can be hit, and takes the target's name when it is complete and on the disk. A
+target is a regular file or nothing: links, devices, pipes and folders are refused.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +11,172 @@ import errno
 import hashlib
 import logging
 import os
+import re
+import secrets
+import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout  # torch requires it
 
 from .errors import CommandError
+from .progress import Progress
 
 LOCK = "in-use.lock"
+PART = ".part"  # ending of what is being written
+SPARE_SPACE = 64 * 2**20  # bytes that every large file leaves free
 HASH_BLOCK = 8 * 2**20
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a disk says that knows none
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a disk that has none
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}
+_LONGEST_NAME = 200  # bytes of the target's name in a part's: file systems allow 255 in all
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_KINDS = (
+    (stat.S_ISLNK, "a link: give the name of the file itself"),
+    (stat.S_ISDIR, "a folder: give a file name"),
+    (stat.S_ISCHR, "a device, not a file"),
+    (stat.S_ISBLK, "a device, not a file"),
+    (stat.S_ISFIFO, "a pipe, not a file"),
+    (stat.S_ISSOCK, "a socket, not a file"),
+)
 log = logging.getLogger(__name__)
 
-# Called with a phase ("checksum", "convert"), the bytes done and all bytes.
-Progress = Callable[[str, int, int], None]
+
+class WriteError(CommandError):
+    """A file can't be written; the message says why."""
 
 
-def write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside `target`, which takes its place at the end and not before."""
-    part = target.with_name(f"{target.stem}.part{target.suffix}")
+@contextmanager
+def whole_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Give an empty file in the folder of `target` to be written, which takes the name of `target` at the end.
+
+    It is removed if the context ends with an error. With `replace` false, a target that is there at the end stays.
+    Raises WriteError if `target` is, or has become, something else than a regular file or, without `replace`, anything;
+    and OSError.
+    """
+    check_regular(target)
+    part = _new_part(target)
     try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
+        yield part
+        place_whole(part, target, replace=replace)
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(target: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
+    """Let `write` write a file that takes the name of `target` at the end, as `whole_file` does."""
+    with whole_file(target, replace=replace) as part:
+        write(part)
+
+
+def place_whole(part: Path, target: Path, *, replace: bool = True) -> None:
+    """Give a complete file on the same disk the name of `target`, as `whole_file` does at its end."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    check_regular(target)
+    if replace:
+        part.replace(target)
+    else:
+        _place_new(part, target)
+    _sync_folder(target.parent)
+
+
+def _new_part(target: Path) -> Path:
+    name = os.fsencode(target.name)[:_LONGEST_NAME].decode(errors="ignore")
+    part = target.with_name(f"{name}.{secrets.token_hex(8)}{PART}")
+    os.close(os.open(part, _NEW, 0o666))
+    return part
+
+
+def _place_new(part: Path, target: Path) -> None:
+    try:
+        os.link(part, target)  # unlike a rename, it never replaces
+    except FileExistsError:
+        raise WriteError(f"Another program has made {target} in the meantime.") from None
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise WriteError(f"Another program has made {target} in the meantime.") from None
+        part.rename(target)
+    else:
+        part.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name last through a power failure, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_regular(target: Path) -> None:
+    """Raise WriteError if `target` is something else than a regular file or nothing."""
+    try:
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for is_kind, kind in _KINDS:
+        if is_kind(mode):
+            raise WriteError(f"{target} is {kind}.")
+
+
+def check_target(target: Path, *, force: bool = False, source: Path | None = None) -> None:
+    """Raise WriteError unless a file can be written there; `force` allows to replace one, but never `source`."""
+    if not target.parent.is_dir():
+        raise WriteError(f"There is no folder {target.parent} to write to.")
+    if not os.access(target.parent, os.W_OK):
+        raise WriteError(f"The folder {target.parent} can't be written to.")
+    if source is not None and target.exists() and target.samefile(source):
+        raise WriteError(f"{target} is the file to be read: give the new file another name.")
+    check_regular(target)
+    if target.exists() and not force:
+        raise WriteError(f"{target} exists already.", hint="--force replaces it.")
+
+
+def check_space(folder: Path, needed: int, what: str, hint: str = "") -> None:
+    """Raise WriteError unless the disk of an existing folder has room for `needed` bytes more; `what` needs them."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_SPACE:
+        raise WriteError(
+            f"{folder} has {file_size(free)} free, and {what} needs {file_size(needed + SPARE_SPACE)} there.", hint
+        )
+
+
+def file_size(nbytes: float) -> str:
+    """A file's size in words: units of 1000, as disks and web pages count."""
+    for unit, size, digits in (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def write_problem(error: BaseException | None) -> str | None:
+    """The operating system's reason under what PyTorch and safetensors raise on top of it; None if there is none."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (match := re.search(r"os error (\d+)", str(error))):  # of safetensors
+            number = int(match[1])
+        if number is not None:
+            return "the disk is full" if number in NO_SPACE else os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sha256(path: Path, progress: Progress) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; progress in bytes."""
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK):
             digest.update(block)
             done += len(block)
-            progress("checksum", done, total)
+            progress(done, total)
     return digest.hexdigest()
 
 
@@ -53,14 +187,14 @@ class InUseError(CommandError):
 def lock_folder(path: Path) -> FileLock:
     """Hold an existing folder until the lock's `release()`, or the end of the program. Raises InUseError.
 
-    Where the disk knows no locks, as some network drives, a warning is logged and the folder isn't held.
+    Where the disk has no locks, as some network drives, a warning is logged and the folder isn't held.
     """
     lock = FileLock(path / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise InUseError(f"{path} is in use: another program is at work there.") from error
-    except (OSError, NotImplementedError) as error:  # the latter from filelock before its own way out
+    except (OSError, NotImplementedError) as error:  # the latter from versions of filelock without a fallback
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         log.warning("%s can't be locked (%s): don't start a second program that works there.", path, error)

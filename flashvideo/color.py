@@ -31,12 +31,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .progress import Progress, no_progress
+
 KNOT_SPACING = 16  # pixels between the knots of the low band's spline
 CROSSOVER = 70  # pixels: half of a pattern this long is low band; sinc(KNOT_SPACING / length)^8 = 1/2
 _MAX_GAIN = 4.0  # of adain: a bigger one, or less than its inverse, is no cast but a clip without contrast
 _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
-
-Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
 
 
 class LowBand:
@@ -142,7 +142,7 @@ def match_colors(frames: Tensor, reference: Tensor, method: str, *, progress: Pr
     if frames.shape != reference.shape:
         raise ValueError(f"frames and reference must have one shape; got {[*frames.shape]} and {[*reference.shape]}.")
     out = torch.empty_like(frames, memory_format=torch.contiguous_format)
-    METHODS[method](frames, reference.to(frames.device), out, progress or (lambda done, total: None))
+    METHODS[method](frames, reference.to(frames.device), out, progress or no_progress)
     return out
 
 

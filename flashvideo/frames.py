@@ -10,7 +10,6 @@ wanted shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .color import METHODS, match_colors
 from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from .progress import Progress
 
 SIZE_MODES = ("short side", "scale", "exact", "keep")
 RESAMPLERS = ("bilinear", "bicubic", "area", "nearest-exact")
@@ -28,8 +28,6 @@ MAX_SIDE = 16384  # pixels: ComfyUI's own limit of a side
 _CHUNK_BYTES = 64 * 2**20  # of resized pixels at a time, so that the peak stays near the output's own size
 _ALIASING = ("mps",)  # devices for which PyTorch had no antialiased resampling in older versions
 _ANTIALIASED = ("bilinear", "bicubic")  # the resamplers that torch can antialias when it makes a picture smaller
-
-Progress = Callable[[int, int], None]  # called with (frames done, frames in all)
 
 
 class PictureSize(NamedTuple):

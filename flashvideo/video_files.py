@@ -307,14 +307,17 @@ def check_container(suffix: str, form: VideoFormat) -> None:
             ) from error
 
 
-def write_video(target: Path, form: VideoFormat, segments: Iterable[dict[str, Tensor]]) -> None:
+def write_video(target: Path, form: VideoFormat, segments: Iterable[dict[str, Tensor]], kind: str = "") -> None:
     """Write a video file of encoded segments, in order, with the sound of the clip's file as it is there.
+
+    `kind` is one of CONTAINERS' values; without it the ending of `target` decides.
 
     Raises CommandError if the file can't be written.
     """
     with _opened(form.clip.path) as source:
         try:
-            with _output(str(target), CONTAINERS[target.suffix.lower()], form, source) as (container, stream, sound):
+            kind = kind or CONTAINERS[target.suffix.lower()]
+            with _output(str(target), kind, form, source) as (container, stream, sound):
                 pictures = _picture_packets(segments, form.clip, stream)
                 # In the order of time, so that the container has to hold back nothing.
                 for packet in heapq.merge(pictures, _sound_packets(source, sound, form.clip.start), key=_moment):

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..atomic_files import Progress, sha256
+from ..atomic_files import check_space, check_target, sha256, whole_file
+from ..progress import PhaseProgress, Progress, no_phase_progress
 from .keymaps import Source
 from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
 
 LAYOUT_VERSION = "1"  # of the converted files' names
 WINDOW = 512 * 2**20  # bytes of the source to read before its pages are let go of
-SPARE_SPACE = 64 * 2**20  # to leave on the disk
 DTYPES = {
     "keep": None,
     "bf16": torch.bfloat16,
@@ -53,14 +52,15 @@ def convert_file(
     *,
     dtype: str = "keep",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Checkpoint:
     """Write the FlashVideo or CogVideoX model in `source` to the safetensors file `target`.
 
     `dtype` is a key of DTYPES; fp8_e4m3fn applies to the matrices of the layers, and everything else becomes
     bfloat16. An existing target is only replaced with `force`, and only once the new file is complete; an
     interruption leaves it as it was and no half file.
-    Raises CheckpointError if the source is no such model or the target can't be written; returns what was read.
+    Raises CheckpointError if the source is no such model, WriteError if the target can't be written; returns what was
+    read.
     """
     source, target = Path(source), Path(target)
     checkpoint = open_checkpoint(source)
@@ -70,56 +70,28 @@ def convert_file(
         raise CheckpointError(f"{source.name} is quantised already: convert the original instead.")
     if checkpoint.stage == "vae" and dtype == "fp8_e4m3fn":
         raise CheckpointError("the VAE loses too much in 8 bits: choose bf16, fp16 or keep.")
-    check_target(source, target, force)
-    report = progress or _no_progress
+    check_converted_target(source, target, force)
+    report = progress or no_phase_progress
     items = _layout(checkpoint, DTYPES[dtype])
-    _check_space(target, sum(item.nbytes for item in items))
+    check_space(target.parent, sum(item.nbytes for item in items), target.name)
     metadata = {
         **checkpoint.weights.metadata,
         "format": "pt",
         STAGE_METADATA: checkpoint.stage,
         "flashvideo.version": LAYOUT_VERSION,
-        "flashvideo.source_sha256": sha256(source, report),
+        "flashvideo.source_sha256": sha256(source, partial(report, "checksum")),
     }
-    part = target.with_name(target.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(_header(checkpoint, items, metadata))
-            _write_tensors(file, checkpoint, items, report)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except BaseException:  # an interruption too
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(target, replace=force) as part, part.open("wb") as file:
+        file.write(_header(checkpoint, items, metadata))
+        _write_tensors(file, checkpoint, items, partial(report, "convert"))
     return checkpoint
 
 
-def _no_progress(_phase: str, _done: int, _total: int) -> None:
-    """For callers that don't ask."""
-
-
-def check_target(source: Path, target: Path, force: bool) -> None:
-    """Refuse a target that can't or shouldn't be written. Raises CheckpointError."""
+def check_converted_target(source: Path, target: Path, force: bool) -> None:
+    """Refuse a target that can't or shouldn't be written. Raises WriteError and CheckpointError."""
     if target.suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(f"{target.name} should end in .safetensors: that is what is written.")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"there is no folder {target.parent} to write to.")
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder: give a file name.")
-    if target.exists():
-        if target.samefile(source):
-            raise CheckpointError(f"{target.name} is the file to be converted: give the new file another name.")
-        if not force:
-            raise CheckpointError(f"{target} exists already: --force replaces it.")
-
-
-def _check_space(target: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes + SPARE_SPACE:
-        raise CheckpointError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, and the new file takes {nbytes / 1e9:.1f} GB."
-        )
+    check_target(target, force=force, source=source)
 
 
 def _layout(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[_Item]:
@@ -166,7 +138,7 @@ def _write_tensors(file: BinaryIO, checkpoint: Checkpoint, items: list[_Item], p
             checkpoint.weights.release()
             window = 0
         done += item.nbytes
-        progress("convert", done, total)
+        progress(done, total)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,21 +8,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from ..atomic_files import sha256
+from ..atomic_files import check_regular, check_space, place_whole, sha256
 from ..errors import CommandError
+from ..progress import Progress
 from .catalogue import ModelFile
-from .convert import SPARE_SPACE
 
 PARTIAL = ".{}.download"  # folder beside the target that holds what has arrived of it
-
-# Called with the bytes done and all bytes of a file whose checksum is being taken.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,30 +58,23 @@ def download(file: ModelFile, published: Published, target: Path, progress: Prog
     hub = _hub()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(PARTIAL.format(target.name))
-    _check_space(target, published.size, partial)
+    here = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    check_regular(target)
+    check_space(target.parent, published.size - here, target.name)
     with _reaching(file.repository, "What has arrived is kept; the same command goes on from there."):
         arrived = Path(hub.hf_hub_download(file.repository, file.file, local_dir=partial, endpoint=_endpoint()))
-    if arrived.stat().st_size != published.size or (
-        published.sha256 and published.sha256 != checksum(arrived, progress)
-    ):
-        shutil.rmtree(partial)
+    if arrived.stat().st_size != published.size or (published.sha256 and published.sha256 != sha256(arrived, progress)):
+        discard_partial(target)
         raise CommandError(f"{file.file} arrived damaged (its checksum is not the published one). Download it again.")
-    arrived.replace(target)
-    shutil.rmtree(partial)
+    place_whole(arrived, target)
+    discard_partial(target)
 
 
-def checksum(path: Path, progress: Progress) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return sha256(path, lambda _phase, done, total: progress(done, total))
-
-
-def _check_space(target: Path, size: int, partial: Path) -> None:
-    here = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    free = shutil.disk_usage(target.parent).free
-    if free < size - here + SPARE_SPACE:
-        raise CommandError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, and {target.name} takes {(size - here) / 1e9:.1f} GB more."
-        )
+def discard_partial(target: Path) -> None:
+    """Delete what has arrived of a download, if huggingface_hub's own notes in the folder say that it is one."""
+    partial = target.with_name(PARTIAL.format(target.name))
+    if not partial.is_symlink() and (partial / ".cache" / "huggingface").is_dir():
+        shutil.rmtree(partial)
 
 
 def _hub() -> ModuleType:

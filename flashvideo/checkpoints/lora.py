@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic_files import write_whole
-from .convert import check_target
+from .convert import check_converted_target
 from .keymaps import DIT_DIFFUSERS, rename
 from .weights import CheckpointError, Weights, open_weights, some
 
@@ -57,13 +57,13 @@ def convert_lora(source: Path, target: Path, *, force: bool = False) -> int:
     """Write the LoRA in `source` to the safetensors file `target` in ComfyUI's names; returns how many layers it has.
 
     An existing target is only replaced with `force`. Raises CheckpointError for parts that stage I doesn't know, and
-    if the target can't be written.
+    WriteError if the target can't be written.
     """
     weights = open_weights(source)
-    check_target(source, target, force)
+    check_converted_target(source, target, force)
     state = _in_comfyuis_names(weights)
     data = save(state, metadata={**weights.metadata, "format": "pt"})
-    write_whole(target, lambda part: part.write_bytes(data))
+    write_whole(target, lambda part: part.write_bytes(data), replace=force)
     return len({_layer(name) for name in state})
 
 

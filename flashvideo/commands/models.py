@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..atomic_files import file_size, sha256
 from ..checkpoints.catalogue import (
     DOWNLOADS,
     ROLES,
@@ -20,7 +21,7 @@ from ..checkpoints.catalogue import (
     find_files,
     model_folders,
 )
-from ..checkpoints.hub import Published, ask, checksum, download
+from ..checkpoints.hub import Published, ask, discard_partial, download
 from ..errors import CommandError
 
 STOPPED = 130  # exit code of a command stopped with Ctrl+C
@@ -63,7 +64,7 @@ def _list(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
         files = [file for file in found if file.role is role]
         for file in files:
             state = "found  " if file.trouble is None else "BROKEN "
-            _say(f"  {state}  {file.path} ({_size(file.path.stat().st_size)})")
+            _say(f"  {state}  {file.path} ({file_size(file.path.stat().st_size)})")
             _say(f"           {file.trouble or file.description}")
         if not any(file.trouble is None for file in files):
             for line in _how_to_get(role, folders[role.folder][0]):
@@ -116,7 +117,7 @@ def _judge(found: FoundFile, published: dict[str, Published]) -> tuple[bool, str
         return True, f"{found.description}, complete; converted from {made_of}"
     same_size = {file.name for file in known.values() if published[file.name].size == found.path.stat().st_size}
     with _bar(f"checksum of {found.path.name}") as progress:
-        match = known.get(checksum(found.path, progress)) if same_size else None
+        match = known.get(sha256(found.path, progress)) if same_size else None
     if match:
         return True, f"{found.description}; the checksum is that of {match.file} at {match.repository}"
     if found.path.name in {file.file for file in known.values()}:
@@ -142,15 +143,16 @@ def _fetch(file: ModelFile, published: Published, folders: Sequence[Path]) -> No
     for path in (folder / file.file for folder in folders):
         if path.exists():
             with _bar(f"checksum of {file.file}") as progress:
-                same = path.stat().st_size == published.size and published.sha256 in (None, checksum(path, progress))
+                same = path.stat().st_size == published.size and published.sha256 in (None, sha256(path, progress))
             if not same:
                 raise CommandError(f"{path} is there already, and is another file. Move it away, then download again.")
+            discard_partial(path)  # of a download that was killed when it was complete
             _say(f"{path}: there already, complete")
             return
     target = folders[0] / file.file
     with _bar(f"checksum of {file.file}") as progress:
         download(file, published, target, progress)
-    _say(f"{target}: downloaded, {_size(published.size)}, checksum good")
+    _say(f"{target}: downloaded, {file_size(published.size)}, checksum good")
 
 
 @contextmanager
@@ -173,10 +175,6 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def _roles(names: Sequence[str]) -> list[Role]:
     """The roles of the named files, or all."""
     return [role for role in ROLES if not names or any(file.name in names for file in role.files)]
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _say(line: str) -> None:

@@ -31,7 +31,7 @@ from .options import (
     encode_prompt,
     model_file,
 )
-from .terminal import CANCELLED
+from .terminal import CANCELLED, say
 
 
 def add_refine(commands: argparse._SubParsersAction) -> None:
@@ -67,7 +67,7 @@ def refine(options: argparse.Namespace) -> int:
     """Do what the options say; returns the exit code."""
     # Imported here, so that the other commands don't need PyAV.
     try:
-        from ..refiner.files import FileOptions, check_paths, is_picture, refine_picture, refine_video
+        from ..refiner.files import check_paths
     except ModuleNotFoundError as error:
         raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
 
@@ -75,6 +75,8 @@ def refine(options: argparse.Namespace) -> int:
     jobs = _jobs(options)
     for job in jobs:
         check_paths(job.source, job.target, force=options.force)
+    if not jobs:
+        return 0
     networks = _networks(options)
     if options.strength is None and networks.dit.config == NANO_STAGE2:
         settings = replace(settings, strength=NANO_STRENGTH)
@@ -84,20 +86,7 @@ def refine(options: argparse.Namespace) -> int:
         if _is_done(job.target, options):  # by another program, since the work began
             continue
         try:
-            if is_picture(job.source):
-                refine_picture(
-                    networks, job.source, job.target, settings, force=options.force, on_progress=bars, note=_say
-                )
-            else:
-                files = FileOptions(
-                    crf=options.crf,
-                    force=options.force,
-                    work=_work(options, job),
-                    anew=options.anew,
-                    about=_about(options, networks),
-                    note=_say,
-                )
-                refine_video(networks, job.source, job.target, settings, files, bars)
+            _refine_job(job, networks, settings, options, bars)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
             failed += not (several and isinstance(error, InUseError))
@@ -108,8 +97,27 @@ def refine(options: argparse.Namespace) -> int:
             return CANCELLED
         else:
             bars.close()
-            sys.stdout.write(f"{job.target}: refined\n")
+            say(f"{job.target}: refined")
     return 1 if failed else 0
+
+
+def _refine_job(
+    job: _Job, networks: Networks, settings: RefineSettings, options: argparse.Namespace, bars: _Bars
+) -> None:
+    from ..refiner.files import FileOptions, is_picture, refine_picture, refine_video
+
+    if is_picture(job.source):
+        refine_picture(networks, job.source, job.target, settings, force=options.force, on_progress=bars, note=_say)
+        return
+    files = FileOptions(
+        crf=options.crf,
+        force=options.force,
+        work=_work(options, job),
+        anew=options.anew,
+        about=_about(options, networks),
+        note=_say,
+    )
+    refine_video(networks, job.source, job.target, settings, files, bars)
 
 
 def _say(note: str) -> None:
@@ -169,11 +177,15 @@ def _size(options: argparse.Namespace) -> TargetSize:
 
 def _jobs(options: argparse.Namespace) -> list[_Job]:
     """What to refine, and where to; in a folder, what is there already is left out."""
-    from ..refiner.files import videos_in
+    from ..refiner.files import videos_in, was_finished
     from ..video_files import CONTAINERS
 
     if not options.source.is_dir():
-        return [_Job(options.source, options.target)]
+        job = _Job(options.source, options.target)
+        if not options.force and was_finished(job.target, _work(options, job)):
+            say(f"{job.target}: refined")  # by a run that was killed when it cleaned up
+            return []
+        return [job]
     videos = videos_in(options.source)
     if not videos:
         raise CommandError(f"{options.source} holds no videos.")
@@ -203,9 +215,9 @@ def _is_done(target: Path, options: argparse.Namespace) -> bool:
 
 
 def _work(options: argparse.Namespace, job: _Job) -> Path | None:
-    from ..refiner.files import WORK_ENDING
+    from ..refiner.files import work_folder_of
 
-    return None if options.work is None else options.work / (job.target.name + WORK_ENDING)
+    return None if options.work is None else work_folder_of(job.target, options.work)
 
 
 def _networks(options: argparse.Namespace) -> Networks:

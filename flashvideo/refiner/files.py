@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -15,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..atomic_files import InUseError, write_whole
+from ..atomic_files import InUseError, check_space, check_target, whole_file
 from ..devices import main_memory
 from ..errors import CommandError
 from ..frames import PictureSize, odd_size_notice, to_bytes
+from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
     CONTAINERS,
     CRF,
@@ -29,20 +28,19 @@ from ..video_files import (
     open_clip,
     write_video,
 )
-from .run import ENCODE, SEGMENT_CHUNKS, Networks, OnProgress, RefineRun, RefineSettings, refine_frames
-from .work_folder import WorkFolder
+from .run import ENCODE, SEGMENT_CHUNKS, Networks, RefineRun, RefineSettings, refine_frames
+from .work_folder import WorkFolder, discard, is_result_of
 
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
 FORMAT = 6  # of the work folder; a run of another format can't be resumed. 6: even sides, damaged sources
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
-_SPARE_SPACE = 2**28
 _JPEG_QUALITY = 95
 _DEEP_STEP = 257  # 65535 / 255
 _RGB_MODES = ("RGB", "RGBA", "P")
 _SEGMENTS = "segments"
-_GIGABYTE = 2**30
+_GIBIBYTE = 2**30
 _USABLE = 0.9  # of main memory
 
 log = logging.getLogger(__name__)
@@ -53,8 +51,8 @@ class FileOptions:
     """How a video file is written.
 
     `crf`: quality, see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
-    (default: the result's name + .unfinished), `anew`: delete it first. `about` (JSON): what else the result depends
-    on, such as the networks' files; a run with another one isn't gone on with. `segment_chunks`: see `RefineRun`.
+    (default: the result's name + .unfinished), `anew`: start over. `about` (JSON): what else the result depends on,
+    such as the networks' files; a run with another one isn't resumed. `segment_chunks`: see `RefineRun`.
     `warn` gets what somebody should know before the work starts, `note` what was chosen for them (the strength).
     """
 
@@ -86,21 +84,21 @@ def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
     if target.suffix.lower() not in endings:
         kind = "picture" if is_picture(source) else "video"
         raise CommandError(f"{target.name} should end in {', '.join(endings)}: {source.name} is a {kind}.")
-    if target.exists() and target.samefile(source):
-        raise CommandError(f"{target} is the file to be refined: give the new file another name.")
-    check_target(target, force=force)
+    check_target(target, force=force, source=source)
 
 
-def check_target(target: Path, *, force: bool = False) -> None:
-    """Raise CommandError unless a file can be written there; `force` allows to replace one."""
-    if not target.parent.is_dir():
-        raise CommandError(f"There is no folder {target.parent} to write to.")
-    if not os.access(target.parent, os.W_OK):
-        raise CommandError(f"The folder {target.parent} can't be written to.")
-    if target.is_dir():
-        raise CommandError(f"{target} is a folder: give a file name.")
-    if target.exists() and not force:
-        raise CommandError(f"{target} exists already.", hint="--force replaces it.")
+def was_finished(target: Path, work: Path | None = None) -> bool:
+    """Whether an earlier run made `target` and was killed before it could delete its work folder, which is done now."""
+    folder = work or work_folder_of(target)
+    if not is_result_of(target, folder):
+        return False
+    discard(folder)
+    return True
+
+
+def work_folder_of(target: Path, parent: Path | None = None) -> Path:
+    """The folder for what is unfinished of a result: beside it, or in `parent`."""
+    return (parent or target.parent) / (target.name + WORK_ENDING)
 
 
 def refine_video(
@@ -109,15 +107,18 @@ def refine_video(
     target: Path,
     settings: RefineSettings,
     options: FileOptions | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: PhaseProgress | None = None,
 ) -> None:
     """Refine a video file: the same frames at the same times with the same sound, in the wanted size.
 
-    What is finished is kept in a work folder until `target` is whole, and a call with the same arguments goes on
+    What is finished is stored in a work folder until `target` is whole, and a call with the same arguments resumes
     there. Raises CommandError for what can't be done, InUseError where another program is doing it, and ValueError for
     a size that can't be.
     """
-    options, report = options or FileOptions(), on_progress or (lambda phase, done, total: None)
+    options, report = options or FileOptions(), on_progress or no_phase_progress
+    if was_finished(target, options.work) and not options.force:
+        options.note(f"{target} is complete: an earlier run was stopped only when it cleaned up.")
+        return
     check_paths(source, target, force=options.force)
     clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
     size = settings.size.resolve(clip.height, clip.width)
@@ -132,11 +133,14 @@ def refine_video(
         run = RefineRun(networks, clip, size, settings, folder, report, options.segment_chunks)
         _note_strength(settings, size, options.note)
         if folder.fresh:
-            _check_space(folder, run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width))
+            needed = run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width)
+            _check_space(folder, needed)
         _warn_of_memory(run.main_bytes(), form, options.warn)
         run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
-        write_whole(target, lambda part: write_video(part, form, segments))
+        with whole_file(target, replace=options.force) as part:
+            write_video(part, form, segments, CONTAINERS[target.suffix.lower()])
+            folder.note_result(part)
         folder.remove()
 
 
@@ -149,8 +153,9 @@ def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None
     there = main_memory()
     if needed > _USABLE * there:
         warn(
-            f"For {form.width}x{form.height} the VAE keeps {needed / _GIGABYTE:.0f} GB in main memory and this machine "
-            f"has {there / _GIGABYTE:.0f}: it may become very slow, or be ended. Half as many pixels need half of it."
+            f"For {form.width}x{form.height} the VAE keeps {needed / _GIBIBYTE:.0f} GiB in main memory and this "
+            f"machine has {there / _GIBIBYTE:.0f} GiB: it may become very slow, or be ended. Half as many pixels need "
+            "half of it."
         )
 
 
@@ -159,7 +164,7 @@ def _work_folder(
 ) -> WorkFolder:
     facts = {"format": FORMAT, "file": file_identity(source), "crf": options.crf, "segment": options.segment_chunks}
     facts["pixels"] = str(size)
-    path = options.work or target.with_name(target.name + WORK_ENDING)
+    path = options.work or work_folder_of(target)
     return WorkFolder(path, {**facts, **asdict(settings), **options.about}, ENCODE, anew=options.anew)
 
 
@@ -170,7 +175,7 @@ def refine_picture(
     settings: RefineSettings,
     *,
     force: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: PhaseProgress | None = None,
     note: Callable[[str], None] = log.info,
 ) -> None:
     """Refine a picture file; `note` as in `FileOptions`.
@@ -182,7 +187,9 @@ def refine_picture(
     _note_strength(settings, settings.size.resolve(*pixels.shape[:2]), note)
     refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
     result = Image.fromarray(to_bytes(refined)[0].numpy())
-    write_whole(target, lambda part: result.save(part, quality=_JPEG_QUALITY, icc_profile=profile))
+    kind = Image.registered_extensions()[target.suffix.lower()]
+    with whole_file(target, replace=force) as part:
+        result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=profile)
 
 
 def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:
@@ -209,11 +216,8 @@ def file_identity(path: Path) -> list[str | int]:
 
 
 def _check_space(folder: WorkFolder, needed: int) -> None:
-    free = shutil.disk_usage(folder.path).free
-    if free < needed + _SPARE_SPACE:
+    try:
+        check_space(folder.path, needed, "this run", hint="--work DIR puts it elsewhere.")
+    except CommandError:
         folder.remove()
-        raise CommandError(
-            f"{folder.path.parent} has {free / 1e9:.1f} GB free, and this run needs up to {needed / 1e9:.1f} GB there "
-            "until it is done.",
-            hint="--work DIR puts it elsewhere.",
-        )
+        raise

@@ -34,13 +34,14 @@ from ..frames import (
     to_video,
 )
 from ..guidance import STAGE2_SCALE
+from ..progress import PhaseProgress, no_phase_progress
 from ..samplers import guided_velocity
 from ..schedule import STAGE2_SHIFT, stage2_times
 from ..vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from ..vae.stream import VAEStream, latent_of, plan_stream, stream_within
 from .tiles import plan_tiles, tiled_velocity
 from .windows import OVERLAP, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
-from .work_folder import MemoryWork, Progress, WorkFolder
+from .work_folder import MemoryWork, WorkFolder, WorkProgress
 
 PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"
 # What the VAE may have of a card's memory, whose weights and other programs need some, too, and of main memory, where
@@ -48,9 +49,6 @@ PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decod
 VAE_SHARE, STORE_SHARE = 0.8, 0.5
 SEGMENT_CHUNKS = 30  # decoded chunks that are delivered together: 240 frames, ten seconds of most videos
 _ENCODED, _REFINED, _STATISTICS = "encoded", "refined", "statistics"  # what is put by in the work
-
-# on_progress(phase, done, total): in frames, in stage II in windows; may raise to stop
-OnProgress = Callable[[str, float, int], None]
 
 
 class Clip(Protocol):
@@ -144,7 +142,7 @@ class Networks:
 
 
 def refine_frames(
-    networks: Networks, frames: Tensor, settings: RefineSettings, on_progress: OnProgress | None = None
+    networks: Networks, frames: Tensor, settings: RefineSettings, on_progress: PhaseProgress | None = None
 ) -> Tensor:
     """Refine frames [T, H, W, 3], uint8 or in [0, 1]: [T, H', W', 3] in [0, 1], on the CPU, in the wanted size.
 
@@ -169,7 +167,7 @@ class RefineRun:
         size: PictureSize,
         settings: RefineSettings,
         work: MemoryWork | WorkFolder,
-        on_progress: OnProgress | None = None,
+        on_progress: PhaseProgress | None = None,
         segment_chunks: int = SEGMENT_CHUNKS,
     ) -> None:
         """`size` is what `settings.size` means for this clip, see `TargetSize.resolve`."""
@@ -179,7 +177,7 @@ class RefineRun:
         self.padded = padded_shape(clip.count, self.height, self.width)
         self.latents = (self.padded[0] - 1) // TEMPORAL_FACTOR + 1
         self.plan = plan_windows(self.latents, settings.window, settings.overlap)
-        self._report = on_progress or (lambda phase, done, total: None)
+        self._report = on_progress or no_phase_progress
         chunks = decode_chunks(self.latents)
         self._segments = [chunks[i : i + segment_chunks] for i in range(0, len(chunks), segment_chunks)]
 
@@ -200,7 +198,7 @@ class RefineRun:
         for phase in phases[phases.index(progress.phase) :]:
             if phase != progress.phase:
                 self.work.save(phase, 0, dict, always=True)
-                progress = Progress(phase, 0, {})
+                progress = WorkProgress(phase, 0, {})
             if phase == ENCODE:
                 self._encode(progress)
             elif phase == REFINE:
@@ -235,7 +233,7 @@ class RefineRun:
     def _evaluations(self) -> list[Evaluation]:
         return flow_evaluations(stage2_times(self.settings.steps, self.settings.shift), self.settings.solver)
 
-    def _encode(self, progress: Progress) -> None:
+    def _encode(self, progress: WorkProgress) -> None:
         device, count = self.networks.device, self.clip.count
         with _resident(self.networks.vae, device) as vae:
             stream = self._stream(vae.encoder, encode_chunks(self.padded[0]))
@@ -248,7 +246,7 @@ class RefineRun:
                 self.work.save(ENCODE, stream.done, stream.state)
                 self._report(ENCODE, min(sum(stream.sizes[: stream.done]), count), count)
 
-    def _refine(self, progress: Progress) -> None:
+    def _refine(self, progress: WorkProgress) -> None:
         settings, device = self.settings, self.networks.device
         with _resident(self.networks.dit, device) as dit:
             context = self.networks.context.to(device, _dtype(dit))
@@ -278,7 +276,7 @@ class RefineRun:
         noise = frame_noise(tuple(latent.shape), self.settings.seed, index).to(latent)
         return degrade_latent(latent, noise, self.strength)[None, :, None]
 
-    def _decode(self, progress: Progress, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
+    def _decode(self, progress: WorkProgress, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
         phase, device = progress.phase, self.networks.device
         with _resident(self.networks.vae, device) as vae:
             stream = self._stream(vae.decoder, decode_chunks(self.latents))

@@ -1,18 +1,19 @@
-"""What a long run keeps beside its result, so that it can be ended at any moment and go on later.
+"""What a long run stores beside its result, so that it can be interrupted at any moment and resumed later.
 
-Every file is written whole or not at all. A state (how far the run is, and the tensors that it needs to go on) takes
+Every file is written whole or not at all. A state (how far the run is, and the tensors that it needs to resume) takes
 effect when state.json names it, and until then the state before it counts. Two programs never work in one folder: the
-lock of one that was killed is free again.
+lock of one that was killed is free again. A folder without the marker file is somebody else's: it is neither used nor
+emptied, and of our own only what a run writes is deleted.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..atomic_files import LOCK, lock_folder
+from ..atomic_files import LOCK, PART, SPARE_SPACE, InUseError, lock_folder, write_problem, write_whole
 from ..errors import CommandError
 
+MARKER = "flashvideo-unfinished-run.txt"
 SETTINGS = "settings.json"
 STATE = "state.json"
+RESULT = "result.json"  # which file is the result, from just before it gets its name
+_MARKER_TEXT = "An unfinished run of FlashVideo. The same command resumes it; delete the folder to drop it.\n"
 SAVE_SHARE = 20  # saving a state takes at most about 1/20 of the time
 _SECONDS_A_BYTE = 2e-9  # of a disk that wasn't timed yet
-_SPARE_SPACE = 2**28  # bytes that a state leaves free
+
+_FOLDERS = re.compile(r"snapshot-\d+|encoded|refined|statistics|segments")  # what a run makes
+_PARTS = re.compile(r".+\.[0-9a-f]{16}\.part")  # names that `atomic_files` gives
+_ELSEWHERE, _ANEW = "--work DIR puts it elsewhere.", "--anew starts over."
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Progress:
+class WorkProgress:
     """How far a run is: `done` steps of a phase, and the tensors with which the next one begins."""
 
     phase: str
@@ -49,9 +56,9 @@ class MemoryWork:
     start: str
     _kept: dict[tuple[str, int], Tensors] = field(default_factory=dict)
 
-    def progress(self) -> Progress:
+    def progress(self) -> WorkProgress:
         """Return the start of the run."""
-        return Progress(self.start, 0, {})
+        return WorkProgress(self.start, 0, {})
 
     def save(self, phase: str, done: int, tensors: Callable[[], Tensors], *, always: bool = False) -> bool:
         """Nothing is to be done: what is in memory is up to date."""
@@ -76,14 +83,16 @@ class WorkFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], start: str, *, anew: bool = False) -> None:
         """Open or create it. `settings` (JSON) say what the run is; `start` is its first phase.
 
-        Raises InUseError if another program works there, and CommandError if it holds a run with other settings and
-        `anew`, which starts over, is not set. To be closed.
+        Raises InUseError if another program works there, and CommandError if it is not a work folder, can't be written,
+        is damaged, or holds a run with other settings and `anew`, which starts over, is not set. To be closed.
         """
         self.path, self.start = path, start
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(path)
+        with _explained(path):
+            _claim(path)
+            self._lock = lock_folder(path)
         try:
-            self._open(json.loads(json.dumps(settings)), anew)
+            with _explained(path):
+                self._open(json.loads(json.dumps(settings)), anew)
         except BaseException:
             self.close()
             raise
@@ -91,25 +100,26 @@ class WorkFolder:
     def _open(self, settings: Mapping[str, Any], anew: bool) -> None:
         path = self.path
         if anew:
-            self._empty()
+            _empty(path)
         self.fresh = not (path / SETTINGS).is_file()  # nothing was there to go on with
         if not self.fresh:
             _check_same(path, settings)
         else:
-            _write(path / SETTINGS, lambda part: part.write_text(json.dumps(settings, indent=1)))
+            write_whole(path / MARKER, lambda part: part.write_text(_MARKER_TEXT))  # deleted by who has just finished
+            write_whole(path / SETTINGS, lambda part: part.write_text(json.dumps(settings, indent=1)))
         self._saved = time.monotonic()
         self._cost: dict[str, float] = {}  # seconds that saving took, by phase
         self._snapshot = -1
         if (path / STATE).is_file():
-            self._snapshot = json.loads((path / STATE).read_text())["snapshot"]
+            self._snapshot = self._state()["snapshot"]
         self._tidy()
 
-    def progress(self) -> Progress:
+    def progress(self) -> WorkProgress:
         """How far the run is."""
         if self._snapshot < 0:
-            return Progress(self.start, 0, {})
-        state = json.loads((self.path / STATE).read_text())
-        return Progress(state["phase"], state["done"], _Snapshot(self._folder(), state["names"]))
+            return WorkProgress(self.start, 0, {})
+        state = self._state()
+        return WorkProgress(state["phase"], state["done"], _Snapshot(self._folder(), state["names"]))
 
     def save(self, phase: str, done: int, tensors: Callable[[], Tensors], *, always: bool = False) -> bool:
         """Save how far the run is; returns whether it was saved.
@@ -120,11 +130,11 @@ class WorkFolder:
         size = sum(tensor.nbytes for tensor in kept.values())
         cost = self._cost.get(phase, size * _SECONDS_A_BYTE)
         soon = begin - self._saved < SAVE_SHARE * cost
-        if not always and (soon or shutil.disk_usage(self.path).free < size + _SPARE_SPACE):
+        if not always and (soon or shutil.disk_usage(self.path).free < size + SPARE_SPACE):
             return False
         before, self._snapshot = self._folder(), self._snapshot + 1
         folder = self._folder()
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         names = []
         for name, tensor in kept.items():  # one at a time: together they may not fit the memory
             _write_tensors(folder / f"{len(names)}.safetensors", {name: tensor})
@@ -151,13 +161,15 @@ class WorkFolder:
         """Delete what was put there, if anything was."""
         self._file(kind, index).unlink(missing_ok=True)
 
+    def note_result(self, part: Path) -> None:
+        """Remember a complete file that is about to get its name, for `is_result_of`."""
+        _write(self.path / RESULT, lambda note: note.write_text(json.dumps(_identity(part))))
+
     def remove(self) -> None:
-        """Close the folder and delete it."""
-        self._empty()
+        """Close the folder and delete it, but for what others have put there."""
+        _empty(self.path)
         self.close()
-        with suppress(OSError):  # another program may have come
-            (self.path / LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
+        _remove_empty(self.path)
 
     def close(self) -> None:
         """Let another program work here."""
@@ -169,20 +181,21 @@ class WorkFolder:
     def _file(self, kind: str, index: int) -> Path:
         return self.path / kind / f"{index:06}.safetensors"
 
-    def _empty(self) -> None:
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != LOCK:
-                path.unlink(missing_ok=True)
+    def _state(self) -> dict[str, Any]:
+        state = _read_json(self.path / STATE)
+        known = isinstance(state.get("names"), list) and isinstance(state.get("phase"), str)
+        if not known or not all(isinstance(state.get(name), int) for name in ("snapshot", "done")):
+            raise _damaged(self.path / STATE)
+        return state
 
     def _tidy(self) -> None:
         """Delete what an interruption left unfinished."""
         for folder in self.path.glob("snapshot-*"):
-            if folder != self._folder():
+            if folder != self._folder() and _FOLDERS.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
-        for part in self.path.rglob("*.part"):
-            part.unlink(missing_ok=True)
+        for path in self.path.rglob(f"*{PART}"):
+            if _is_part(path):
+                path.unlink(missing_ok=True)
 
 
 class _Snapshot(Mapping):
@@ -204,24 +217,105 @@ class _Snapshot(Mapping):
         return len(self._files)
 
 
+def is_result_of(target: Path, folder: Path) -> bool:
+    """Whether a file is the result of the run in `folder`, which was killed before it could delete the folder."""
+    try:
+        return (folder / MARKER).is_file() and _read_json(folder / RESULT) == _identity(target)
+    except (CommandError, OSError):
+        return False
+
+
+def discard(folder: Path) -> None:
+    """Delete a work folder as `WorkFolder.remove` does, unless another program works there."""
+    with suppress(InUseError):
+        lock = lock_folder(folder)
+        _empty(folder)
+        lock.release()
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another program may have come, or the user put something there
+        if all(path.name == LOCK for path in folder.iterdir()):
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    """Delete what runs make. The marker goes last, so that a folder that is half deleted is still one of ours."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and _FOLDERS.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif _is_part(path):
+            path.unlink(missing_ok=True)
+    for name in (STATE, SETTINGS, RESULT, MARKER):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> dict[str, int]:
+    facts = path.stat()
+    return {"size": facts.st_size, "changed": facts.st_mtime_ns}
+
+
+def _claim(path: Path) -> None:
+    """Make the folder, or see that it is one of ours. Raises CommandError and OSError."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CommandError(f"{path} is in the way: a folder of this name is needed.", hint=_ELSEWHERE)
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / MARKER).is_file():
+        if any(each.name != LOCK for each in path.iterdir() if not _is_part(each)):
+            raise CommandError(
+                f"{path} is not a folder of an unfinished run (or one of an older version): it is left alone. Move or "
+                "delete it.",
+                hint=_ELSEWHERE,
+            )
+        write_whole(path / MARKER, lambda part: part.write_text(_MARKER_TEXT))
+
+
+def _is_part(path: Path) -> bool:
+    return _PARTS.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the system's errors into a message."""
+    try:
+        yield
+    except OSError as error:
+        reason = write_problem(error)
+        raise CommandError(f"{path} can't be used for what is unfinished: {reason}.", _ELSEWHERE) from error
+
+
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
-    before = json.loads((path / SETTINGS).read_text())
+    before = _read_json(path / SETTINGS)
+    if before.get("format") != settings.get("format"):
+        raise CommandError(f"{path} holds an unfinished run of another version of FlashVideo.", hint=_ANEW)
     names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
     if names:
         changes = ", ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in names)
         raise CommandError(
-            f"{path} holds an unfinished run with other settings ({changes}). Give the same settings to go on with it.",
-            hint="--anew starts over.",
+            f"{path} holds an unfinished run with other settings ({changes}). Give the same settings to resume it.",
+            hint=_ANEW,
         )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+    if not isinstance(value, dict):
+        raise _damaged(path)
+    return value
+
+
+def _damaged(path: Path) -> CommandError:
+    return CommandError(f"{path} is damaged: delete the folder {path.parent} to start over.", hint=f"Or: {_ANEW}")
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        _write(path, lambda part: save_file(plain, part))
-    except (OSError, SafetensorError) as error:  # safetensors' is no OSError where the disk is full
-        reason = getattr(error, "strerror", None) or error
-        raise CommandError(f"{path} can't be written: {reason}. The same command goes on with it.") from error
+    _write(path, lambda part: save_file(plain, part))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -232,9 +326,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path` and let it take its place when it is whole and on the disk."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        write_whole(path, write)
+    except (OSError, SafetensorError) as error:  # safetensors' is no OSError where the disk is full
+        reason = write_problem(error) or error
+        raise CommandError(f"{path} can't be written: {reason}. The same command resumes the run.") from error

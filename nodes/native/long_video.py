@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR
 from ...flashvideo.frames import padded_shape
+from ...flashvideo.progress import PhaseProgress
 from ...flashvideo.refiner.files import READ, FileOptions, file_identity, refine_video
 from ...flashvideo.refiner.run import (
     DECODE,
@@ -30,7 +31,6 @@ from ...flashvideo.refiner.run import (
     STORE_SHARE,
     VAE_SHARE,
     Networks,
-    OnProgress,
     RefineSettings,
 )
 from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
@@ -222,7 +222,7 @@ def _vae_bytes(vae: FlashVideoVAE, video: Any, settings: RefineSettings, budget:
     return needed if budget is None else min(needed, budget)
 
 
-def report_progress() -> OnProgress:
+def report_progress() -> PhaseProgress:
     """A callback over all phases: moves ComfyUI's progress bar, and cancels."""
     bar = comfy.utils.ProgressBar(_BAR_STEPS)
     phases = list(_SHARES)

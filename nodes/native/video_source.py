@@ -14,6 +14,7 @@ import torch
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
+from ...flashvideo.atomic_files import write_whole
 from ...flashvideo.errors import CommandError
 from ...flashvideo.frames import clean, to_bytes
 from ...flashvideo.video_files import VideoClip, VideoFormat, check_container
@@ -72,12 +73,7 @@ def _digest(*parts: Any) -> str:
 def _written(folder: Path, digest: str, suffix: str, write: Callable[[Path], object]) -> Path:
     path = folder / f"source-{digest}{suffix}"
     if not path.is_file():
-        part = path.with_name(f"part-{path.name}")
-        try:
-            write(part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, write)
     return path
 
 
@@ -96,7 +92,7 @@ def _sound(audio: dict[str, Any] | None) -> tuple[Tensor, int] | None:
 
 def _write(path: Path, pixels: Tensor, rate: Fraction, sound: tuple[Tensor, int] | None) -> None:
     """An .mp4 of frames [T, H, W, 3] uint8, exactly, and of sound."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("png", rate=rate)
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "rgb24"

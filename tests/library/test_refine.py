@@ -18,6 +18,7 @@ from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.dit import FlashVideoDiT
+from flashvideo.errors import CommandError
 from flashvideo.frames import COLOR_MATCHES, PictureSize, TargetSize, finish, prepare, to_frames, to_video
 from flashvideo.nano import nano_state
 from flashvideo.refiner.run import ENCODE, Networks, RefineRun, RefineSettings, TensorClip, refine_frames
@@ -221,7 +222,7 @@ def test_a_lock_that_fails_for_another_reason_is_no_disk_without_locks(
 ) -> None:
     error = PermissionError(errno.EACCES, "not yours")
     monkeypatch.setattr("flashvideo.atomic_files.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
-    with pytest.raises(PermissionError, match="not yours"):
+    with pytest.raises(CommandError, match="can't be used for what is unfinished: Permission denied"):
         WorkFolder(tmp_path / "work", {}, ENCODE)
 
 

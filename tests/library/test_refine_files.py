@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from flashvideo.errors import CommandError
 from flashvideo.frames import TargetSize
 from flashvideo.refiner import Networks, RefineSettings, refine_frames
 from flashvideo.refiner.files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
+from flashvideo.refiner.work_folder import WorkFolder
 from flashvideo.vae import VideoVAE
 from flashvideo.video_files import open_clip
 
@@ -73,7 +75,7 @@ def test_too_little_main_memory_is_told_before_the_work_starts(
     target.unlink()
     refine_video(replace(tiny, vae_memory=1e5), source, target, SETTINGS, options)
     ((text, finished),) = told
-    assert "GB in main memory" in text
+    assert "GiB in main memory" in text
     assert not finished
     assert target.is_file()
 
@@ -227,7 +229,7 @@ def test_what_cannot_be_done_is_said_before_the_work(tiny: Networks, tmp_path: P
         (tmp_path / "text.mp4", "out.mp4", "can't be read as a video"),
         (tone, "out.mp4", "holds no pictures"),
         (source, "there.mp4", "exists already"),
-        (source, "in.mp4", "the file to be refined"),
+        (source, "in.mp4", "the file to be read"),
         (source, "out.avi", r"should end in \.mp4"),
         (source, "nowhere/out.mp4", "no folder"),
         (unusual, "out.mp4", "as it is"),
@@ -254,13 +256,94 @@ def test_other_settings_do_not_go_on_with_an_unfinished_run(tiny: Networks, tmp_
     assert target.is_file()
 
 
+def test_a_folder_of_somebody_elses_is_never_emptied(tiny: Networks, tmp_path: Path) -> None:
+    source, folder = make_video(tmp_path / "in.mp4", 5), tmp_path / f"out.mp4{WORK_ENDING}"
+    folder.mkdir()
+    (folder / "settings.json").write_text("{}")
+    (folder / "thesis.part").write_text("precious")
+    for options in (FileOptions(), FileOptions(anew=True, force=True)):
+        with pytest.raises(CommandError, match="left alone"):
+            refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS, options)
+    assert sorted(path.name for path in folder.iterdir()) == ["settings.json", "thesis.part"]
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CommandError, match="in the way"):
+        refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_what_others_put_into_a_work_folder_stays(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "work", {}, "encode")
+    work.save("encode", 1, lambda: {"state": torch.zeros(4)}, always=True)
+    (tmp_path / "work" / "notes.txt").write_text("precious")
+    (tmp_path / "work" / "film.part").write_text("precious")
+    work.remove()
+    assert sorted(path.name for path in (tmp_path / "work").iterdir() if path.suffix != ".lock") == [
+        "film.part",
+        "notes.txt",
+    ]
+
+
+def test_a_kill_before_the_clean_up_blocks_nothing(
+    tiny: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, notes = make_video(tmp_path / "in.mp4", 5), tmp_path / "out.mp4", []
+    with monkeypatch.context() as killed:
+        killed.setattr(WorkFolder, "remove", lambda _: None)  # as if killed just before it
+        refine_video(tiny, source, target, SETTINGS)
+    result = target.read_bytes()
+    assert (tmp_path / f"out.mp4{WORK_ENDING}").is_dir()
+    refine_video(tiny, source, target, SETTINGS, FileOptions(note=notes.append))
+    assert "is complete" in notes[-1]
+    assert target.read_bytes() == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+    with pytest.raises(CommandError, match="exists already"):  # as for any other file
+        refine_video(tiny, source, target, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["state.json", "settings.json"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe"])
+def test_a_damaged_state_is_named(damage: bytes, name: str, tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "work", {}, "encode")
+    work.save("encode", 1, dict, always=True)
+    work.close()
+    (tmp_path / "work" / name).write_bytes(damage)
+    with pytest.raises(CommandError, match=rf"{name} is damaged"):
+        WorkFolder(tmp_path / "work", {}, "encode")
+    with closing(WorkFolder(tmp_path / "work", {}, "encode", anew=True)) as work:
+        assert work.progress().done == 0
+
+
+def test_a_state_of_other_kinds_is_damaged(tmp_path: Path) -> None:
+    WorkFolder(tmp_path / "work", {}, "encode").close()
+    (tmp_path / "work" / "state.json").write_text('{"snapshot": "x", "done": 0, "names": [], "phase": "encode"}')
+    with pytest.raises(CommandError, match=r"state\.json is damaged"):
+        WorkFolder(tmp_path / "work", {}, "encode")
+
+
+def test_a_run_of_another_version_says_so(tmp_path: Path) -> None:
+    WorkFolder(tmp_path / "work", {"format": 5}, "encode").close()
+    with pytest.raises(CommandError, match="another version of FlashVideo"):
+        WorkFolder(tmp_path / "work", {"format": 6}, "encode")
+
+
+@pytest.mark.parametrize("name", ["in.part.png", "in.png.part.png"])
+def test_a_picture_whose_name_is_like_a_half_files_survives(name: str, tiny: Networks, tmp_path: Path) -> None:
+    Image.fromarray(ramps(0, 32, 48)).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    refine_picture(tiny, tmp_path / name, tmp_path / "in.png", SETTINGS)
+    assert (tmp_path / name).read_bytes() == before
+    with Image.open(tmp_path / "in.png") as image:
+        assert image.size == (48, 32)
+
+
 def test_too_little_room_on_the_disk_is_said_before_the_work(
     tiny: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_video(tmp_path / "in.mp4", 9)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("flashvideo.refiner.files.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CommandError, match="GB free, and this run needs up to"):
+    monkeypatch.setattr("flashvideo.atomic_files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CommandError, match="free, and this run needs"):
         refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 

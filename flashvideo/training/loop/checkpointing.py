@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ... import atomic_files
 from ..errors import TrainingError
 
 LAST = "last.pt"
 BEST = "best.pt"
 FORMAT = 1
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a .part beside `path` to be written; at the end it takes the place of `path`, which is thus always whole.
+    """Give a file beside `path` to be written, which takes its place at the end: see `atomic_files.whole_file`.
 
-    Raises TrainingError if there is no room or no permission; the old file is kept.
+    Makes the folder. Raises TrainingError if there is no room or no permission; the old file is kept.
     """
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        cause = _os_error(error)
-        if cause is None:
+        with atomic_files.whole_file(path) as part:
+            yield part
+    except atomic_files.WriteError as error:
+        raise TrainingError(str(error)) from error
+    except Exception as error:
+        reason = atomic_files.write_problem(error)
+        if reason is None:
             raise
-        reason = "the disk is full" if cause in NO_SPACE else os.strerror(cause)
         kept = " The one written before is kept." if path.is_file() else ""
         raise TrainingError(f"{path} can't be written: {reason}.{kept}") from error
 
@@ -51,17 +44,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file through `whole_file`."""
     with whole_file(path) as part, part.open("wb") as file:
         write(file)
-
-
-def _os_error(error: BaseException | None) -> int | None:
-    """Find the operating system's error number under what PyTorch and safetensors raise on top of it."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.errno
-        if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
-            return int(match[1])
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
