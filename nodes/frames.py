@@ -11,6 +11,7 @@ from torch import Tensor
 from ..flashvideo.compare import LAYOUTS, compare
 from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
 from .common import CATEGORY, found_as, named
+from .native.notices import tell
 
 _DEFAULT_SIZE = TargetSize()
 
@@ -37,8 +38,9 @@ class FlashVideoPrepareFrames(io.ComfyNode):
                     options=list(SIZE_MODES),
                     default=_DEFAULT_SIZE.mode,
                     tooltip="How the final size is chosen. short side: the shorter side gets this many pixels, the "
-                    "aspect ratio stays. scale: both sides times a factor. exact: width x height, stretched if the "
-                    "aspect ratio differs. keep: the size stays. Default: short side.",
+                    "aspect ratio stays. scale: both sides times a factor. Both give even sides, which video files "
+                    "need. exact: width x height, stretched if the aspect ratio differs. keep: the size stays. "
+                    "Default: short side.",
                 ),
                 io.Int.Input(
                     "short_side",
@@ -62,7 +64,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
                     default=_DEFAULT_SIZE.width,
                     min=1,
                     max=MAX_SIDE,
-                    tooltip="Width in pixels when size is exact. Need not be a multiple of anything. Useful: 960 to "
+                    tooltip="Width in pixels when size is exact. Even, if it is to become an mp4. Useful: 960 to "
                     "2560. Default: 1920.",
                 ),
                 io.Int.Input(
@@ -70,7 +72,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
                     default=_DEFAULT_SIZE.height,
                     min=1,
                     max=MAX_SIDE,
-                    tooltip="Height in pixels when size is exact. Need not be a multiple of anything. Useful: 540 to "
+                    tooltip="Height in pixels when size is exact. Even, if it is to become an mp4. Useful: 540 to "
                     "1440. Default: 1080.",
                 ),
                 io.Combo.Input(
@@ -92,6 +94,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
                     tooltip="For Finish Frames and Compare: the enlarged frames without padding.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -111,8 +114,8 @@ class FlashVideoPrepareFrames(io.ComfyNode):
             prepared = prepare(images, target, resample, progress=comfy.utils.ProgressBar(1).update_absolute)
         summary, *repairs = prepared.notes
         logging.info("%s: %s", cls.NAME, summary)
-        for repair in repairs:
-            logging.warning("%s: %s", cls.NAME, repair)
+        if repairs:
+            tell("\n".join(f"{cls.NAME}: {repair}" for repair in repairs), cls.hidden and cls.hidden.unique_id)
         return io.NodeOutput(prepared.frames, prepared.reference, ui=ui.PreviewText("\n".join(prepared.notes)))
 
 
