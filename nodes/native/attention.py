@@ -1,4 +1,4 @@
-"""MODELs whose attention is approximate, which they tell by what stands in their transformer options."""
+"""Which attention the networks use: exact, or approximate by what stands in a MODEL's transformer options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import comfy.model_patcher
 import comfy.patcher_extension
-from comfy.ldm.modules.attention import get_attention_function
+import torch
+from comfy.cli_args import args
+from comfy.ldm.modules.attention import attention_pytorch, get_attention_function, optimized_attention
 from torch import Tensor
 
 from ...flashvideo.memory import LAYER_SEQUENCES
@@ -17,6 +19,16 @@ from ...flashvideo.tile_attention import Grid, share
 ATTENTION_TILES = "flashvideo_attention_tiles"  # how the video is cut, as `tile_attention.WindowAttention` takes it
 OVERRIDE = "optimized_attention_override"  # ComfyUI's own
 SAGE = "sage"  # ComfyUI's name for SageAttention
+
+
+def exact_attention(device: torch.device) -> Callable[..., Tensor]:
+    """The attention function for a device: ComfyUI's, but PyTorch's on a CPU, unless a start option names another.
+
+    On a CPU ComfyUI takes its sub-quadratic attention, which writes parts of the attention matrix to memory: 3.5 times
+    the processor time of PyTorch's for 9,186 tokens (docs/performance.md). It also can't be compiled as one graph.
+    """
+    named = args.use_quad_cross_attention or args.use_split_cross_attention
+    return attention_pytorch if device.type == "cpu" and not named else optimized_attention
 
 
 def with_attention_windows(model: comfy.model_patcher.ModelPatcher, tiles: Grid) -> comfy.model_patcher.ModelPatcher:

@@ -15,7 +15,6 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...flashvideo.checkpoints import read_dit
@@ -32,7 +31,7 @@ from ...flashvideo.dit import FlashVideoDiT
 from ...flashvideo.memory import dit_bytes
 from ...flashvideo.nano import nano_preview
 from ...flashvideo.tile_attention import WindowAttention
-from .attention import ATTENTION_TILES
+from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
 from .sampling import RefinerSampling, Stage1Sampling
 
@@ -118,8 +117,10 @@ class NativeDiT(FlashVideoDiT):
         degradation_step: int | None = None,
         **_unused: Any,
     ) -> Tensor:
+        attend = exact_attention(x.device)
+
         def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:
-            return optimized_attention(q, k, v, heads, skip_reshape=True, transformer_options=transformer_options)
+            return attend(q, k, v, heads, skip_reshape=True, transformer_options=transformer_options)
 
         order = None
         if ATTENTION_TILES in transformer_options:

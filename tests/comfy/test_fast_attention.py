@@ -7,6 +7,7 @@ from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
+import comfy.cli_args
 import comfy.ldm.modules.attention as core_attention
 import pytest
 import torch
@@ -198,18 +199,23 @@ def test_tiles_before_and_behind_make_room_for_a_tile_and_its_views_keys(
     assert tile < before == behind < whole
 
 
-def test_a_compiled_model_sees_the_same_view(
-    fast: Callable[..., Any],
-    refine: Callable[..., Tensor],
-    submodule: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What core's TorchCompileModel does, in one graph; with PyTorch's attention, as on every GPU."""
+def test_a_compiled_model_sees_the_same_view(fast: Callable[..., Any], refine: Callable[..., Tensor]) -> None:
+    """What core's TorchCompileModel does, in one graph."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    monkeypatch.setattr(submodule("nodes.native.model"), "optimized_attention", core_attention.attention_pytorch)
     compiled = fast("medium view").clone()
     torch._dynamo.reset()
     set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
     torch.testing.assert_close(refine(compiled), refine(fast("medium view")), rtol=0, atol=TOLERANCE)
     torch._dynamo.reset()
+
+
+def test_a_cpu_uses_pytorchs_attention_unless_a_start_option_names_another(
+    submodule: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = submodule("nodes.native.attention").exact_attention
+    assert core_attention.optimized_attention is core_attention.attention_sub_quad  # ComfyUI's own choice on a CPU
+    assert chosen(torch.device("cpu")) is core_attention.attention_pytorch
+    assert chosen(torch.device("cuda")) is core_attention.optimized_attention
+    monkeypatch.setattr(comfy.cli_args.args, "use_quad_cross_attention", True)
+    assert chosen(torch.device("cpu")) is core_attention.optimized_attention

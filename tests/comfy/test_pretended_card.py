@@ -146,7 +146,7 @@ def test_comfyui_made_enough_room_for_a_long_latent(
     def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
         return flash_attention(q, k, v, heads, 0)
 
-    monkeypatch.setattr(submodule("nodes.native.model"), "optimized_attention", attention)
+    monkeypatch.setattr(submodule("nodes.native.attention"), "optimized_attention", attention)
     latent = {"samples": torch.zeros(1, 16, 51, 32, 48)}
     with LiveBytes(device=CARD) as held:
         if sampler == "FlashVideo":
