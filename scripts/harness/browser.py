@@ -8,7 +8,7 @@ from typing import Any
 
 from .install import chromium
 
-PATIENCE = 120_000  # milliseconds: a machine may be busy with other things
+PATIENCE = 600_000  # milliseconds in which the page does nothing that is waited for; not of a run as a whole
 READY = """() => window.app?.extensionManager && window.app.graph
     && Object.keys(window.LiteGraph.registered_node_types).some(name => name.startsWith('FlashVideo'))"""
 _OPTIONS = [

@@ -22,6 +22,7 @@ import aiohttp
 _PREVIEW, _PREVIEW_WITH_METADATA = 1, 4  # ComfyUI's protocol.py; the numbers start a binary message
 _IMAGE_KINDS = {1: "jpeg", 2: "png"}
 _UNLIMITED = 0
+_ANSWER_SECONDS = 300.0  # for an answer of a server that computes on the same processors
 _HISTORY_TRIES = 40  # the server writes history a moment after it announces the end
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine: no proxy
 
@@ -129,7 +130,7 @@ class ComfyClient:
 
     def __enter__(self) -> ComfyClient:
         self._thread.start()
-        if not self._connected.wait(timeout=30):
+        if not self._connected.wait(_ANSWER_SECONDS):
             raise TimeoutError(f"ComfyUI at {self.address} accepts no websocket.")
         return self
 
@@ -193,7 +194,7 @@ class ComfyClient:
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
-        with _DIRECT.open(request, timeout=60) as answer:
+        with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as answer:
             content = answer.read()
         return json.loads(content) if content else None
 

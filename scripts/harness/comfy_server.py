@@ -18,7 +18,7 @@ from types import TracebackType
 from .bed import PACK_NAME, ROOT, Bed
 from .comfy_client import ComfyClient
 
-_START_PATIENCE_SECONDS = 240
+_START_PATIENCE_SECONDS = 240  # since the log's last line
 _STOP_PATIENCE_SECONDS = 10
 _PORT_TRIES = 3
 _PORT_TAKEN = ("address already in use", "Only one usage of each socket address")
@@ -118,8 +118,8 @@ class ComfyServer:
                 self._command(port), cwd=self.bed.comfyui, env=self.bed.environment(),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        end = time.monotonic() + _START_PATIENCE_SECONDS
-        while time.monotonic() < end:
+        written, since = 0, time.monotonic()
+        while time.monotonic() - since < _START_PATIENCE_SECONDS:
             if self._process.poll() is not None:
                 tail = self.log_tail()
                 if not last_try and any(words.lower() in tail.lower() for words in _PORT_TAKEN):
@@ -127,9 +127,11 @@ class ComfyServer:
                 raise ServerError(f"ComfyUI stopped while starting (log: {self.log}):\n{tail}")
             if _answers(self.address):
                 return True
+            if (size := self.log.stat().st_size) > written:
+                written, since = size, time.monotonic()
             time.sleep(0.2)
         patience = f"{_START_PATIENCE_SECONDS} s"
-        raise ServerError(f"ComfyUI gave no answer for {patience} (log: {self.log}):\n{self.log_tail()}")
+        raise ServerError(f"ComfyUI neither answered nor logged for {patience} (log: {self.log}):\n{self.log_tail()}")
 
     def _command(self, port: int) -> list[str]:
         database = (self.base / "user" / "comfyui.db").resolve().as_posix()

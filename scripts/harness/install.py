@@ -17,6 +17,7 @@ REQUIREMENTS = ROOT / "scripts" / "requirements"
 OLDEST, NEWEST = (3, 10), (3, 13)
 # Bundles of pictures and pages for the browser; ComfyUI starts without them.
 _LEFT_OUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")
+_PROBE_SECONDS = 600  # for `import torch` and its like, on a cold disk
 _TORCH_FAMILY = ("torch", "torchvision", "torchaudio")
 _CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 
@@ -192,7 +193,7 @@ def _output(command: Sequence[str]) -> str:
     """What a command prints; empty if it fails or is not there."""
     env = clean_environment()
     try:
-        result = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+        result = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=_PROBE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""

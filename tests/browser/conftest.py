@@ -41,9 +41,14 @@ NOT_OURS = (
 
 _LISTEN = """() => {
     window.ended = [];
+    window.news = 0;  // of the server about a run
+    for (const kind of ['status', 'execution_start', 'execution_cached', 'executing', 'executed', 'progress',
+                        'progress_state', 'b_preview', 'b_preview_with_metadata'])
+        window.app.api.addEventListener(kind, () => { window.news += 1 });
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
         window.app.api.addEventListener(kind, event => window.ended.push([kind, event.detail]));
 }"""
+_ENDED_OR_NEWS = "([ended, news]) => window.ended.length > ended || window.news > news"
 _UNKNOWN = """() => window.app.graph.nodes
     .filter(node => !window.LiteGraph.registered_node_types[node.type] || node.has_errors).map(node => node.type)"""
 _MARK = "() => window.app.graph.nodes.forEach(node => { node.seenBefore = true })"
@@ -123,10 +128,15 @@ class ComfyPage:
         self.page.keyboard.press(keys)
 
     def run(self) -> tuple[str, dict[str, Any]]:
-        """Press Run and wait for the end; returns its kind, such as execution_success, and the details."""
+        """Press Run and wait for the end; returns its kind, such as execution_success, and the details.
+
+        However long it takes: only PATIENCE without any news is too long.
+        """
         before = self.page.evaluate("() => window.ended.length")
         self.page.locator("[data-testid='queue-button'] button, button[data-testid='queue-button']").first.click()
-        self.page.wait_for_function("count => window.ended.length > count", arg=before)
+        while self.page.evaluate("() => window.ended.length") == before:
+            news = self.page.evaluate("() => window.news")
+            self.page.wait_for_function(_ENDED_OR_NEWS, arg=[before, news])
         return self.page.evaluate("count => window.ended[count]", before)
 
     def shows_video(self, prefix: str) -> bool:

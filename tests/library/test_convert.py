@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import finished
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -302,7 +303,7 @@ def test_a_cancelled_conversion_leaves_no_half_file(kind: str, code: int, stage1
         assert process.stdout.readline() == "half way\n"
         assert len(list(tmp_path.glob("out.safetensors.*.part"))) == 1
         process.send_signal(kind)
-        errors = process.communicate(timeout=30)[1]
+        errors = finished(process)[1]
     assert process.returncode == code
     assert "Traceback" not in errors
     assert out.read_bytes() == b"precious"

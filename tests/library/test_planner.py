@@ -217,10 +217,8 @@ def test_numbers_for_people() -> None:
     assert describe(Setting(640, 360, 1, 0)) == "640x360, 1 frame, 4 steps, official models in bf16"
 
 
-def test_calibration_takes_about_as_long_as_it_is_given_and_foretells_a_run() -> None:
-    started = time.perf_counter()
+def test_calibration_foretells_a_run() -> None:
     rates = calibrate("cpu", torch.float32, NANO_STAGE2, NANO_VAE, seconds=0.6)
-    assert time.perf_counter() - started < 30  # on a machine however busy: left alone it takes less than 1
     network, shape = FlashVideoDiT(NANO_STAGE2), (3, 32, 32)
     latent, text, nothing = torch.zeros(1, 16, *shape), torch.zeros(1, 226, NANO_STAGE2.text_dim), torch.zeros(1)
     taken = []

@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patience import finished, wait_until
 from PIL import Image
 from small_recipes import SMALL_VAE
 from torch import Tensor, nn
@@ -105,11 +105,7 @@ def start(config: Path, *, file_limit: int | None = None, options: tuple[str, ..
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     """Wait until a file is there."""
-    deadline = time.monotonic() + 120
-    while not path.is_file():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(path.is_file, process)
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -175,7 +171,7 @@ def test_an_interrupt_saves_the_step_at_hand(vae_config: Callable, tmp_path: Pat
     process = start(config)
     wait_for(tmp_path / "run" / LAST, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = finished(process)
     assert process.returncode == 128 + number
     step = load_state(tmp_path / "run" / LAST)["step"]
     assert f"step {step} of 100000; --resume goes on" in output
@@ -218,7 +214,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(vae_config: Callable, tmp_pa
     assert train("vae", config, "--steps", "2") == 0
     kept = last.read_bytes()
     process = start(config, file_limit=len(kept) // 2, options=("--resume",))
-    _, message = process.communicate(timeout=120)
+    _, message = finished(process)
     assert process.returncode == 1
     assert "last.pt can't be written: the disk is full. The one written before is kept." in message
     assert f"{last} holds step 2: --resume goes on from there." in message
