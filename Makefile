@@ -8,7 +8,7 @@ ARGS ?=
 
 help:
 	@echo "make demo   run the example workflows in a private ComfyUI; results in demo/"
-	@echo "make test   run all tests (ARGS='-k refiner' picks some)"
+	@echo "make test   run all tests (ARGS='-k refiner' or ARGS=tests/library/test_vae.py picks some)"
 	@echo "make lint   check the code's style, and that imports run one way"
 	@echo "make nano   train FlashVideo-Nano from nothing into runs/nano/weights, or go on with it (hours on a CPU; ARGS='--minutes 30' for a piece)"
 	@echo "make ablations   the paper's tables on FlashVideo-Nano; writes docs/ablations.md (about an hour on a CPU)"

@@ -1,4 +1,4 @@
-"""The node that trades exactness of the refiner's attention for speed, at the artist's choice only."""
+"""The node that trades exactness of the refiner's attention for speed, at the user's choice only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..flashvideo.tile_attention import VIEWS
 from .checks import check_stage
 from .common import CATEGORY, found_as, named
+from .inputs import checked
 from .native.attention import has_sage, with_attention_windows, with_sage
 
 # Saved workflows hold these names: they never change.
@@ -37,15 +38,17 @@ class FlashVideoFastAttention(io.ComfyNode):
                     options=[EXACT, *VIEW_OPTIONS, EIGHT_BIT],
                     default=next(iter(VIEW_OPTIONS)),
                     tooltip="How much of the picture each place looks at while its detail is made. The wide, medium "
-                    "and narrow view are 56, 36 and 18 % of it: less is faster and strays further from exact (measured "
-                    "on FlashVideo-Nano: PSNR 36.2, 35.2 and 34.4 dB). 8-bit looks at everything in coarser numbers; "
-                    "it needs an NVIDIA card and the package SageAttention. exact changes nothing. Default: wide view.",
+                    "and narrow view are 56, 36 and 18 % of it: less is faster and departs further from exact "
+                    "(measured on FlashVideo-Nano: PSNR 36.2, 35.2 and 34.4 dB). 8-bit looks at everything in coarser "
+                    "numbers; it needs an NVIDIA card and the package SageAttention. exact changes nothing. "
+                    "Default: wide view.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same model with that attention.")],
         )
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, attention: str) -> io.NodeOutput:
         """Patch a clone of the model."""
         with named(cls.NAME):
@@ -59,7 +62,7 @@ class FlashVideoFastAttention(io.ComfyNode):
 
 
 def _check_sage(model: comfy.model_patcher.ModelPatcher) -> None:
-    """8-bit attention must be able to run; ComfyUI would quietly go on with the exact one."""
+    """8-bit attention must be able to run; ComfyUI would use the exact one in silence."""
     other = f"Choose {', '.join(VIEW_OPTIONS)} or {EXACT}, which run everywhere"
     if not has_sage():
         raise ValueError(

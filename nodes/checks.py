@@ -1,9 +1,11 @@
-"""What the sampling nodes demand of their inputs, in an artist's words. Each check raises ValueError."""
+"""What the sampling nodes demand of their inputs, in a user's words. Each check raises ValueError."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .native.model import FlashVideoModel
 from .native.stages import is_guided_otherwise
 
+MAX_BATCH_INDEX = 4095  # no node of ComfyUI makes larger ones; each draw before it costs time
 STAGE_NAMES = {1: "stage I (the draft model)", 2: "stage II (the refiner)"}
 
 
@@ -36,7 +39,7 @@ def check_stage(model: comfy.model_patcher.ModelPatcher, stage: int) -> None:
 
 
 def check_guidance(model: comfy.model_patcher.ModelPatcher) -> None:
-    """No other node may decide how cfg works where FlashVideo's dynamic cfg shall."""
+    """No other node may decide how cfg works where FlashVideo's dynamic cfg does."""
     if is_guided_otherwise(model):
         raise ValueError(
             "model comes through a node that changes how cfg works, such as RescaleCFG; dynamic cfg would undo that. "
@@ -47,6 +50,10 @@ def check_guidance(model: comfy.model_patcher.ModelPatcher) -> None:
 def check_latent(latent: dict[str, Any]) -> Tensor:
     """The LATENT must be one video of 16 channels whose picture size is a multiple of 16; returns its samples."""
     samples = latent["samples"]
+    if not isinstance(samples, Tensor) or samples.is_nested:
+        raise ValueError("latent must hold one kind of video; this one mixes several, such as pictures and sound")
+    if not samples.is_floating_point() or samples.itemsize < 2:
+        raise ValueError(f"latent must hold numbers of 16 or 32 bits; these are {samples.dtype}")
     if samples.ndim != 5 or samples.shape[1] != 16 or not samples.numel():
         raise ValueError(
             "latent must be a video latent with 16 channels, [videos, 16, frames, height, width], from Empty "
@@ -63,6 +70,33 @@ def check_latent(latent: dict[str, Any]) -> Tensor:
     return samples
 
 
+def check_batch(latent: dict[str, Any]) -> list[int] | None:
+    """Which videos of a batch these are (ComfyUI's batch_index); None where the LATENT doesn't say."""
+    numbers, count = latent.get("batch_index"), len(latent["samples"])
+    if numbers is None:
+        return None
+    if len(numbers) != count or not all(isinstance(each, int) and 0 <= each <= MAX_BATCH_INDEX for each in numbers):
+        raise ValueError(
+            f"latent holds {count} videos, and its batch_index is {numbers}: a node before changed one and not the "
+            "other. Leave that node out"
+        )
+    return numbers
+
+
+def batch_of(latent: dict[str, Any]) -> dict[str, Any]:
+    """What a LATENT made of this one takes over: which videos of a batch they are."""
+    return {name: latent[name] for name in ("batch_index",) if name in latent}
+
+
+def check_room(what: str, shape: tuple[int, ...]) -> None:
+    """An empty latent of a shape, in 32 bits, must fit into main memory."""
+    needed, there = 4 * math.prod(shape), comfy.model_management.get_total_memory(torch.device("cpu"))
+    if needed > there:
+        raise ValueError(
+            f"{what} need {needed / 2**30:.0f} GiB of main memory for the latent; there are {there / 2**30:.0f}"
+        )
+
+
 def check_text(model: comfy.model_patcher.ModelPatcher, **conditionings: list) -> None:
     """Each CONDITIONING must come from the text encoder that the model was made for."""
     wanted = model.model.diffusion_model.config.text_dim
@@ -70,6 +104,11 @@ def check_text(model: comfy.model_patcher.ModelPatcher, **conditionings: list) -
         if not conditioning:
             raise ValueError(f"{name} is empty; connect FlashVideo Prompt")
         width = conditioning[0][0].shape[-1]
+        if not all(torch.isfinite(cond).all() for cond, _ in conditioning):
+            raise ValueError(
+                f"{name} holds numbers that are not finite (NaN). Look for a weight that is too large in the prompt, "
+                "such as (word:1e40), or at the node that made it"
+            )
         if width != wanted:
             raise ValueError(
                 f"{name} comes from another text encoder: it has {width} numbers a word, this model reads {wanted}. "

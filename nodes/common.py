@@ -21,6 +21,11 @@ def found_as(*words: str) -> dict[str, list[str]]:
     return {_SEARCH_ALIASES: list(words)} if known else {}
 
 
+def own_id(node: type[io.ComfyNode]) -> str | None:
+    """The node's id in the graph that runs; None where a script calls the node."""
+    return node.hidden.unique_id if node.hidden is not None else None
+
+
 @contextmanager
 def named(display_name: str) -> Iterator[None]:
     """Put the node's name before the message of a ValueError that the library raises inside the block."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..flashvideo.compare import LAYOUTS, compare
 from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
-from .common import CATEGORY, found_as, named
+from .common import CATEGORY, found_as, named, own_id
+from .inputs import checked
 from .native.notices import tell
 
 _DEFAULT_SIZE = TargetSize()
@@ -87,17 +88,18 @@ class FlashVideoPrepareFrames(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="images",
-                    tooltip="For VAE Encode: the enlarged frames, padded to multiples of 16 pixels and 4n+1 frames.",
+                    tooltip="For VAE Encode: the upscaled frames, padded to multiples of 16 pixels and 4n+1 frames.",
                 ),
                 io.Image.Output(
                     display_name="reference",
-                    tooltip="For Finish Frames and Compare: the enlarged frames without padding.",
+                    tooltip="For Finish Frames and Compare: the upscaled frames without padding.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         images: Tensor,
@@ -115,7 +117,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
         summary, *repairs = prepared.notes
         logging.info("%s: %s", cls.NAME, summary)
         if repairs:
-            tell("\n".join(f"{cls.NAME}: {repair}" for repair in repairs), cls.hidden and cls.hidden.unique_id)
+            tell("\n".join(f"{cls.NAME}: {repair}" for repair in repairs), own_id(cls))
         return io.NodeOutput(prepared.frames, prepared.reference, ui=ui.PreviewText("\n".join(prepared.notes)))
 
 
@@ -158,6 +160,7 @@ class FlashVideoFinishFrames(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images: Tensor, reference: Tensor, color_match: str) -> io.NodeOutput:
         """Crop the frames and match their colours."""
         progress = comfy.utils.ProgressBar(1).update_absolute
@@ -182,7 +185,7 @@ class FlashVideoCompare(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "before",
-                    tooltip="The clip before refining, any size: it is enlarged bilinearly to after's size.",
+                    tooltip="The clip before refining, any size: it is resized bilinearly to after's size.",
                 ),
                 io.Image.Input(
                     "after",
@@ -201,6 +204,7 @@ class FlashVideoCompare(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, before: Tensor, after: Tensor, layout: str) -> io.NodeOutput:
         """Put the clips together."""
         with named(cls.NAME):

@@ -14,8 +14,9 @@ from ..flashvideo.frames import TargetSize
 from ..flashvideo.refiner import RefineSettings
 from ..flashvideo.refiner.windows import WINDOW
 from .checks import check_stage, check_text
-from .common import CATEGORY, found_as, named
+from .common import CATEGORY, found_as, named, own_id
 from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames
+from .inputs import checked
 from .native.long_video import refine_long_video
 from .native.notices import note, tell
 from .native.vae import FlashVideoVAE
@@ -38,8 +39,8 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             category=CATEGORY,
             **found_as("video upscale", "long video", "upscaler", "refine video", "resume", "film"),
             description="Refines a video of any length in one node: it is read, refined and written piece by piece, so "
-            "that memory doesn't grow with its length. Frame rate and sound stay. A run that was cancelled or has died "
-            "goes on where it was when the same graph is queued again.",
+            "that memory doesn't grow with its length. Frame rate and sound stay. An interrupted run resumes "
+            "when the same graph is queued again.",
             inputs=[
                 io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
                 io.Vae.Input("vae", tooltip="FlashVideo's VAE, from Load FlashVideo VAE."),
@@ -73,6 +74,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: io.Model.Type,
@@ -106,8 +108,8 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     settings,
                     unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
                     finished=Path(folder_paths.get_temp_directory()),
-                    warn=lambda text: tell(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id),
-                    note=lambda text: note(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id),
+                    warn=lambda text: tell(f"{cls.NAME}: {text}", own_id(cls)),
+                    note=lambda text: note(f"{cls.NAME}: {text}", own_id(cls)),
                 )
             except CommandError as error:
                 raise ValueError(str(error)) from None

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..flashvideo.nano import nano_state
 from .checks import check_model
-from .common import CATEGORY, found_as, named
+from .common import CATEGORY, found_as, named, own_id
+from .inputs import checked
 from .native.files import check_file, notice, options, resolve, shared
 from .native.lora import add_lora
 from .native.model import load_model
@@ -65,6 +66,7 @@ class FlashVideoModelLoader(io.ComfyNode):
         return check_file(FOLDER, model_name, tuple(BUILT_IN))
 
     @classmethod
+    @checked
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         """Load the model, or find it loaded."""
         with named("Load FlashVideo Model"):
@@ -79,11 +81,11 @@ class FlashVideoModelLoader(io.ComfyNode):
                 model_name if path is None else None,
                 weight_dtype,
             )
-        return io.NodeOutput(model, ui=notice(path, cls.hidden.unique_id))
+        return io.NodeOutput(model, ui=notice(path, own_id(cls)))
 
 
 class FlashVideoLoraLoader(io.ComfyNode):
-    """Puts a LoRA on stage I or stage II, whichever tool has named its layers."""
+    """Applies a LoRA to stage I or stage II, whatever tool named its layers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -93,7 +95,7 @@ class FlashVideoLoraLoader(io.ComfyNode):
             display_name="Load FlashVideo LoRA",
             category=CATEGORY,
             **found_as("flashvideo lora", "cogvideox lora", "load lora", "style"),
-            description="Puts a LoRA on FlashVideo: a published one for CogVideoX-5B on stage I, as it was "
+            description="Applies a LoRA to FlashVideo: a published one for CogVideoX-5B on stage I, as it was "
             "downloaded, or one of your own training on the stage that it was trained on.",
             inputs=[
                 io.Model.Input("model", tooltip="Stage I or stage II, from Load FlashVideo Model or another LoRA."),
@@ -124,6 +126,7 @@ class FlashVideoLoraLoader(io.ComfyNode):
         return check_file(LORA_FOLDER, lora_name, ())
 
     @classmethod
+    @checked
     def execute(cls, model: comfy.model_patcher.ModelPatcher, lora_name: str, strength: float) -> io.NodeOutput:
         """Patch the model; loaded weights stay shared."""
         with named("Load FlashVideo LoRA"):

@@ -1,4 +1,4 @@
-"""The node that tells memory and time of a video before it is made."""
+"""The node that estimates memory and time of a video before it is made."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..flashvideo.planner.report import advice_report, report
 from ..flashvideo.planner.speed import CALIBRATION_BYTES, CalibratedRates
 from .checks import check_stage
 from .common import CATEGORY, found_as, named
+from .inputs import checked
 from .native.multidiffusion import tile_of
 from .native.vae import STORE_SHARE, FlashVideoVAE
 
@@ -46,8 +47,8 @@ class FlashVideoPlanner(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             **found_as("vram", "memory estimate", "time estimate", "out of memory", "budget"),
-            description="Tells how much memory and time a video will take on this computer, before you make it, and "
-            "the best settings within a budget. It tests the speed of your card for a second.",
+            description="Estimates how much memory and time a video will take on this computer, before you make it, "
+            "and the best settings within a budget. It tests the speed of your card for a second.",
             is_output_node=True,
             inputs=[
                 io.Int.Input(
@@ -156,6 +157,7 @@ class FlashVideoPlanner(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         models: str,

@@ -8,8 +8,9 @@ from comfy_api.latest import io
 
 from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
-from .checks import check_guidance, check_latent, check_size, check_stage, check_text
+from .checks import batch_of, check_batch, check_guidance, check_latent, check_room, check_size, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
+from .inputs import checked
 from .native.sampling import stage1_sigmas
 from .native.stages import run_stage1, seeded_noise, with_dynamic_cfg
 
@@ -37,7 +38,7 @@ class EmptyFlashVideoLatent(io.ComfyNode):
                     max=MAX_SIDE,
                     step=PIXEL_MULTIPLE,
                     tooltip="Width of the draft in pixels, in steps of 16. The official draft is 480 wide; larger "
-                    "takes longer and strays from what the model knows. Default: 480.",
+                    "takes longer and departs from what the model knows. Default: 480.",
                 ),
                 io.Int.Input(
                     "height",
@@ -69,17 +70,14 @@ class EmptyFlashVideoLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, width: int, height: int, length: int, batch_size: int) -> io.NodeOutput:
         """Make the latent."""
         with named("Empty FlashVideo Latent"):
             check_size(width, height, length)
-        shape = (
-            batch_size,
-            16,
-            (length - 1) // TEMPORAL_FACTOR + 1,
-            height // SPATIAL_FACTOR,
-            width // SPATIAL_FACTOR,
-        )
+            frames = (length - 1) // TEMPORAL_FACTOR + 1
+            shape = (batch_size, 16, frames, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+            check_room(f"{batch_size} videos of {width}x{height} and {length} frames", shape)
         return io.NodeOutput({"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())})
 
 
@@ -142,6 +140,7 @@ class FlashVideoStage1Sampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: io.Model.Type,
@@ -157,6 +156,7 @@ class FlashVideoStage1Sampler(io.ComfyNode):
         with named("FlashVideo Stage I Sampler"):
             check_stage(model, 1)
             samples = check_latent(latent)
+            numbers = check_batch(latent)
             check_text(model, positive=positive, negative=negative)
             if dynamic_cfg:
                 check_guidance(model)
@@ -165,13 +165,13 @@ class FlashVideoStage1Sampler(io.ComfyNode):
             positive,
             negative,
             samples,
-            seeded_noise(samples.shape, seed),
+            seeded_noise(samples.shape, seed, numbers),
             steps=steps,
             scale=cfg,
             dynamic=dynamic_cfg,
             seed=seed,
         )
-        return io.NodeOutput({"samples": draft})
+        return io.NodeOutput(batch_of(latent) | {"samples": draft})
 
 
 class FlashVideoStage1Scheduler(io.ComfyNode):
@@ -185,8 +185,8 @@ class FlashVideoStage1Scheduler(io.ComfyNode):
             display_name="FlashVideo Stage I Scheduler",
             category=CATEGORY,
             **found_as("sigmas", "basic scheduler"),
-            description="The official steps of stage I, for SamplerCustomAdvanced and its kin. The nearest sampler "
-            "is dpmpp_2m_sde.",
+            description="The official steps of stage I, for SamplerCustomAdvanced and similar samplers. The nearest "
+            "sampler is dpmpp_2m_sde.",
             inputs=[
                 io.Model.Input("model", tooltip="FlashVideo stage I, from Load FlashVideo Model."),
                 io.Int.Input(
@@ -210,6 +210,7 @@ class FlashVideoStage1Scheduler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, steps: int, denoise: float) -> io.NodeOutput:
         """Compute the sigmas."""
         with named("FlashVideo Stage I Scheduler"):
@@ -253,6 +254,7 @@ class FlashVideoDynamicCFG(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, scale: float, exponent: int) -> io.NodeOutput:
         """Patch a clone of the model."""
         with named("FlashVideo Dynamic CFG"):

@@ -10,13 +10,14 @@ from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.refiner.tiles import SMALLEST_TILE, TILE
 from ..flashvideo.refiner.windows import OVERLAP, WINDOW
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
-from .checks import check_latent, check_stage, check_text
-from .common import CATEGORY, MAX_SEED, found_as, named
+from .checks import batch_of, check_batch, check_latent, check_stage, check_text
+from .common import CATEGORY, MAX_SEED, found_as, named, own_id
+from .inputs import checked
 from .native.degradation import check_unmasked, degradation_of, degrade, mark_samples, was_degraded
 from .native.multidiffusion import with_tiles, with_windows
 from .native.notices import note
 from .native.sampling import auto_latent_strength
-from .native.stages import refiner_settings, run_stage2, seeded_noise
+from .native.stages import latent_noise, refiner_settings, run_stage2
 
 MAX_WINDOW = 1001  # frames; no card holds as many at once
 MAX_TILE = 8192  # pixels
@@ -24,9 +25,9 @@ SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
 
 AUTO = -1  # the value of the strength widget that means auto
 STRENGTH_TOOLTIP = (
-    "How much of the input's detail is hidden before it is made anew. -1 is auto: what the official 675 at 1080p means "
-    "for this size, such as 298 at 448x256; the number is shown. Lower stays closer to the input, flaws included; "
-    "higher invents more and can drift. FlashVideo-Nano is best at 60. Default: -1."
+    "How much of the input's detail is hidden before it is generated again. -1 is auto: what the official 675 at 1080p "
+    "means for this size, such as 298 at 448x256; the number is shown. Lower stays closer to the input, flaws "
+    "included; higher invents more and can drift. FlashVideo-Nano is best at 60. Default: -1."
 )
 SHIFT_TOOLTIP = (
     "How the steps are spaced. Higher takes smaller steps at the start, where the layout is settled; 2 to 3.5 works "
@@ -91,10 +92,10 @@ class FlashVideoLatentDegradation(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             **found_as("add noise", "degrade latent", "refine strength"),
-            description="Hides the flaws of an enlarged video under noise, so that the refiner makes its detail "
-            "anew. Goes between VAE Encode and the Stage II Refiner.",
+            description="Hides the flaws of an upscaled video under noise, so that the refiner generates its "
+            "detail again. Goes between VAE Encode and the Stage II Refiner.",
             inputs=[
-                io.Latent.Input("latent", tooltip="The enlarged video, from VAE Encode."),
+                io.Latent.Input("latent", tooltip="The upscaled video, from VAE Encode."),
                 strength_input(),
                 io.Int.Input(
                     "seed",
@@ -114,6 +115,7 @@ class FlashVideoLatentDegradation(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, latent: dict, strength: int, seed: int) -> io.NodeOutput:
         """Degrade the latent."""
         with named(cls.NAME):
@@ -126,12 +128,12 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     "Remove one of the two degradation nodes"
                 )
             chosen = chosen_strength(strength)
-            noise = seeded_noise(samples.shape, seed)().to(samples)
+            noise = latent_noise(samples.shape, seed, check_batch(latent)).to(samples)
             degraded = degrade(latent, noise, auto_latent_strength(samples) if chosen is None else chosen)
         if chosen is not None:
             return io.NodeOutput(degraded)
         text = f"strength {degradation_of(degraded)} (auto)"
-        note(f"{cls.NAME}: {text}", cls.hidden and cls.hidden.unique_id)
+        note(f"{cls.NAME}: {text}", own_id(cls))
         return io.NodeOutput(degraded, ui=ui.PreviewText(text))
 
 
@@ -146,7 +148,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
             display_name="FlashVideo Stage II Refiner",
             category=CATEGORY,
             **found_as("video upscale", "upscaler", "refine", "enhance", "super resolution", "video to video"),
-            description="Gives a degraded, enlarged video real detail in a handful of steps.",
+            description="Gives a degraded, upscaled video real detail in a few steps.",
             inputs=[
                 io.Model.Input("model", tooltip="FlashVideo stage II, from Load FlashVideo Model."),
                 io.Conditioning.Input(
@@ -186,6 +188,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: io.Model.Type,
@@ -229,7 +232,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
             shift=shift,
             solver=solver,
         )
-        return io.NodeOutput({"samples": refined})
+        return io.NodeOutput(batch_of(latent) | {"samples": refined})
 
 
 class FlashVideoRefinerSettings(io.ComfyNode):
@@ -255,6 +258,7 @@ class FlashVideoRefinerSettings(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: io.Model.Type,
@@ -301,6 +305,7 @@ class FlashVideoSpatialTiles(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: io.Model.Type, tile: int) -> io.NodeOutput:
         """Patch a clone of the model."""
         with named("FlashVideo Spatial Tiles"):

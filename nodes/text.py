@@ -11,7 +11,8 @@ from comfy_api.latest import io
 
 from ..flashvideo.config import TEXT_TOKENS
 from ..flashvideo.t5 import MOTIONS, NO_MOTION, with_motion
-from .common import CATEGORY, found_as, named
+from .common import CATEGORY, found_as, named, own_id
+from .inputs import checked
 from .native.clip import TOKENIZER_NAME, load_clip_native, shorten
 from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
 
@@ -53,12 +54,13 @@ class FlashVideoTextEncoderLoader(io.ComfyNode):
         return check_file(FOLDER, text_encoder_name)
 
     @classmethod
+    @checked
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:
         """Load the text encoder, or find it loaded."""
         with named(cls.NAME):
             path = resolve(FOLDER, text_encoder_name)
             clip = shared(path, lambda: load_clip_native(path))
-        return io.NodeOutput(clip, ui=notice(path, cls.hidden.unique_id))
+        return io.NodeOutput(clip, ui=notice(path, own_id(cls)))
 
 
 class FlashVideoTextEncode(io.ComfyNode):
@@ -107,6 +109,7 @@ class FlashVideoTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, clip: comfy.sd.CLIP, text: str, motion: str) -> io.NodeOutput:
         """Encode the prompt."""
         if clip is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .common import CATEGORY, found_as, named
+from .common import CATEGORY, found_as, named, own_id
+from .inputs import checked
 from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
 from .native.vae import GIGABYTE, load_vae_native
 
@@ -65,13 +66,14 @@ class FlashVideoVAELoader(io.ComfyNode):
         return check_file(FOLDER, vae_name)
 
     @classmethod
+    @checked
     def execute(cls, vae_name: str, memory_budget: str = "auto") -> io.NodeOutput:
         """Load the VAE, or find it loaded."""
         with named(cls.NAME):
             path = resolve(FOLDER, vae_name)
             budget = BUDGETS[memory_budget]
             vae = shared(path, lambda: load_vae_native(path, budget), memory_budget)
-        return io.NodeOutput(vae, ui=notice(path, cls.hidden.unique_id))
+        return io.NodeOutput(vae, ui=notice(path, own_id(cls)))
 
 
 NODES = [FlashVideoVAELoader]

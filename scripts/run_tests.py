@@ -1,9 +1,10 @@
 """Run every test: style and imports, the library, the nodes inside ComfyUI, its page in a browser, the running server.
 
-    python scripts/run_tests.py [options for pytest ...]
+    python scripts/run_tests.py [files or folders of tests ...] [options for pytest ...]
 
-Each folder of tests has a process of its own, because a process can hold one ComfyUI, and the library's tests none.
-These have several, file by file, as their tensors are too small for several threads.
+Without a file or folder it runs all. Each folder of tests has a process of its own, because a process can hold one
+ComfyUI, and the library's tests none. These have several, file by file, as their tensors are too small for several
+threads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import lint
 import set_up
 from harness.bed import ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
-FOLDERS = ("tests/library", "tests/comfy", "tests/browser", "tests/server")
+FOLDERS = ("tests/library", "tests/comfy", "tests/fuzz", "tests/browser", "tests/server")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
 _PROCESSES = 4  # of the library's tests at most; each takes up to 0.6 GB of main memory
@@ -44,29 +45,37 @@ def main() -> int:
     """Command line; returns the exit code."""
     set_up.enter(__file__)
     stop_on_terminate()
-    options = sys.argv[1:]
+    chosen = [each for each in sys.argv[1:] if _is_place(each)]
+    options = [each for each in sys.argv[1:] if not _is_place(each)]
     style_is_good = lint.check()
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     try:
         # Of this run alone: another one, or a server, may use its own beside it.
         with tempfile.TemporaryDirectory(prefix="tests-", dir=TEMPORARY, ignore_cleanup_errors=True) as own:
-            outcomes = [_run(folder, options, Path(own)) for folder in FOLDERS if _has_tests(folder)]
+            outcomes = [_run(folder, places, options, Path(own)) for folder, places in _places(chosen).items()]
     except KeyboardInterrupt:
         say("\nCancelled.")
         return 130
     return _sum_up(outcomes, style_is_good)
 
 
-def _has_tests(folder: str) -> bool:
-    if any((ROOT / folder).rglob("test_*.py")):
-        return True
-    say(f"\n{folder}: no tests yet")
-    return False
+def _is_place(argument: str) -> bool:
+    """Whether an argument is a file or folder of tests, or a test in a file (tests/x/test_y.py::test_z)."""
+    path = Path(argument.partition("::")[0])
+    return path.parts[:1] == ("tests",) and (ROOT / path).exists()
 
 
-def _run(folder: str, options: list[str], temporary: Path) -> Outcome:
-    """Run one folder's tests in a process of their own."""
-    say(f"\n{folder}")
+def _places(chosen: list[str]) -> dict[str, list[str]]:
+    """What to run in each folder: what was chosen there, or all if nothing was chosen at all."""
+    if not chosen or Path("tests") in map(Path, chosen):
+        return {folder: [folder] for folder in FOLDERS}
+    found = {folder: [place for place in chosen if Path(place).is_relative_to(folder)] for folder in FOLDERS}
+    return {folder: places for folder, places in found.items() if places}
+
+
+def _run(folder: str, places: list[str], options: list[str], temporary: Path) -> Outcome:
+    """Run tests of one folder in a process of their own."""
+    say(f"\n{' '.join(places)}")
     name = Path(folder).name
     report = temporary / f"{name}.xml"
     own = [f"--junitxml={report}", f"--basetemp={temporary / name}", "-q"]
@@ -75,7 +84,7 @@ def _run(folder: str, options: list[str], temporary: Path) -> Outcome:
         own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
         env["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "pytest", folder, *own, *options], cwd=ROOT, env=env)
+    process = subprocess.Popen([sys.executable, "-m", "pytest", *places, *own, *options], cwd=ROOT, env=env)
     try:
         code = process.wait()
     except BaseException:

@@ -18,7 +18,7 @@ from harness.bed import ROOT, Bed, say, seconds, stop_on_terminate
 
 
 def main() -> int:
-    """Command line; returns the exit code: 0, or 1 with a message that an artist can act on."""
+    """Command line; returns the exit code: 0, or 1 with a message that a user can act on."""
     arguments = _arguments()
     set_up.enter(__file__)
     # Only the bed's Python, in which this now runs, has the packages that the following modules need.

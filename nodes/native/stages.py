@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_patcher
@@ -20,6 +20,7 @@ from .sampling import AutoRefinerSampling, RefinerSampling, Stage1ExactSampling,
 
 # A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
 ANY_SCALE = 2.0
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2^64: its multiples lie as far apart as can be (Knuth)
 
 
 def with_dynamic_cfg(
@@ -59,10 +60,39 @@ def _as_elsewhere(guide: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[s
     return guided
 
 
-def seeded_noise(shape: torch.Size, seed: int) -> Callable[[], Tensor]:
-    """Draws of standard normal noise [B, C, T, H, W], the same for every device; the first is ComfyUI's for a seed."""
+def latent_noise(shape: torch.Size, seed: int, numbers: Sequence[int] | None = None) -> Tensor:
+    """Standard normal noise [B, C, T, H, W], as ComfyUI's samplers draw it; the same for every device.
+
+    `numbers` tells which videos of a larger batch these are (a LATENT's batch_index); by default the first B.
+    """
+    numbers = range(shape[0]) if numbers is None else numbers
     generator = torch.Generator("cpu").manual_seed(seed)
-    return lambda: torch.randn(shape, generator=generator)
+    drawn = {}
+    for number in range(max(numbers) + 1):
+        noise = torch.randn(1, *shape[1:], generator=generator)
+        if number in numbers:
+            drawn[number] = noise
+    return torch.cat([drawn[number] for number in numbers])
+
+
+def seeded_noise(shape: torch.Size, seed: int, numbers: Sequence[int] | None = None) -> Callable[[], Tensor]:
+    """Draws of standard normal noise [B, C, T, H, W], the same for every device; the first video's is ComfyUI's.
+
+    Each video has a stream of its own, so that it comes out the same in a batch of any size. `numbers` as above.
+    """
+    numbers = range(shape[0]) if numbers is None else numbers
+    streams = {number: torch.Generator("cpu").manual_seed(_stream_seed(seed, number)) for number in numbers}
+
+    def draw() -> Tensor:
+        noise = {number: torch.randn(1, *shape[1:], generator=stream) for number, stream in streams.items()}
+        return torch.cat([noise[number] for number in numbers])
+
+    return draw
+
+
+def _stream_seed(seed: int, number: int) -> int:
+    """The seed of a batch's video; far from the seeds that people choose, but for the first video, whose is theirs."""
+    return (seed + number * _GOLDEN_RATIO) % 2**64
 
 
 def run_stage1(

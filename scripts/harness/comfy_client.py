@@ -300,6 +300,6 @@ def _reason(entry: dict[str, Any]) -> str:
 
 
 def node_name(prompt: dict[str, Any], node_id: str) -> str:
-    """The title of a node as the artist sees it, else its type, else its id."""
+    """The title of a node as the user sees it, else its type, else its id."""
     node = prompt.get(node_id) or {}
     return (node.get("_meta") or {}).get("title") or node.get("class_type") or f"node {node_id}"

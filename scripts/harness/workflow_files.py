@@ -11,7 +11,7 @@ from .bed import ROOT, TEMPORARY
 from .workflow_api import WorkflowError, read_workflow
 
 WORKFLOWS = ROOT / "workflows"
-# The muted node that starts stage II, in the graph where an artist looks at the draft first.
+# The muted node that starts stage II, in the graph where a user looks at the draft first.
 COMMIT = "Commit: save the refined video"
 ALWAYS, MUTED, BYPASSED = 0, 2, 4  # a node's `mode` in ComfyUI's page
 
@@ -38,7 +38,7 @@ def switch_on(workflow: dict[str, Any], title: str) -> dict[str, Any]:
 
 
 def committed(path: Path) -> Path:
-    """The workflow file, or, where an artist looks at the draft first, a copy of it that goes on at once."""
+    """The workflow file, or, where a user looks at the draft first, a copy of it that goes on at once."""
     workflow = read_workflow(path)
     if COMMIT not in titles(workflow):
         return path

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import importlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -26,9 +27,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "ComfyUI-FlashVideo"
 HERE = ("127.0.0.1", "::1", "localhost")
+STAMP = ROOT / ".bed" / "bed.json"  # of the set-up
 COMFYUI = os.environ.get("FLASHVIDEO_COMFYUI")
+if not COMFYUI and STAMP.is_file():  # pytest on its own, with the bed's Python
+    COMFYUI = json.loads(STAMP.read_text())["comfyui"]
 if not COMFYUI:
-    pytest.exit("These tests run inside ComfyUI: use `make test` (FLASHVIDEO_COMFYUI names ComfyUI's folder).", 2)
+    pytest.exit("These tests run inside ComfyUI: use `make test` (or let FLASHVIDEO_COMFYUI name ComfyUI's folder).", 2)
 
 BASE = Path(tempfile.mkdtemp(prefix="flashvideo-comfyui-")).resolve()
 atexit.register(shutil.rmtree, BASE, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What an artist can wire wrongly: each says so before work starts, in plain words."""
+"""What a user can wire wrongly: each says so before work starts, in plain words."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_strength_at_its_ends(models: dict, refine: Callable, degrade: Callable,
 
 @pytest.mark.parametrize("strength", [-2, 1000])
 def test_strength_beyond_its_ends(degrade: Callable, strength: int) -> None:
-    with pytest.raises(ValueError, match="strength must be 0 to 999"):
+    with pytest.raises(ValueError, match="strength must be a whole number from -1 to 999"):
         degrade(video_latent(), strength)
 
 
@@ -253,9 +253,9 @@ def test_strength_beyond_its_ends(degrade: Callable, strength: int) -> None:
     ("width", "height", "length", "message"),
     [
         (270, 256, 49, r"width must be a multiple of 16; got 270 \(nearest: 272\)"),
-        (480, 8, 49, r"height must be a multiple of 16; got 8 \(nearest: 16\)"),
+        (480, 8, 49, "height must be a whole number from 16 to 4096; got 8"),
         (480, 256, 20, r"length must be 4n\+1 frames .* got 20 \(nearest: 21\)"),
-        (480, 256, 0, r"length must be 4n\+1 frames .* got 0 \(nearest: 1\)"),
+        (480, 256, 0, "length must be a whole number from 1 to 1025; got 0"),
     ],
 )
 def test_sizes_of_a_new_video(comfy_nodes: dict, width: int, height: int, length: int, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Approximate attention, where an artist asks for it: in the refiner, in KSampler, in the long video; else exact."""
+"""Approximate attention, where a user asks for it: in the refiner, in KSampler, in the long video; else exact."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_view_gives_what_the_library_gives(
     context, uncond = (text[name][0][0] for name in ("positive", "negative"))
     windows = sparse.WindowAttention(context.shape[1], (2, 8, 12), sparse.VIEWS[view.split()[0]])
     scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
-    noise = submodule("nodes.native.stages").seeded_noise(torch.Size(SHAPE), 1)()
+    noise = submodule("nodes.native.stages").latent_noise(torch.Size(SHAPE), 1)
     start = submodule("flashvideo.degradation").degrade_latent(normal(*SHAPE) * scale, noise, STRENGTH)
     expected = submodule("flashvideo.samplers").sample_stage2(
         lambda *given, **named: dit(*given, **named, attention=windows, order=windows.order),

@@ -54,7 +54,7 @@ def test_stage1_sampler_follows_the_official_trajectory(
     case = json.loads((GOLDEN / "sample_stage1.json").read_text())["cases"][0]
     used = [0, *(draw for draw in case["draw_used_per_step"] if draw is not None)]
     draws = iter([frames_second(golden[f"case0.draw.{draw:02d}"]) for draw in used])
-    monkeypatch.setattr(submodule("nodes.stage1"), "seeded_noise", lambda shape, seed: lambda: next(draws))
+    monkeypatch.setattr(submodule("nodes.stage1"), "seeded_noise", lambda *_: lambda: next(draws))
     positive, negative = conditioning(golden, "case0")
 
     (latent,) = comfy_nodes["FlashVideoStage1Sampler"].execute(
@@ -77,7 +77,7 @@ def test_degradation_and_refiner_follow_the_official_trajectory(
 ) -> None:
     case, golden, name = stage2_case(index)
     noise = frames_second(golden[f"{name}.ref_noise"])
-    monkeypatch.setattr(submodule("nodes.stage2"), "seeded_noise", lambda shape, seed: lambda: noise)
+    monkeypatch.setattr(submodule("nodes.stage2"), "latent_noise", lambda *_: noise)
     reference = {"samples": frames_second(golden[f"{name}.ref_latent"]) / STAGE2_SCALE}
 
     (degraded,) = comfy_nodes["FlashVideoLatentDegradation"].execute(reference, case["step"], seed=0).result

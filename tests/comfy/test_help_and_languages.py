@@ -135,7 +135,7 @@ def test_help_pages_say_every_input_with_its_default_and_range(schemas: dict[str
         assert list(paragraphs(chapter(page, "Outputs"))) == [port.display_name for port in schema.outputs], name
 
 
-def test_help_pages_are_short_and_complete_and_speak_to_artists(schemas: dict[str, Any]) -> None:
+def test_help_pages_are_short_and_complete_and_speak_to_users(schemas: dict[str, Any]) -> None:
     display_names = {schema.display_name for schema in schemas.values()}
     for name in schemas:
         page = (DOCS / f"{name}.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ tests/data/schema.json is the nodes as they are released. Whoever changes a node
     FLASHVIDEO_UPDATE_SCHEMA=1 make test ARGS="-k schema_snapshot"
 
 which takes what is new, and refuses what would break a saved workflow. Where such a break can't be avoided,
-"migrations" in that file names the node, and says since which version and what an artist has to do (CONTRIBUTING.md).
+"migrations" in that file names the node, and says since which version and what a user has to do (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _record(said: list[str], *words: str) -> dict[str, Any]:
     return {}
 
 
-def test_search_finds_the_nodes_by_what_artists_call_it(
+def test_search_finds_the_nodes_by_what_users_call_it(
     live: dict[str, Node], comfy_nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the nodes say, whether this ComfyUI's search knows such words or not."""

@@ -45,7 +45,7 @@ def expected(submodule: Callable[[str], ModuleType], text: dict[str, list], late
     nano = submodule("flashvideo.nano").nano_state("stage2")
     dit = submodule("flashvideo.checkpoints").load_dit(nano, dtype=torch.float32)
     scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
-    noise = submodule("nodes.native.stages").seeded_noise(latent.shape, 1)()
+    noise = submodule("nodes.native.stages").latent_noise(latent.shape, 1)
     start = submodule("flashvideo.degradation").degrade_latent(latent * scale, noise, STRENGTH)
     velocity = samplers.guided_velocity(dit, text["positive"][0][0], text["negative"][0][0], 4.0, STRENGTH)
     velocity = submodule("flashvideo.refiner.tiles").tiled_velocity(velocity, TILE)

@@ -259,7 +259,7 @@ def test_weights_go_to_the_card_though_the_whole_picture_would_not_fit_it(
     assert official.patcher.loaded_size() == official.model_size()
 
 
-# What an artist can wire wrongly
+# What a user can wire wrongly
 
 
 @pytest.mark.parametrize("node", ["VAEEncode", "VAEEncodeTiled"])

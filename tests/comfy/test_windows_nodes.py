@@ -52,7 +52,7 @@ def test_windows_give_what_the_library_gives(
     scale = submodule("flashvideo.config").STAGE2_LATENT_SCALE
     latent = wandering(12, 0)
     start = submodule("flashvideo.degradation").degrade_latent(
-        latent * scale, submodule("nodes.native.stages").seeded_noise(latent.shape, 1)(), STRENGTH
+        latent * scale, submodule("nodes.native.stages").latent_noise(latent.shape, 1), STRENGTH
     )
     velocity = library["samplers"].guided_velocity(dit, text["positive"][0][0], text["negative"][0][0], 13.0, STRENGTH)
     plan = library["refiner.windows"].plan_windows(12, 17, 8)

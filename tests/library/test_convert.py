@@ -284,7 +284,7 @@ class Pause(convert.ProgressBars):
         if phase == "convert" and done > total // 2:
             sys.stdout.write("half way\\n")
             sys.stdout.flush()
-            time.sleep(60)
+            time.sleep(3600)
 
 convert.ProgressBars = Pause
 sys.exit(main(sys.argv[1:]))

@@ -241,7 +241,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 pathlib.Path(sys.argv[1]).write_text("runs")
-time.sleep(60)
+time.sleep(3600)
 """
 
 
