@@ -64,7 +64,7 @@ _PICTURE = """prefix => window.app.graph.nodes.flatMap(node => node.imgs ?? []).
 
 
 class ComfyPage:
-    """ComfyUI's page in the browser, as an artist uses it.
+    """ComfyUI's page in the browser, as a user uses it.
 
     `problems` collects what its console complains about, `loaded` the names of files that the server gave it.
     """

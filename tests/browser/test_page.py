@@ -1,4 +1,4 @@
-"""The shipped workflows on ComfyUI's page: found, opened, run and looked at as an artist does."""
+"""The shipped workflows on ComfyUI's page: found, opened, run and looked at as a user does."""
 
 from __future__ import annotations
 

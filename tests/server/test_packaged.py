@@ -1,4 +1,4 @@
-"""The artist's download, unpacked into a clean ComfyUI: all nodes come up, and Text to Video runs from its files."""
+"""The user's download, unpacked into a clean ComfyUI: all nodes come up, and Text to Video runs from its files."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_files_and_downloads_are_named_where_the_page_looks_for_them(path: Path)
 
 
 @FILES
-def test_only_what_needs_a_file_of_the_artist_is_off(path: Path) -> None:
+def test_only_what_needs_a_file_of_the_user_is_off(path: Path) -> None:
     nodes = read_workflow(path)["nodes"]
     bypassed = {node["type"] for node in nodes if node["mode"] == BYPASSED}
     assert bypassed <= {"FlashVideoLoraLoader", "TorchCompileModel"}

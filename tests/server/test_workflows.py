@@ -220,7 +220,7 @@ def test_cancel_stops_at_the_next_step_and_the_next_run_works(
     assert isinstance(events[-1], Success), events[-1]
 
 
-def test_an_artist_s_mistake_is_told_in_words(client: ComfyClient, prompt_of: Callable[..., dict[str, Any]]) -> None:
+def test_a_user_s_mistake_is_told_in_words(client: ComfyClient, prompt_of: Callable[..., dict[str, Any]]) -> None:
     prompt = prompt_of(TEXT_TO_VIDEO, *SMALL)
     refiner = prompt[node_id(prompt, "FlashVideoStage2Refiner")]
     sampler = prompt[node_id(prompt, "FlashVideoStage1Sampler")]
