@@ -9,7 +9,7 @@ from collections.abc import Callable
 import psutil
 
 QUIET_SECONDS = 120.0  # with hardly any processor time, after which a program counts as hung
-_LEAST_WORK_SECONDS = 0.05  # of processor time within that; an idle Python takes less
+_LEAST_WORK_SECONDS = 0.01  # of processor time within that, one tick of the clock; a program that sleeps takes none
 _LOOK_AGAIN_SECONDS = 0.02
 
 

@@ -29,7 +29,7 @@ def test_a_program_that_does_nothing_is_hung_and_ended() -> None:
 
 def test_a_program_that_works_for_longer_is_waited_for() -> None:
     with start(BUSY) as process:
-        assert finished(process, QUIET) == ("done\n", "")
+        assert finished(process, 2 * QUIET) == ("done\n", "")
 
 
 def test_a_program_that_ends_too_soon_is_reported_with_its_words() -> None:
