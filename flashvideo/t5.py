@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.architecture import layer_count
-from .checkpoints.weights import open_weights
+from .checkpoints import CheckpointError
+from .checkpoints.text_encoder import TIED, t5_config
+from .checkpoints.weights import QUANTISATION, open_weights, some
 from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
 
 TOKENIZER_IN_COMFYUI = Path("comfy") / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
-TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 NO_MOTION = "none"
 MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
-_BLOCK_COUNT = re.compile(r"encoder\.block\.(\d+)\.")
-_QUANTISED = (
-    "scaled_fp8",
-    ".scale_weight",
-    ".weight_scale",
-    ".comfy_quant",
-)  # of scale factors
 
 
 def with_motion(text: str, motion: str) -> str:
@@ -138,27 +130,25 @@ def load_encoder(
 ) -> T5Encoder:
     """Load a T5 encoder of any size from one file or a state; its sizes follow from the weights.
 
-    Raises CommandError for another model's file, and for a quantised one.
+    Raises CheckpointError for another model's file, an incomplete one and a quantised one.
     """
     weights = open_weights(path)
-    shapes = weights.shapes
-    if any(name.endswith(_QUANTISED) for name in shapes):
-        raise CommandError(f"{weights.label} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
-    blocks = [int(match[1]) for name in shapes if (match := _BLOCK_COUNT.match(name))]
-    try:
-        first = "encoder.block.0.layer."
-        heads = shapes[f"{first}0.SelfAttention.relative_attention_bias.weight"][1]
-        vocabulary, width = shapes["shared.weight"]
-        inner = shapes[f"{first}0.SelfAttention.q.weight"][0]
-        feed_forward = shapes[f"{first}1.DenseReluDense.wi_0.weight"][0]
-    except KeyError as error:
-        raise CommandError(f"{weights.label} is no T5 v1.1 encoder: it has no {error.args[0]}.") from error
-    config = T5Config(layer_count(blocks, weights.label), width, feed_forward, inner // heads, heads, vocabulary)
+    if any(QUANTISATION.search(name) for name in weights.shapes):
+        raise CheckpointError(f"{weights.label} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
+    config = t5_config(weights)
+    found = {**weights.shapes, "shared.weight": weights.shapes.get("shared.weight", weights.shapes.get(TIED))}
+    if wrong := [name for name, shape in t5_shapes(config).items() if found.get(name) != shape]:
+        raise CheckpointError(
+            f"{weights.label} is incomplete or damaged: {len(wrong)} weights are not as they should be ({some(wrong)})."
+        )
     with torch.device("meta"):
         encoder = T5Encoder(config)
     # Placed one by one, so that a cast or a copy to the device never holds the weights twice.
-    names = [name for name in shapes if name.startswith(("shared.", "encoder."))]
-    encoder.load_weights({name: weights.read(name).to(device, dtype) for name in names})
+    names = [name for name in weights.shapes if name.startswith(("shared.", "encoder.")) and name != TIED]
+    state = {name: weights.read(name).to(device, dtype) for name in names}
+    if "shared.weight" not in state:
+        state["shared.weight"] = weights.read(TIED).to(device, dtype)
+    encoder.load_weights(state)
     return encoder.eval()
 
 

@@ -7,13 +7,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..config import DiTConfig, VAEConfig
-from .weights import CheckpointError, some
+from .weights import CheckpointError, short, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_NORM_GROUPS = 32
 NORM_GROUPS_METADATA = "flashvideo.norm_groups"  # in a VAE's file, whose shapes don't tell it
 MAX_LAYERS = 512  # of any kind: more are a mistake or an attack, and building takes about 65 KB and 2 ms each
+MAX_BLOCKS = 32  # of the VAE, in a level; the official one has 4
 EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # what stage II has and stage I hasn't
 
 
@@ -63,11 +64,11 @@ def vae_config(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> VAE
     """
     sizes = _Sizes(shapes)
     base = sizes("encoder.conv_in.conv.weight", 0)
-    levels = sizes.count("encoder.down_blocks.*.")
+    levels = sizes.count("encoder.down_blocks.*.", MAX_BLOCKS)
     widths = [sizes(f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight", 0) for level in range(levels)]
     config = {
-        "encoder_blocks": sizes.count("encoder.down_blocks.0.resnets.*."),
-        "decoder_blocks": sizes.count("decoder.up_blocks.0.resnets.*."),
+        "encoder_blocks": sizes.count("encoder.down_blocks.0.resnets.*.", MAX_BLOCKS),
+        "decoder_blocks": sizes.count("decoder.up_blocks.0.resnets.*.", MAX_BLOCKS),
         "latent_channels": sizes("decoder.conv_in.conv.weight", 1),
         "image_channels": sizes("encoder.conv_in.conv.weight", 1),
     }
@@ -99,11 +100,14 @@ def _norm_groups(widths: Sequence[int], stated: str | None) -> int:
     return groups
 
 
-def layer_count(numbers: Collection[int], what: str = "it") -> int:
+def layer_count(numbers: Collection[int], what: str = "it", most: int = MAX_LAYERS) -> int:
     """How many layers there are where `what` names these, from 0 on. Raises CheckpointError for more than can be."""
-    if max(numbers, default=0) >= MAX_LAYERS:
-        raise CheckpointError(f"{what} names a layer {max(numbers):,}, and no network has more than {MAX_LAYERS}")
-    return 1 + max(numbers, default=0)
+    last = max(numbers, default=0)
+    if last >= most:
+        raise CheckpointError(f"{what} names a layer {short(f'{last:,}')}, and no network has more than {most}")
+    if 2 * len(set(numbers)) < last:
+        raise CheckpointError(f"{what} names a layer {last}, and holds {len(set(numbers))} layers only")
+    return 1 + last
 
 
 class _Sizes:
@@ -122,13 +126,13 @@ class _Sizes:
         self.missing.append(name.replace("*", "0"))
         return 1
 
-    def count(self, name: str) -> int:
+    def count(self, name: str, most: int = MAX_LAYERS) -> int:
         """One more than the largest number in the place of the * in names that start like this."""
         pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
         numbers = [int(match[1]) for key in self.shapes if (match := pattern.match(key))]
         if not numbers:
             self.missing.append(name.replace("*", "0").rstrip("."))
-        return layer_count(numbers)
+        return layer_count(numbers, most=most)
 
     def raise_if_missing(self) -> None:
         if self.missing:

@@ -1,4 +1,4 @@
-"""What a file that is no FlashVideo model seems to be, from its key names and shapes, in an artist's words."""
+"""What a file that is no FlashVideo model seems to be, from its key names and shapes, in the user's words."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from collections.abc import Mapping
 
 from .weights import some
 
-# The first line that fits names the file, so the narrower kind stands above the wider.
-_KINDS: tuple[tuple[str, str], ...] = (
+# What a kind is called, and patterns that all occur among its names. The first line that fits counts, so the narrower
+# kind stands above the wider.
+_KINDS: tuple[tuple[str, ...], ...] = (
     ("a LoRA: load it with a LoRA loader, on top of a model", r"lora_(?:A|B|up|down|a|b)\b|\.lora\.|\.(?:hada|lokr)_"),
     ("the optimizer state of a training run", r"(?:^|\.)(?:exp_avg|optimizer|optimizer_states?|param_groups)(?:\.|$)"),
-    ("a Wan video model", r"blocks\.0\.cross_attn\.q\.|blocks\.0\.attn2\.to_q\..*\bcondition_embedder\."),
+    ("a Wan video model", r"blocks\.0\.cross_attn\.q\."),
+    ("a Wan video model", r"blocks\.0\.attn2\.to_q\.", r"\bcondition_embedder\."),
     ("a HunyuanVideo model", r"txt_in\.individual_token_refiner\.|context_embedder\.token_refiner\."),
-    ("an LTX-Video model", r"\bpatchify_proj\.|adaln_single\..*transformer_blocks\.0\.scale_shift_table"),
+    ("an LTX-Video model", r"\bpatchify_proj\."),
+    ("an LTX-Video model", r"adaln_single\.", r"transformer_blocks\.0\.scale_shift_table"),
     ("a Mochi model", r"blocks\.0\.attn\.qkv_x\."),
-    ("a Stable Diffusion 3 model", r"joint_blocks\.0\.|pos_embed\.proj\..*transformer_blocks\.0\.attn\.add_q_proj\."),
+    ("a Stable Diffusion 3 model", r"joint_blocks\.0\."),
+    ("a Stable Diffusion 3 model", r"pos_embed\.proj\.", r"transformer_blocks\.0\.attn\.add_q_proj\."),
     ("a Flux model", r"double_blocks\.0\.img_attn\.|single_transformer_blocks\.0\."),
     ("an SDXL checkpoint", r"label_emb\.0\.0\.|add_embedding\.linear_1\.|conditioner\.embedders\.1\.model\."),
     ("a Stable Diffusion checkpoint", r"input_blocks\.0\.0\.|down_blocks\.0\.attentions\.0\.transformer_blocks\."),
@@ -29,8 +33,8 @@ _OTHER_VAE = re.compile(r"encoder\.(?:down\.0\.block|down_blocks\.0\.resnets|con
 def describe_foreign(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A clause that says what these keys seem to belong to."""
     names = "\n".join(sorted(shapes))
-    for what, pattern in _KINDS:
-        if re.search(pattern, names, re.MULTILINE | re.DOTALL):
+    for what, *patterns in _KINDS:
+        if all(re.search(pattern, names, re.MULTILINE) for pattern in patterns):
             return f"it seems to be {what}"
     for name, shape in shapes.items():
         if _OTHER_VAE.search(name) and len(shape) >= 4:

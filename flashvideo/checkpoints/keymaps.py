@@ -119,13 +119,14 @@ _VAE_OFFICIAL = {
     "decoder.up.{r}.upsample.{rest}": "decoder.up_blocks.{r}.upsamplers.0.{rest}",
 }
 
+_VAE_PREFIX = r"(?P<prefix>first_stage_model\.|vae\.|)"
 _UNET_PREFIX = r"(?P<prefix>(?:model\.)?diffusion_model\.|transformer\.|)"
 _LAYOUT_MARKS = (
     ("dit", "official", _UNET_PREFIX + r"(?:mixins\.(?:patch_embed|adaln_layer|final_layer)|transformer\.layers)\."),
     ("dit", "diffusers", _UNET_PREFIX + r"transformer_blocks\.\d+\.norm[12]\.norm\."),
     ("dit", "converted", _UNET_PREFIX + r"blocks\.\d+\.norm[12]\.(?:linear|norm)\."),
-    ("vae", "official", r"(?P<prefix>)(?:encoder\.down|decoder\.up)\.\d+\.block\.\d+\.conv[12]\.conv\."),
-    ("vae", "diffusers", r"(?P<prefix>)decoder\.(?:up_blocks\.\d+|mid_block)\.resnets\.\d+\.norm[12]\.norm_layer\."),
+    ("vae", "official", _VAE_PREFIX + r"(?:encoder\.down|decoder\.up)\.\d+\.block\.\d+\.conv[12]\.conv\."),
+    ("vae", "diffusers", _VAE_PREFIX + r"decoder\.(?:up_blocks\.\d+|mid_block)\.resnets\.\d+\.norm[12]\.norm_layer\."),
 )
 _UNUSED = {
     # A table that the transformer library always makes; rotary tables; positions that CogVideoX's other models add.
@@ -134,15 +135,21 @@ _UNUSED = {
 }
 # Empty tensors that ComfyUI saves beside a model, to tell how it samples.
 _SAMPLING_MARK = re.compile(r"v_pred|ztsnr|edm_vpred\.sigma_(?:min|max)")
-# Other models of the official training engine and of all-in-one checkpoints.
-_FOREIGN = re.compile(r"(?:first_stage_model|conditioner|denoiser|loss_fn|model_ema|vae|text_encoders)\.")
+# Other models of the official training engine and of all-in-one checkpoints, ComfyUI's Save Checkpoint's among them.
+_FOREIGN = re.compile(
+    r"(?:first_stage_model|conditioner|cond_stage_model|denoiser|loss_fn|model_ema|model\.diffusion_model|vae"
+    r"|text_encoders)\."
+)
 _LORA_PART = re.compile(r"(?P<stem>.+)\.(?P<part>original\.weight|original\.bias|matrix_A\.\d+|matrix_B\.\d+)")
 
 
-def find_layout(names: Iterable[str]) -> Layout | None:
-    """Layout of a file with these key names, or None if no FlashVideo or CogVideoX file is named like this."""
+def find_layout(names: Iterable[str], preferred: str | None = None) -> Layout | None:
+    """Layout of a file with these key names, or None if no FlashVideo or CogVideoX file is named like this.
+
+    A file may hold several networks, as those of ComfyUI's Save Checkpoint do: a `preferred` kind is looked for first.
+    """
     names = list(names)
-    for kind, naming, mark in _LAYOUT_MARKS:
+    for kind, naming, mark in sorted(_LAYOUT_MARKS, key=lambda each: each[0] != preferred):
         pattern = re.compile(mark)
         for name in names:
             if match := pattern.match(name):
@@ -157,7 +164,7 @@ def make_plan(names: Iterable[str], layout: Layout) -> Plan:
     foreign: list[str] = []
     unexpected: list[str] = []
     for key in names:
-        if _FOREIGN.match(key):
+        if _FOREIGN.match(key) and not (layout.prefix and key.startswith(layout.prefix)):
             foreign.append(key)
         elif _SAMPLING_MARK.fullmatch(key):
             unused.append(key)

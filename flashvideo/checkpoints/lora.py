@@ -18,7 +18,7 @@ from torch import Tensor
 from ..atomic_files import write_whole
 from .convert import check_converted_target
 from .keymaps import DIT_DIFFUSERS, rename
-from .weights import CheckpointError, Weights, open_weights, some
+from .weights import CheckpointError, Weights, open_weights, short, some
 
 PREFIX = "diffusion_model."  # before a layer's name in ComfyUI
 _BLOCKS = "transformer_blocks"  # in the names of most layers, by everyone but ComfyUI
@@ -34,8 +34,8 @@ _ADAPTER = "lora_adapter_metadata"  # where newer diffusers keep the adapters' s
 _MATRIX = re.compile(r"(?P<layer>.+?)\.(?P<part>lora_(?:A|B|down|up|mid)|hada_\w+|lokr_\w+)(?:\.default)?(?:\.weight)?")
 
 
-def is_lora(names: Iterable[str]) -> bool:
-    """Whether a file with these key names is a LoRA of CogVideoX in names that ComfyUI doesn't place."""
+def needs_renaming(names: Iterable[str]) -> bool:
+    """Whether these key names are those of a CogVideoX LoRA that ComfyUI can't place on stage I."""
     return any(_BLOCKS in name and _PARTS.fullmatch(name) for name in names)
 
 
@@ -46,7 +46,7 @@ def read_lora(source: Path) -> dict[str, Tensor]:
     doesn't know.
     """
     weights = open_weights(source)
-    if is_lora(weights.shapes):
+    if needs_renaming(weights.shapes):
         return _in_comfyuis_names(weights)
     if unknown := [name for name in weights.shapes if _BLOCKS in name]:
         raise CheckpointError(f"{weights.label} names its layers in a way that isn't known: {some(unknown)}.")
@@ -145,8 +145,8 @@ def _alphas(weights: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = json.loads(weights.metadata.get(_ADAPTER, "{}"))
         settings = {key.rpartition(".")[2]: value for key, value in found.items() if value}
         alphas = {float(value) for key, value in found.items() if key.endswith("lora_alpha") and value is not None}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{weights.label}: its metadata can't be read ({error}).") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{weights.label}: its metadata can't be read ({short(error)}).") from error
     if len(alphas) > 1 or settings.get("alpha_pattern"):
         raise CheckpointError(f"{weights.label} gives its layers several strengths, and that isn't supported.")
     # What is multiplied with the alpha over the rank's root becomes the same with the alpha over the rank.
@@ -154,5 +154,5 @@ def _alphas(weights: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         f"{_layer(name)}.alpha": torch.tensor(alpha * (len(down) ** 0.5 if settings.get("use_rslora") else 1.0))
         for name, down in state.items()
         for alpha in alphas
-        if name.endswith(("lora_A.weight", "lora_down.weight"))
+        if name.endswith(("lora_A.weight", "lora_down.weight")) and down.ndim
     }

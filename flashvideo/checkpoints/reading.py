@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ..vae import VideoVAE
 from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, vae_config
 from .foreign import describe_foreign, is_lora
 from .keymaps import Layout, Part, Plan, Source, find_layout, make_plan, original_name
-from .weights import CheckpointError, Weights, open_weights, some
+from .weights import QUANTISATION, CheckpointError, Weights, check_finite, open_weights, short, some
 
 __all__ = [
     "Checkpoint",
@@ -45,10 +44,6 @@ log = logging.getLogger(__name__)
 
 STAGE_METADATA = "flashvideo.stage"  # "1", "2" or "vae"
 STAGE_NAMES = {"1": "stage I", "2": "stage II", "vae": "the VAE"}
-# Scale factors that quantised files hold beside the weights.
-_QUANTISATION = re.compile(
-    r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$"
-)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -71,7 +66,7 @@ class Checkpoint:
     def quantised(self) -> bool:
         """Whether scale factors stand beside the weights, or the weights are no floating-point numbers."""
         dtypes = (self.weights.dtypes[source.key] for source in self.plan.sources)
-        return any(_QUANTISATION.search(name) for name in self.shapes) or any(
+        return any(QUANTISATION.search(name) for name in self.shapes) or any(
             dtype is None or not dtype.is_floating_point for dtype in dtypes
         )
 
@@ -83,6 +78,7 @@ class Checkpoint:
     def convert(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         """The converted tensors that one source becomes."""
         whole = self._merged(source)
+        check_finite(self.weights.label, source.key, whole)
         for part in source.parts:
             yield part.name, _rows(whole, part)
 
@@ -120,7 +116,7 @@ def open_checkpoint(source: FileSource, *, kind: str | None = None, stage: int |
     Raises CheckpointError if the file is something else, damaged, or doesn't fit its architecture.
     """
     weights = open_weights(source)
-    layout = None if is_lora(weights.shapes) else find_layout(weights.shapes)
+    layout = None if is_lora(weights.shapes) else find_layout(weights.shapes, kind)
     if layout is None:
         raise CheckpointError(f"{weights.label} is no FlashVideo model: {describe_foreign(weights.shapes)}.")
     if kind not in (None, layout.kind):
@@ -189,7 +185,7 @@ def _check(checkpoint: Checkpoint) -> None:
     levels = len(checkpoint.config.channel_multipliers) if isinstance(checkpoint.config, VAEConfig) else 0
     keys = {part.name: source.key for source in checkpoint.plan.sources for part in source.parts}
     missing = [original_name(name, layout, levels) for name in expected if name not in found]
-    unexpected = [keys[name] for name in found if name not in expected and not _QUANTISATION.search(name)]
+    unexpected = [keys[name] for name in found if name not in expected and not QUANTISATION.search(name)]
     misshapen = [
         f"{keys[name]} makes {_text(found[name])}, not {_text(shape)}"
         for name, shape in expected.items()
@@ -219,8 +215,8 @@ def _network_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     network = FlashVideoDiT if isinstance(checkpoint.config, DiTConfig) else VideoVAE
     try:
         module = network(checkpoint.config, device="meta")
-    except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{checkpoint.weights.label}: no network has these sizes ({error}).") from error
+    except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.weights.label}: no network has these sizes ({short(error)}).") from error
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
@@ -230,6 +226,8 @@ def _lora_trouble(weights: Weights, source: Source) -> str | None:
         return None
     downs = [weights.shapes[key] for key in source.lora_a]
     ups = [weights.shapes[key] for key in source.lora_b]
+    if any(len(shape) != 2 for shape in (*downs, *ups, weights.shapes[source.key])):
+        return f"{source.key} and its LoRA matrices, which are not all matrices"
     rows, columns = weights.shapes[source.key]
     if len(downs) != len(ups):
         return f"{source.key} has {len(downs)} LoRA matrices A and {len(ups)} B"
@@ -251,7 +249,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+    return short(f"[{', '.join(map(str, shape))}]")
 
 
 def read_dit(source: FileSource, *, stage: int | None = None) -> tuple[DiTConfig, dict[str, Tensor]]:

@@ -7,12 +7,16 @@ instant and reading it costs one tensor at a time; `Weights.release` lets go of 
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +26,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# Scale factors that quantised files hold beside the weights.
+QUANTISATION = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$")
 SHOWN_KEYS = 4  # of a list of keys in a message
-MAX_HEADER = 100_000_000  # bytes; the limit that safetensors sets itself
+SHOWN_LETTERS = 120  # of a name or of another library's message
+# Beyond what any real model has: the largest known header has 0.3 MB and 2,500 tensors, and ComfyUI may add a graph.
+MAX_HEADER = 8 * 2**20  # bytes
+MAX_PICKLE, MAX_READS = 4 * 2**20, 1_000_000  # of a PyTorch file's table of contents: bytes, or calls in an old file
+MAX_SCANNED = 2**19  # bytes of a refused pickle that are looked through for the names of code
+MAX_TENSORS, MAX_NAME, MAX_NAMES, MAX_AXES = 2**14, 512, 2**20, 8  # of names, letters: of one, and of all
 # Where training scripts put the weights in what they save, the official ones first.
 WEIGHT_KEYS = ("module", "state_dict", "model", "model_state_dict", "ema")
 SAFETENSORS_DTYPES = {
@@ -57,6 +68,7 @@ _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         "is a compressed archive: unpack it, and take the model file from inside.",
     ),
 )
+_MISLEADING = (".safetensors",)  # endings by which newer PyTorches would read another kind of file
 # What a damaged PyTorch file makes torch.load raise, depending on where the damage is.
 _DAMAGE = (
     RuntimeError,
@@ -66,8 +78,13 @@ _DAMAGE = (
     TypeError,
     AttributeError,
     AssertionError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
     OSError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
     pickle.UnpicklingError,
 )
 
@@ -86,7 +103,13 @@ class StateDict(dict[str, Tensor]):
 
 def some(names: Sequence[str]) -> str:
     """List the first few names, for a message."""
-    return ", ".join(names[:SHOWN_KEYS]) + (", …" if len(names) > SHOWN_KEYS else "")
+    return ", ".join(map(short, names[:SHOWN_KEYS])) + (", …" if len(names) > SHOWN_KEYS else "")
+
+
+def short(text: object) -> str:
+    """The beginning of a text, for a message."""
+    whole = str(text)
+    return whole if len(whole) <= SHOWN_LETTERS else whole[:SHOWN_LETTERS] + "…"
 
 
 @dataclass
@@ -146,12 +169,12 @@ def _not_weights(head: bytes, size: int) -> str | None:
 def _open_safetensors(path: Path, size: int) -> Weights:
     header, start = read_safetensors_header(path, size)
     metadata = header.pop("__metadata__", {})
-    try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        dtypes = {name: SAFETENSORS_DTYPES.get(entry["dtype"]) for name, entry in header.items()}
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header makes no sense.") from error
+    if not (_is_metadata(metadata) and all(map(_is_entry, header.values()))):
+        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header makes no sense.")
+    _check_names(path.name, header)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    dtypes = {name: SAFETENSORS_DTYPES.get(entry["dtype"]) for name, entry in header.items()}
     if start + end != size:
         raise CheckpointError(
             f"{path.name} is damaged or incomplete: {size:,} bytes long, and its header speaks of {start + end:,}. "
@@ -159,47 +182,91 @@ def _open_safetensors(path: Path, size: int) -> Weights:
         )
 
     def reopen() -> Callable[[str], Tensor]:
-        try:
-            return safe_open(path, framework="pt", device="cpu").get_tensor
-        except SafetensorError as error:
-            raise CheckpointError(f"{path.name} is a damaged safetensors file ({error}).") from error
+        file = _damaged(lambda: safe_open(path, framework="pt", device="cpu"), path)
+        return lambda name: _damaged(lambda: file.get_tensor(name), path)
 
     return Weights(path.name, "safetensors", shapes, dtypes, reopen, metadata)
+
+
+def _damaged(action: Callable[[], Any], path: Path) -> Any:
+    """What an action of the safetensors library returns; CheckpointError for its own errors."""
+    try:
+        return action()
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} is a damaged safetensors file ({short(error)}).") from error
+
+
+def _is_metadata(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_entry(value: object) -> bool:
+    """Whether a header's entry says a data type, a shape and a place, as far as that can be told of one alone."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return False
+    shape, place = numbers = value.get("shape"), value.get("data_offsets")
+    if not all(isinstance(each, list) and all(type(n) is int and 0 <= n < 2**63 for n in each) for each in numbers):
+        return False
+    if len(place) != 2 or len(shape) > MAX_AXES or place[0] > place[1]:
+        return False
+    dtype = SAFETENSORS_DTYPES.get(value["dtype"])
+    return dtype is None or math.prod(shape) * dtype.itemsize == place[1] - place[0]
+
+
+def _check_names(label: str, names: Collection[str]) -> None:
+    if len(names) > MAX_TENSORS:
+        raise CheckpointError(f"{label} holds {len(names):,} tensors, and no model has more than {MAX_TENSORS:,}.")
+    if (letters := sum(map(len, names))) > MAX_NAMES:
+        raise CheckpointError(f"{label} is damaged: its tensors' names have {letters:,} letters.")
+    longest = max(names, key=len, default="")
+    if len(longest) > MAX_NAME:
+        raise CheckpointError(f"{label} is damaged: it holds a tensor called {short(longest)}.")
 
 
 def read_safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file, metadata included, and the offset at which the tensors' bytes start."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(size - 8, MAX_HEADER):
+        if length > size - 8:
             raise CheckpointError(
                 f"{path.name} is damaged or incomplete: {size:,} bytes long, and its header alone should be "
                 f"{length:,}. Download or convert it again."
             )
+        if length > MAX_HEADER:
+            raise CheckpointError(
+                f"{path.name} is damaged: its header is {length:,} bytes long, and no model's is longer than "
+                f"{MAX_HEADER:,}."
+            )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path.name} is a damaged safetensors file: its header isn't readable.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header makes no sense.")
     return header, 8 + length
 
 
 def _open_torch(path: Path) -> Weights:
     archive = zipfile.is_zipfile(path)
-    if archive and _is_script(path):
-        raise CheckpointError(f"{path.name} is a TorchScript program, which carries code; it was not opened.")
+    if archive:
+        _check_archive(path)
 
     def reopen() -> dict[str, Tensor]:
         return _find_tensors(_load_torch(path, archive), path.name)
 
     tensors = reopen()
-    if not archive:  # can't be mapped: read once, kept
+    if not archive or path.suffix.lower() in _MISLEADING:  # can't be mapped: read once, kept
         return _from_tensors(path.name, "PyTorch file of the old kind", tensors, lambda: tensors)
     return _from_tensors(path.name, "PyTorch archive", tensors, reopen)
 
 
 def _load_torch(path: Path, archive: bool) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
+        if archive and path.suffix.lower() not in _MISLEADING:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            source = file if archive else _Counted(file)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         if code := _code_in_pickle(path, archive):
             raise CheckpointError(
@@ -209,27 +276,66 @@ def _load_torch(path: Path, archive: bool) -> object:
         raise CheckpointError(f"{path.name} is damaged or incomplete, or no model file at all.") from error
 
 
-def _is_script(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def _check_archive(path: Path) -> None:
+    """Refuse a program, and an archive whose table of contents can't be a model's. Raises CheckpointError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise CheckpointError(f"{path.name} is damaged or incomplete: its table of contents isn't readable.") from error
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(f"{path.name} is a TorchScript program, which carries code; it was not opened.")
+    if len(entries) > 4 * MAX_TENSORS or any(
+        entry.filename.endswith("data.pkl") and max(entry.file_size, entry.compress_size) > MAX_PICKLE
+        for entry in entries
+    ):
+        raise CheckpointError(f"{path.name} is damaged, or no model file: its table of contents is larger than any's.")
+
+
+class _Counted:
+    """A file that can't be read in more pieces than the largest model's table takes: a pickle reads byte by byte."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, MAX_READS
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """See BinaryIO. Raises UnpicklingError after MAX_READS."""
+        self._count()
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        """See `read`."""
+        self._count()
+        return self._file.readline(MAX_PICKLE)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """See `read`."""
+        self._count()
+        return self._file.readinto(buffer)
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise pickle.UnpicklingError("no model's table of contents is so long")
 
 
 def _code_in_pickle(path: Path, archive: bool) -> set[str]:
     """Names outside PyTorch's own that a pickle would import. Disassembles it, and runs none of it."""
     if not archive:
         with path.open("rb") as file:
-            return set(_imports(file))
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as content:
+            return set(_imports(io.BytesIO(file.read(MAX_SCANNED))))
+    with suppress(*_DAMAGE), zipfile.ZipFile(path) as content:
         for name in content.namelist():
             if name.endswith("data.pkl"):
                 with content.open(name) as file:
-                    return set(_imports(file))
+                    return set(_imports(io.BytesIO(file.read(MAX_SCANNED))))
     return set()
 
 
 def _imports(file: BinaryIO) -> Iterator[str]:
     strings: list[str] = []  # what STACK_GLOBAL takes its two names from
-    with suppress(ValueError, EOFError, IndexError, struct.error):
+    with suppress(*_DAMAGE):
         while True:  # a file of the old kind is several pickles in a row
             for opcode, argument, _ in pickletools.genops(file):
                 name = ""
@@ -253,8 +359,29 @@ def _find_tensors(loaded: object, label: str) -> dict[str, Tensor]:
     for candidate in [*candidates, loaded]:
         tensors = {str(key): value.detach() for key, value in candidate.items() if isinstance(value, Tensor)}
         if tensors:
+            _check_names(label, tensors)
+            _check_stored(label, tensors)
             return tensors
     raise CheckpointError(f"{label} holds no weights{_what_else(loaded)}.")
+
+
+def _check_stored(label: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that claim more numbers than are stored for them. Raises CheckpointError."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"{label} holds a sparse tensor ({short(name)}), which no model of ours has.")
+        if not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{label} is damaged: {short(name)} has more numbers than are stored.")
+
+
+def check_finite(label: str, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if a weight holds NaN or infinity, from which nothing but NaN would come."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return
+    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # A sum is not finite if a number isn't, and takes no memory. One that overflows is looked at number by number.
+    if not math.isfinite(float(numbers.sum(dtype=torch.float32))) and not numbers.isfinite().all():
+        raise CheckpointError(f"{label} is damaged: {short(name)} holds numbers that are not finite (NaN).")
 
 
 def _what_else(loaded: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from ..checkpoints import Checkpoint, describe, open_checkpoint
 from ..checkpoints.convert import DTYPES, convert_file
-from ..checkpoints.lora import convert_lora, is_lora
+from ..checkpoints.lora import convert_lora, needs_renaming
 from ..checkpoints.weights import open_weights, some
 from ..config import DiTConfig
 from ..errors import CommandError
@@ -31,7 +31,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, _terminate)
-    if options.source.is_file() and is_lora(open_weights(options.source).shapes):
+    if options.source.is_file() and needs_renaming(open_weights(options.source).shapes):
         if options.dtype != "keep":
             raise CommandError("--dtype is for models: a LoRA keeps its data type.")
         layers = convert_lora(options.source, options.target, force=options.force)

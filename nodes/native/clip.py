@@ -20,10 +20,8 @@ from comfy.text_encoders.sd3_clip import T5XXLModel, T5XXLTokenizer, t5_xxl_dete
 from torch import Tensor
 
 from ...flashvideo.checkpoints import CheckpointError
-from ...flashvideo.checkpoints.architecture import layer_count
-from ...flashvideo.checkpoints.foreign import describe_foreign
-from ...flashvideo.checkpoints.keymaps import find_layout
-from ...flashvideo.checkpoints.weights import Weights, open_weights, some
+from ...flashvideo.checkpoints.text_encoder import ADVICE, t5_config
+from ...flashvideo.checkpoints.weights import QUANTISATION, open_weights, some
 from ...flashvideo.config import TEXT_TOKENS, T5Config
 from ...flashvideo.nano import nano_state
 from ...flashvideo.t5 import t5_shapes
@@ -41,15 +39,9 @@ except ImportError:  # ComfyUI 0.3.75 reads scaled fp8 files as they are
 
 TOKENIZER_NAME = "t5xxl"  # ComfyUI's name for any T5 that uses T5-XXL's tokenizer
 END_TOKEN = 1
-T5_VOCABULARY = 32128
-UMT5_VOCABULARY = 256384
-BYT5_VOCABULARIES = (384, 1510)
-ADVICE = "Take t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
-
 # What t5_xxl_detect calls the quantisation of a file, and the model option by which T5XXLModel takes it; the first is
 # ComfyUI 0.3.75's, the second that of later versions.
 _QUANTISATION = {"t5xxl_scaled_fp8": "t5xxl_scaled_fp8", "t5_quantization_metadata": "t5xxl_quantization_metadata"}
-_SCALES = re.compile(r"\.(?:weight_scale(?:_2)?|scale_weight|comfy_quant)$")
 _KEPT = re.compile(r"shared\.|encoder\.|scaled_fp8$|spiece_model$")  # a whole T5 also has a decoder, unused here
 
 
@@ -103,54 +95,6 @@ def shorten(tokens: list[tuple]) -> list[tuple]:
     return [*tokens[: TEXT_TOKENS - 1], end]
 
 
-def t5_config(weights: Weights) -> T5Config:
-    """Architecture of a T5 v1.1 encoder from the shapes of its weights. Raises CheckpointError for another model."""
-    shapes, label = weights.shapes, weights.label
-    embeddings = shapes.get("shared.weight", shapes.get("encoder.embed_tokens.weight"))
-    first = "encoder.block.0.layer.{}".format
-    attention, feed_forward = first("0.SelfAttention.q.weight"), first("1.DenseReluDense.wi_0.weight")
-    if embeddings is None or attention not in shapes:
-        raise CheckpointError(f"{label} is no T5 text encoder: it seems to be {_no_t5(shapes)}. {ADVICE}")
-    if foreign := _other_t5(shapes, embeddings[0]):
-        raise CheckpointError(f"{label} seems to be {foreign}, which FlashVideo can't read. {ADVICE}")
-    heads = shapes.get(first("0.SelfAttention.relative_attention_bias.weight"), (0, 0))[1]
-    if not heads or shapes[attention][0] % heads or feed_forward not in shapes:
-        raise CheckpointError(f"{label} seems to be a part of a T5 text encoder only. {ADVICE}")
-    blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
-    return T5Config(
-        num_layers=layer_count(blocks, label),
-        d_model=embeddings[1],
-        d_ff=shapes[feed_forward][0],
-        d_kv=shapes[attention][0] // heads,
-        num_heads=heads,
-        vocab_size=embeddings[0],
-    )
-
-
-def _no_t5(shapes: dict[str, tuple[int, ...]]) -> str:
-    """What a file that is no T5 seems to be."""
-    if layout := find_layout(shapes):
-        return "FlashVideo's VAE" if layout.kind == "vae" else "a FlashVideo or CogVideoX diffusion model"
-    if any("vision_model." in name or name.startswith("visual.") for name in shapes):
-        return "a CLIP vision model, which reads pictures and not text"
-    if any(".self_attn.q_proj." in name and not name.startswith("text_model.") for name in shapes):
-        return "a language model (such as Gemma, Llama or Qwen)"
-    return describe_foreign(shapes)
-
-
-def _other_t5(shapes: dict[str, tuple[int, ...]], vocabulary: int) -> str | None:
-    """Which relative of T5 v1.1 this is; None if it is T5 v1.1 itself."""
-    if vocabulary == UMT5_VOCABULARY:
-        return "UMT5-XXL (Wan's text encoder)"
-    if vocabulary in BYT5_VOCABULARIES:
-        return "ByT5 (HunyuanImage's second text encoder)"
-    if vocabulary != T5_VOCABULARY:
-        return f"a T5 with another vocabulary ({vocabulary:,} words; T5 v1.1 has {T5_VOCABULARY:,})"
-    if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in shapes:
-        return "the first T5 (Cosmos's or Stable Audio's text encoder), not T5 v1.1"
-    return None
-
-
 def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A CLIP from a T5 v1.1 encoder file of any size; FlashVideo-Nano's for None. Raises CheckpointError.
 
@@ -192,10 +136,15 @@ def _check_complete(label: str, config: T5Config, state: dict[str, Tensor]) -> N
         raise CheckpointError(f"{label} is incomplete: {len(missing)} weights are missing ({some(missing)}). {ADVICE}")
 
 
+def _is_scale(name: str) -> bool:
+    """Whether a tensor's presence says that another one is quantised; input scales alone don't."""
+    return QUANTISATION.search(name) is not None and not name.endswith(("scaled_fp8", "scale_input", "input_scale"))
+
+
 def _model_options(label: str, config: T5Config, state: dict[str, Tensor]) -> dict[str, Any]:
     detected = t5_xxl_detect(state)
     quantisation = {option: detected[name] for name, option in _QUANTISATION.items() if name in detected}
-    if not quantisation and (scales := [name for name in state if _SCALES.search(name)]):
+    if not quantisation and (scales := [name for name in state if _is_scale(name)]):
         raise CheckpointError(
             f"{label} is quantised in a way that this version of ComfyUI can't read ({some(scales)}). Update ComfyUI, "
             "or take t5xxl_fp16.safetensors"

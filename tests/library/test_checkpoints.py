@@ -18,7 +18,6 @@ from flashvideo.checkpoints.architecture import NORM_GROUPS_METADATA
 from flashvideo.checkpoints.keymaps import Layout, original_name
 from flashvideo.config import STAGE2, DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
-from flashvideo.errors import CommandError
 from flashvideo.nano import nano_state
 from flashvideo.t5 import load_encoder
 from flashvideo.vae import VideoVAE
@@ -226,7 +225,7 @@ def test_files_with_scale_factors_are_refused() -> None:
             with pytest.raises(CheckpointError, match="is quantised"):
                 load(source)
     for name in ("scaled_fp8", "encoder.block.0.layer.0.SelfAttention.q.scale_weight"):
-        with pytest.raises(CommandError, match=r"is quantised, which only ComfyUI reads: take t5xxl_fp16"):
+        with pytest.raises(CheckpointError, match=r"is quantised, which only ComfyUI reads: take t5xxl_fp16"):
             load_encoder({**nano_state("text_encoder"), name: torch.ones(1)})
 
 

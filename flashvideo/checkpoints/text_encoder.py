@@ -1,0 +1,67 @@
+"""What T5 v1.1 encoder a file holds, from the shapes of its weights; and what it holds instead, for a message."""
+
+from __future__ import annotations
+
+import re
+
+from ..config import T5Config
+from .architecture import Shapes, layer_count
+from .foreign import describe_foreign
+from .keymaps import find_layout
+from .weights import CheckpointError, Weights
+
+T5_VOCABULARY = 32128
+UMT5_VOCABULARY = 256384
+BYT5_VOCABULARIES = (384, 1510)
+TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
+ADVICE = "Take t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
+
+
+def t5_config(weights: Weights) -> T5Config:
+    """Architecture of a T5 v1.1 encoder from the shapes of its weights. Raises CheckpointError for another model."""
+    shapes, label = weights.shapes, weights.label
+    embeddings = shapes.get("shared.weight", shapes.get(TIED))
+    first = "encoder.block.0.layer.{}".format
+    attention, feed_forward = first("0.SelfAttention.q.weight"), first("1.DenseReluDense.wi_0.weight")
+    if embeddings is None or attention not in shapes:
+        raise CheckpointError(f"{label} is no T5 text encoder: it seems to be {_no_t5(shapes)}. {ADVICE}")
+    if foreign := _other_t5(shapes, embeddings[0] if embeddings else 0):
+        raise CheckpointError(f"{label} seems to be {foreign}, which FlashVideo can't read. {ADVICE}")
+    bias = first("0.SelfAttention.relative_attention_bias.weight")
+    sizes = [shapes.get(name, ()) for name in (bias, attention, feed_forward)]
+    if not all(len(size) == 2 and all(size) for size in (embeddings, *sizes)) or sizes[1][0] % sizes[0][1]:
+        raise CheckpointError(f"{label} seems to be a part of a T5 text encoder only, or damaged. {ADVICE}")
+    heads = sizes[0][1]
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
+    return T5Config(
+        num_layers=layer_count(blocks, label),
+        d_model=embeddings[1],
+        d_ff=shapes[feed_forward][0],
+        d_kv=shapes[attention][0] // heads,
+        num_heads=heads,
+        vocab_size=embeddings[0],
+    )
+
+
+def _no_t5(shapes: Shapes) -> str:
+    """What a file that is no T5 seems to be."""
+    if layout := find_layout(shapes):
+        return "FlashVideo's VAE" if layout.kind == "vae" else "a FlashVideo or CogVideoX diffusion model"
+    if any("vision_model." in name or name.startswith("visual.") for name in shapes):
+        return "a CLIP vision model, which reads pictures and not text"
+    if any(".self_attn.q_proj." in name and not name.startswith("text_model.") for name in shapes):
+        return "a language model (such as Gemma, Llama or Qwen)"
+    return describe_foreign(shapes)
+
+
+def _other_t5(shapes: Shapes, vocabulary: int) -> str | None:
+    """Which relative of T5 v1.1 this is; None if it is T5 v1.1 itself."""
+    if vocabulary == UMT5_VOCABULARY:
+        return "UMT5-XXL (Wan's text encoder)"
+    if vocabulary in BYT5_VOCABULARIES:
+        return "ByT5 (HunyuanImage's second text encoder)"
+    if vocabulary != T5_VOCABULARY:
+        return f"a T5 with another vocabulary ({vocabulary:,} words; T5 v1.1 has {T5_VOCABULARY:,})"
+    if "encoder.block.0.layer.1.DenseReluDense.wi.weight" in shapes:
+        return "the first T5 (Cosmos's or Stable Audio's text encoder), not T5 v1.1"
+    return None
