@@ -92,7 +92,7 @@ class PatchEmbed(nn.Module):
 
 
 def may_overwrite() -> bool:
-    """Whether temporaries and the residual stream may be overwritten: not with autograd, and a compiler decides itself."""
+    """Whether temporaries and the residual stream may be overwritten: not with autograd; a compiler decides itself."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
@@ -331,8 +331,8 @@ class FlashVideoDiT(nn.Module):
         `latent` [B, C, T, H, W] in the model's scaled space, H and W even; `timestep` [B] in 0..1000, fractions
         allowed; `context` [B, L, text_dim]; `degradation_step` 0..999, needed by stage II and refused by stage I.
         `order` [T * H/2 * W/2] numbers the patches in the order in which the layers see them, for an `attention` that
-        depends on their places; the default order is frame, row, column. Returns [B, out_channels, T, H, W]. Raises ValueError on any
-        other shape.
+        depends on their places; the default order is frame, row, column. Returns [B, out_channels, T, H, W]. Raises
+        ValueError on any other shape.
         """
         self._check(latent, context, degradation_step)
         _, _, frames, height, width = latent.shape
