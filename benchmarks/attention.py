@@ -27,13 +27,13 @@ load_library()
 from scaling import make_network  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
-from flashvideo.config import (  # noqa: E402  # noqa: E402
+from flashvideo.config import (  # noqa: E402
     NANO_STAGE2,
     NANO_STRENGTH,
     SPATIAL_FACTOR,
     STAGE2_LATENT_SCALE,
-    TEMPORAL_FACTOR,
     TEXT_TOKENS,
+    latent_frames,
 )
 from flashvideo.degradation import degrade_latent  # noqa: E402
 from flashvideo.dit import Attention, FlashVideoDiT  # noqa: E402
@@ -152,7 +152,7 @@ def attention_sage(q: Tensor, k: Tensor, v: Tensor, _heads: int, _start: int) ->
 def grid_of(frames: int, height: int, width: int) -> Grid:
     """Nano's patches of a video."""
     side = SPATIAL_FACTOR * NANO_STAGE2.patch_size
-    return (frames - 1) // TEMPORAL_FACTOR + 1, height // side, width // side
+    return latent_frames(frames), height // side, width // side
 
 
 @torch.inference_mode()

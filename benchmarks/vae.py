@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 
 from flashvideo.config import VAE, VAEConfig  # noqa: E402 - after load_library
 from flashvideo.vae import VideoVAE  # noqa: E402
-from flashvideo.vae.memory import plan_tiles  # noqa: E402
+from flashvideo.vae.memory import plan_vae_tiles  # noqa: E402
 from flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles  # noqa: E402
 
 DIFFUSERS_CHUNK = 8  # frames that diffusers encodes at a time
@@ -68,12 +68,12 @@ def runs(
         return theirs.decode(latent).sample
 
     def encode_tiled() -> Tensor:
-        plan = plan_tiles(ours.encoder, tuple(latent.shape[2:]), ours.dtype, float("inf"), STORE, tile // 8)
+        plan = plan_vae_tiles(ours.encoder, tuple(latent.shape[2:]), ours.dtype, float("inf"), STORE, tile // 8)
         # Posterior of chunks of 16 frames, as FlashVideo has them; diffusers' are half as long.
         return encode_in_tiles(ours, video, plan, video.device).mean
 
     def decode_tiled() -> Tensor:
-        plan = plan_tiles(ours.decoder, tuple(latent.shape[2:]), ours.dtype, float("inf"), STORE, tile // 8)
+        plan = plan_vae_tiles(ours.decoder, tuple(latent.shape[2:]), ours.dtype, float("inf"), STORE, tile // 8)
         return decode_in_tiles(ours, latent, plan, torch.empty_like(video), video.device)
 
     return {

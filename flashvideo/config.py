@@ -6,6 +6,7 @@ CogVideoX's (arXiv 2408.06072).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 TEXT_TOKENS = 226  # T5 tokens of a prompt, padding included
@@ -14,6 +15,38 @@ SPATIAL_FACTOR = 8  # pixels to one latent pixel
 PIXEL_MULTIPLE = 16  # SPATIAL_FACTOR times the DiT's patch size
 STAGE1_LATENT_SCALE = 0.7  # CogVideoX-5B
 STAGE2_LATENT_SCALE = 1.15258426  # CogVideoX-2B
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a video of 4n + 1 frames, or of any chunk of a longer one."""
+    return (frames - 1) // TEMPORAL_FACTOR + 1
+
+
+def video_frames(latents: int, *, first: bool = True) -> int:
+    """Frames that latent frames stand for; the very first of a video stands for a single one."""
+    return TEMPORAL_FACTOR * latents - (TEMPORAL_FACTOR - 1 if first else 0)
+
+
+def is_video_length(frames: int) -> bool:
+    """Whether a video can have so many frames: 4n + 1, which are 1, 5, 9, ..."""
+    return frames >= 1 and frames % TEMPORAL_FACTOR == 1
+
+
+def next_video_length(frames: int) -> int:
+    """The smallest length of 4n + 1 frames that isn't shorter."""
+    return video_frames(latent_frames(max(1, frames) + TEMPORAL_FACTOR - 1))
+
+
+def latent_shape(video: Sequence[int]) -> tuple[int, int, int]:
+    """(T, H, W) of a latent from its video's, in frames and pixels."""
+    frames, height, width = video
+    return latent_frames(frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+
+
+def video_shape(latent: Sequence[int]) -> tuple[int, int, int]:
+    """(T, H, W) of a video, in frames and pixels, from its latent's."""
+    frames, rows, columns = latent
+    return video_frames(frames), SPATIAL_FACTOR * rows, SPATIAL_FACTOR * columns
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .color import METHODS, match_colors
-from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from .config import PIXEL_MULTIPLE, next_video_length
 from .progress import Progress
 
 SIZE_MODES = ("short side", "scale", "exact", "keep")
@@ -246,9 +246,8 @@ def resize(
 
 def padded_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
     """(frames, height, width) as the refiner takes them: 4n + 1 frames, sides the next multiples of 16."""
-    whole = -(-(frames - 1) // TEMPORAL_FACTOR) * TEMPORAL_FACTOR + 1
     rows, columns = (-(-side // PIXEL_MULTIPLE) * PIXEL_MULTIPLE for side in (height, width))
-    return whole, rows, columns
+    return next_video_length(frames), rows, columns
 
 
 def extend_edges(canvas: Tensor, frames: int, height: int, width: int) -> None:

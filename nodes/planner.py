@@ -12,16 +12,17 @@ from comfy_api.latest import io, ui
 
 from ..flashvideo.frames import MAX_SIDE
 from ..flashvideo.guidance import STAGE2_SCALE
-from ..flashvideo.planner import GB, NANO, OFFICIAL, Networks, Setting, make_plan
+from ..flashvideo.planner import GB, NANO, OFFICIAL, NetworkConfigs, Setting, make_plan
 from ..flashvideo.planner.budget import Budget, advise, on_card
 from ..flashvideo.planner.plot import plot
 from ..flashvideo.planner.report import advice_report, report
 from ..flashvideo.planner.speed import CALIBRATION_BYTES, CalibratedRates
+from ..flashvideo.vae.memory import STORE_SHARE
 from .checks import check_stage
 from .common import CATEGORY, found_as, named
 from .inputs import checked
 from .native.multidiffusion import tile_of
-from .native.vae import STORE_SHARE, FlashVideoVAE
+from .native.vae import FlashVideoVAE
 
 # Saved workflows hold these names: they never change.
 MODELS = {"FlashVideo": OFFICIAL, "FlashVideo-Nano": NANO}
@@ -192,7 +193,7 @@ class FlashVideoPlanner(io.ComfyNode):
         return io.NodeOutput(text, picture, ui=ui.PreviewText(text))
 
 
-def _networks(networks: Networks, draft: Any, refiner: Any, vae: Any) -> Networks:
+def _networks(networks: NetworkConfigs, draft: Any, refiner: Any, vae: Any) -> NetworkConfigs:
     """The networks that are connected, and the chosen ones for the rest."""
     connected: dict[str, Any] = {}
     for part, stage, model in (("stage1", 1, draft), ("stage2", 2, refiner)):

@@ -6,7 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, latent_shape
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
 from .checks import batch_of, check_batch, check_guidance, check_latent, check_room, check_size, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named
@@ -75,8 +75,7 @@ class EmptyFlashVideoLatent(io.ComfyNode):
         """Make the latent."""
         with named("Empty FlashVideo Latent"):
             check_size(width, height, length)
-            frames = (length - 1) // TEMPORAL_FACTOR + 1
-            shape = (batch_size, 16, frames, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+            shape = (batch_size, 16, *latent_shape((length, height, width)))
             check_room(f"{batch_size} videos of {width}x{height} and {length} frames", shape)
         return io.NodeOutput({"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())})
 

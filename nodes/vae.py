@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
-from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
-from .native.vae import GIGABYTE, load_vae_native
+from .native.files import BUILT_IN, check_file, file_fingerprint, notice, options, resolve, shared
+from .native.vae import GIBIBYTE, load_vae_native
 
 FOLDER = "vae"
 # Saved workflows hold these names: they never change.
-BUDGETS = {"auto": None, **{f"{size} GB": size * GIGABYTE for size in (2, 4, 6, 8, 12, 16, 24, 32)}}
+BUDGETS = {"auto": None, **{f"{size} GB": size * GIBIBYTE for size in (2, 4, 6, 8, 12, 16, 24, 32)}}
 
 
 class FlashVideoVAELoader(io.ComfyNode):
@@ -64,6 +66,11 @@ class FlashVideoVAELoader(io.ComfyNode):
     def validate_inputs(cls, vae_name: str | None) -> bool | str:
         """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
         return check_file(FOLDER, vae_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str | None, **_: Any) -> str:
+        """A file of the same name that was replaced counts as another one."""
+        return file_fingerprint(FOLDER, vae_name)
 
     @classmethod
     @checked

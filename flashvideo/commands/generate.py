@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..atomic_files import write_whole
 from ..checkpoints import load_dit, load_vae
-from ..config import PIXEL_MULTIPLE, SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR
+from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, is_video_length, latent_shape
 from ..devices import open_device
 from ..errors import CommandError
 from ..frames import to_bytes, to_frames
@@ -103,8 +103,7 @@ def make_draft(options: argparse.Namespace) -> Tensor:
     context = encode_prompt(options.prompt, options, dit.config.text_dim, device).to(device, dit_dtype)
     dit = dit.eval().to(device)
     generator = torch.Generator("cpu").manual_seed(options.seed)
-    latents = (count - 1) // TEMPORAL_FACTOR + 1
-    shape = (1, dit.config.in_channels, latents, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    shape = (1, dit.config.in_channels, *latent_shape((count, height, width)))
 
     def noise(_step: int = 0) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -136,7 +135,7 @@ def _shape(options: argparse.Namespace) -> tuple[int, int, int]:
     sides = size.lower().split("x")
     if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % PIXEL_MULTIPLE == 0 for side in sides):
         raise CommandError(f"--draft-size takes a width and a height in multiples of 16, such as 480x256; got {size}.")
-    if count < 1 or count % TEMPORAL_FACTOR != 1:
+    if not is_video_length(count):
         raise CommandError(f"--frames must be 1, 5, 9, ..., 49, ... (4n+1); got {count}.")
     if options.draft_steps < 1:
         raise CommandError(f"--draft-steps must be at least 1; got {options.draft_steps}.")

@@ -15,7 +15,7 @@ from ..frames import COLOR_MATCHES, RESAMPLERS
 from ..guidance import STAGE2_SCALE
 from ..nano import nano_state
 from ..refiner.tiles import TILE
-from ..refiner.windows import OVERLAP, WINDOW
+from ..refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..samplers import SOLVERS
 from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..t5 import MOTIONS, T5Tokens, contexts, load_encoder
@@ -54,7 +54,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         ("shift", float, STAGE2_SHIFT, "how the steps are spaced; 2 to 3.5 works well"),
         ("seed", int, 0, "another one gives another version of the fine detail"),
         ("window", int, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
-        ("overlap", int, OVERLAP, "frames that neighbouring windows share, a multiple of 4"),
+        ("overlap", int, OVERLAP_FRAMES, "frames that neighbouring windows share, a multiple of 4"),
         ("tile", int, 0, f"pixels of the picture that are refined together, such as {TILE}, an approximation; 0: all"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")

@@ -18,8 +18,9 @@ from ..devices import is_out_of_memory, main_memory, open_device
 from ..errors import CommandError
 from ..frames import TargetSize
 from ..nano import NANO_NOTICE, nano_is_trained
-from ..refiner.run import REFINE, STORE_SHARE, VAE_SHARE, Networks, RefineSettings
+from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
+from ..vae.memory import STORE_SHARE, VAE_SHARE
 from .options import (
     AUTO,
     BUILT_IN,

@@ -6,12 +6,11 @@ from .plan import (
     NANO,
     OFFICIAL,
     PRECISIONS,
-    Networks,
+    NetworkConfigs,
     Phase,
     Plan,
     Precision,
     Setting,
-    latent_shape,
     make_plan,
 )
 
@@ -21,11 +20,10 @@ __all__ = [
     "NANO",
     "OFFICIAL",
     "PRECISIONS",
-    "Networks",
+    "NetworkConfigs",
     "Phase",
     "Plan",
     "Precision",
     "Setting",
-    "latent_shape",
     "make_plan",
 ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..config import TEMPORAL_FACTOR
+from ..config import latent_frames, video_frames
 from ..frames import MAX_SIDE
 from .plan import GB, NANO, Plan, Setting, make_plan
 from .speed import Rates
 
 RESERVED = GB  # of a card, for the driver, the desktop and memory lost between tensors
 LADDER = {"540p": 540, "720p": 720, "1080p": 1080, "2K": 1440}  # pixels of the shorter side
-LONGEST = 120 * TEMPORAL_FACTOR + 1  # frames; a minute at the official 8 a second
+LONGEST = video_frames(121)  # frames; a minute at the official 8 a second
 OFFERED = ("bf16", "fp8")  # precisions to choose from; fp32 only looks better on paper
 
 RatesOf = Callable[[Setting], Rates]
@@ -89,10 +89,10 @@ class _Search:
 
     def longest(self, setting: Setting, limit: int) -> Plan | None:
         """The most frames up to `limit`; bisected, since more frames never cost less."""
-        best, low, high = None, 0, (limit - 1) // TEMPORAL_FACTOR
+        best, low, high = None, 1, latent_frames(limit)
         while low <= high:
             middle = (low + high) // 2
-            plan = self.affordable(replace(setting, frames=TEMPORAL_FACTOR * middle + 1))
+            plan = self.affordable(replace(setting, frames=video_frames(middle)))
             best, low, high = (plan, middle + 1, high) if plan else (best, low, middle - 1)
         return best
 

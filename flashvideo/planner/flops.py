@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, DiTConfig, T5Config, VAEConfig
+from ..config import TEXT_TOKENS, DiTConfig, T5Config, VAEConfig, latent_shape
 from ..dit import dit_tokens
 from ..vae.memory import TilePlan, passes, reaches
 from ..vae.network import AREA, DOUBLED, LEVELS, MID_BLOCKS, TIME_LEVELS, VOLUME
@@ -84,8 +84,7 @@ def encode_flops(config: VAEConfig, frames: int, height: int, width: int) -> Flo
 def decode_flops(config: VAEConfig, frames: int, height: int, width: int) -> Flops:
     """Decoding to a video of 4n + 1 frames; height and width in pixels, multiples of 8."""
     channels = [config.base_channels * multiplier for multiplier in reversed(config.channel_multipliers)]
-    frames = (frames - 1) // TEMPORAL_FACTOR + 1
-    height, width = height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+    frames, height, width = latent_shape((frames, height, width))
     latent = config.latent_channels * frames * height * width
     positions = frames * height * width
     before = channels[0]

@@ -22,12 +22,12 @@ from ..config import (
     SPATIAL_FACTOR,
     STAGE1,
     STAGE2,
-    TEMPORAL_FACTOR,
     TEXT_TOKENS,
     VAE,
     DiTConfig,
     T5Config,
     VAEConfig,
+    latent_shape,
 )
 from ..dit import dit_tokens
 from ..frames import MAX_SIDE, padded_shape
@@ -36,7 +36,7 @@ from ..memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
 from ..refiner import tiles
 from ..refiner.windows import WINDOW, plan_windows
 from ..schedule import stage2_times
-from ..vae.memory import MOVE, decode_bytes, encode_bytes, plan_tiles
+from ..vae.memory import decode_bytes, encode_bytes, plan_within
 from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tiling_factor
 
 GB = 2**30  # as ComfyUI, drivers and the names of cards count
@@ -47,7 +47,7 @@ STORE = 16 * GB  # of main memory that a computer has to spare for what the VAE'
 
 
 @dataclass(frozen=True)
-class Networks:
+class NetworkConfigs:
     """The four networks that make a video. `name` is how a readout calls them."""
 
     name: str
@@ -57,8 +57,8 @@ class Networks:
     vae: VAEConfig
 
 
-OFFICIAL = Networks("official", T5_XXL, STAGE1, STAGE2, VAE)
-NANO = Networks("Nano", NANO_TEXT_ENCODER, NANO_STAGE1, NANO_STAGE2, NANO_VAE)
+OFFICIAL = NetworkConfigs("official", T5_XXL, STAGE1, STAGE2, VAE)
+NANO = NetworkConfigs("Nano", NANO_TEXT_ENCODER, NANO_STAGE1, NANO_STAGE2, NANO_VAE)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Setting:
     cfg: float = STAGE2_SCALE
     tile: int = 0
     precision: str = "bf16"
-    networks: Networks = OFFICIAL
+    networks: NetworkConfigs = OFFICIAL
     device: str = "cuda"
     memory: float | None = None
     store: float = STORE
@@ -253,16 +253,10 @@ def _vae_phase(name: str, video: tuple[int, int, int], setting: Setting, *, enco
         flops, held = encode_flops(config, *video), encode_bytes(outline, (1, config.image_channels, *video), dtype)
     else:
         flops, held = decode_flops(config, *video), decode_bytes(outline, (1, config.latent_channels, *latent), dtype)
-    if setting.memory is None or weights + held <= setting.memory:
-        return Phase(name, 0, flops, weights, held)
     half = outline.encoder if encode else outline.decoder
-    move = 0.0 if setting.device == "cpu" else MOVE
-    cut = plan_tiles(half, latent, dtype, setting.memory - weights, setting.store, move=move)
+    budget = None if setting.memory is None else setting.memory - weights
+    cut = plan_within(half, latent, dtype, budget, setting.store, needed=held, on_card=setting.device != "cpu")
+    if cut is None:
+        return Phase(name, 0, flops, weights, held)
     side = cut.side * SPATIAL_FACTOR
     return Phase(name, 0, flops * tiling_factor(cut, *latent), weights, cut.device_bytes, side)
-
-
-def latent_shape(video: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(T, H, W) of a latent, from a video's (4n + 1 frames, height, width)."""
-    frames, height, width = video
-    return (frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR, DiTConfig, VAEConfig
+from ..config import DiTConfig, VAEConfig, video_shape
 from ..dit import FlashVideoDiT, attention_sdpa
 from ..vae import VideoVAE
 from .flops import Flops, decode_flops, dit_flops
@@ -159,8 +159,7 @@ def _decoder(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> Wor
 
     def work(side: int) -> tuple[Callable[[], Tensor], float]:
         latent = torch.randn(1, config.latent_channels, LATENT_FRAMES, side, side, device=device, dtype=dtype)
-        frames = TEMPORAL_FACTOR * (LATENT_FRAMES - 1) + 1
-        flops = decode_flops(config, frames, SPATIAL_FACTOR * side, SPATIAL_FACTOR * side).total
+        flops = decode_flops(config, *video_shape((LATENT_FRAMES, side, side))).total
         return lambda: network.decode(latent), flops
 
     return work

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..color import AdainMatch, WaveletMatch, clip_statistics, frame_statistics
-from ..config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
+from ..config import STAGE2_LATENT_SCALE, latent_frames, latent_shape, video_frames
 from ..degradation import DEGRADATION_STEP, auto_strength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
 from ..frames import (
@@ -40,13 +40,10 @@ from ..schedule import STAGE2_SHIFT, stage2_times
 from ..vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from ..vae.stream import VAEStream, latent_of, plan_stream, stream_within
 from .tiles import plan_tiles, tiled_velocity
-from .windows import OVERLAP, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
+from .windows import OVERLAP_FRAMES, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, WorkFolder, WorkProgress
 
 PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"
-# What the VAE may have of a card's memory, whose weights and other programs need some, too, and of main memory, where
-# other models may wait. Of what there is, not of what is free now, so that a run can go on as it began.
-VAE_SHARE, STORE_SHARE = 0.8, 0.5
 SEGMENT_CHUNKS = 30  # decoded chunks that are delivered together: 240 frames, ten seconds of most videos
 _ENCODED, _REFINED, _STATISTICS = "encoded", "refined", "statistics"  # what is put by in the work
 
@@ -105,7 +102,7 @@ class RefineSettings:
     solver: str = "euler"
     seed: int = 0
     window: int = WINDOW
-    overlap: int = OVERLAP
+    overlap: int = OVERLAP_FRAMES
     tile: int = 0
     color_match: str = "wavelet"
 
@@ -175,7 +172,7 @@ class RefineRun:
         self.height, self.width = size
         self.strength = settings.strength_for(size)
         self.padded = padded_shape(clip.count, self.height, self.width)
-        self.latents = (self.padded[0] - 1) // TEMPORAL_FACTOR + 1
+        self.latents = latent_frames(self.padded[0])
         self.plan = plan_windows(self.latents, settings.window, settings.overlap)
         self._report = on_progress or no_phase_progress
         chunks = decode_chunks(self.latents)
@@ -222,7 +219,7 @@ class RefineRun:
         return max(plan.stored_bytes + (0 if on_card else plan.device_bytes) if plan else 0.0 for plan in plans)
 
     def _grid(self) -> tuple[int, int]:
-        return self.padded[1] // SPATIAL_FACTOR, self.padded[2] // SPATIAL_FACTOR
+        return latent_shape(self.padded)[1:]
 
     def _stream(self, network: Encoder | Decoder, sizes: list[int]) -> VAEStream:
         return stream_within(network, sizes, *self._limits())
@@ -239,7 +236,7 @@ class RefineRun:
             stream = self._stream(vae.encoder, encode_chunks(self.padded[0]))
             stream.restore(progress.done, progress.tensors, device)
             for chunk, _ in self._prepared(stream.sizes, stream.done):
-                first = -(-sum(stream.sizes[: stream.done]) // TEMPORAL_FACTOR)
+                first = latent_frames(sum(stream.sizes[: stream.done]))
                 latent = latent_of(stream(to_video(chunk).to(_dtype(vae))))
                 for index, frame in enumerate(latent[0].unbind(1), start=first):
                     self.work.put(_ENCODED, index, {"latent": frame.half()})
@@ -295,8 +292,7 @@ class RefineRun:
 
     def _decoded(self, stream: VAEStream, phase: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Refined frames and their reference, [t, H', W', 3] both, for each chunk that is left."""
-        sizes = [TEMPORAL_FACTOR * size for size in stream.sizes]
-        sizes[0] -= TEMPORAL_FACTOR - 1  # the first latent frame is one frame
+        sizes = [video_frames(size, first=index == 0) for index, size in enumerate(stream.sizes)]
         done = sum(sizes[: stream.done])
         for chunk, length in self._prepared(sizes, stream.done):
             first = sum(stream.sizes[: stream.done])

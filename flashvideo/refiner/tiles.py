@@ -21,8 +21,8 @@ from ..samplers import Velocity
 from .windows import Piece, blend
 
 TILE = 768  # pixels: about a quarter of 1080p
-SMALLEST_TILE = 128  # pixels
-OVERLAP = 4  # of a tile's side, neighbours share at least one part in so many
+SMALLEST_TILE_PIXELS = 128  # pixels
+OVERLAP_DIVISOR = 4  # of a tile's side, neighbours share at least one part in so many
 
 
 def plan_tiles(height: int, width: int, tile: int) -> list[Piece]:
@@ -31,8 +31,8 @@ def plan_tiles(height: int, width: int, tile: int) -> list[Piece]:
     `tile` is the side of a square in video pixels, a multiple of 16; neighbours share a quarter of it or more. A side
     shorter than a tile isn't cut. Raises ValueError for numbers that can't be.
     """
-    if tile < SMALLEST_TILE or tile % PIXEL_MULTIPLE:
-        raise ValueError(f"a tile's side is a multiple of 16 pixels, at least {SMALLEST_TILE}; got {tile}.")
+    if tile < SMALLEST_TILE_PIXELS or tile % PIXEL_MULTIPLE:
+        raise ValueError(f"a tile's side is a multiple of 16 pixels, at least {SMALLEST_TILE_PIXELS}; got {tile}.")
     rows, columns = (_cut(side, tile // SPATIAL_FACTOR) for side in (height, width))
     every = slice(None)
     return [
@@ -44,7 +44,7 @@ def plan_tiles(height: int, width: int, tile: int) -> list[Piece]:
 
 def _cut(length: int, tile: int) -> list[tuple[slice, Tensor]]:
     """One side's parts, evenly spread at even places, and their weights: cosines over what neighbours share."""
-    step, tile = tile - math.ceil(tile / OVERLAP), min(tile, length)
+    step, tile = tile - math.ceil(tile / OVERLAP_DIVISOR), min(tile, length)
     count = 1 + math.ceil((length - tile) / step)
     starts = [2 * round(index * (length - tile) / max(count - 1, 1) / 2) for index in range(count)]
     shared = tile - max((after - before for before, after in zip(starts, starts[1:], strict=False)), default=tile)

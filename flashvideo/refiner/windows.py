@@ -23,12 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import TEMPORAL_FACTOR
+from ..config import TEMPORAL_FACTOR, is_video_length, latent_frames
 from ..samplers import SOLVERS, Velocity
 from ..schedule import STAGE2_SHIFT, shift_times
 
 WINDOW = 49  # frames: what the refiner was trained on
-OVERLAP = 16  # frames
+OVERLAP_FRAMES = 16  # frames
 PLACES = 8  # where windows can lie at different times of the flow, from one window's start to the next
 MANY = 8  # windows: from there on one more costs little
 
@@ -91,7 +91,7 @@ class WindowPlan:
         return (*self.starts[1:], self.frames)
 
 
-def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP) -> WindowPlan:
+def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP_FRAMES) -> WindowPlan:
     """Windows of `window` frames (4n + 1), each overlapping the one before by `overlap` (a multiple of 4) or more.
 
     `frames` counts latent frames, the other two video frames. The last window is moved back to be whole; a video
@@ -99,11 +99,11 @@ def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP) -> W
     """
     if frames < 1:
         raise ValueError(f"a video has at least one frame; got {frames} latent frames.")
-    if window < 1 or window % TEMPORAL_FACTOR != 1:
+    if not is_video_length(window):
         raise ValueError(f"a window must have 4n+1 frames (1, 5, 9, ... 49, ...); got {window}.")
     if overlap % TEMPORAL_FACTOR or not 0 <= overlap < window:
         raise ValueError(f"windows overlap by a multiple of 4 frames, from 0 to less than {window}; got {overlap}.")
-    length = min(frames, (window - 1) // TEMPORAL_FACTOR + 1)
+    length = min(frames, latent_frames(window))
     return _plan(frames, length, min(overlap // TEMPORAL_FACTOR, length - 1), 0)
 
 

@@ -1,4 +1,4 @@
-"""The causal 3D VAE: the network, and the same in tiles and as a stream."""
+"""The causal 3D VAE: the network, whole, in spatial tiles, and as a stream of chunks."""
 
 from .network import (
     DECODE_CHUNK,
@@ -11,7 +11,6 @@ from .network import (
     decode_chunks,
     decode_in_halves,
     encode_chunks,
-    video_shape,
 )
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "decode_chunks",
     "decode_in_halves",
     "encode_chunks",
-    "video_shape",
 ]

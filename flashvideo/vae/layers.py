@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,9 +39,9 @@ class Statistics(NamedTuple):
 class ChunkContext:
     """What the chunks of one encode or decode share; a local of that call.
 
-    `first` says that the chunk starts the video, `last` that no chunk follows. `statistics`, if given, is asked with
-    (norm layer, its input) for the numbers to normalise by, so that spatial tiles can share those of the whole
-    picture; without it every norm measures its own input.
+    `first`: the chunk starts the video. `last`: no chunk follows. `statistics(norm layer, its input)`, if given, gives
+    the statistics to normalise by, so that spatial tiles share those of the whole picture; without it every norm
+    measures its own input. `past`: the frames that each layer keeps for the next chunk.
     """
 
     first: bool = True
@@ -49,9 +50,9 @@ class ChunkContext:
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def look_back(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
-        """Return the `frames` frames before x [B, C, T, H, W] and remember x's last ones for the next chunk.
+        """Return the `frames` frames before x [B, C, T, H, W] and keep x's last ones for the next chunk.
 
-        Before the video's first frame stand copies of it.
+        Before a video's first frame they are copies of it.
         """
         before = self.past.pop(layer, None)
         if before is None:
@@ -120,7 +121,7 @@ def _is_slow(x: Tensor) -> bool:
 
 
 def _halved(conv: nn.Module, x: Tensor, lead: int) -> Tensor:
-    """Run a Conv3d over one clip as a batch of two, the halves of its time; their overlap is computed twice."""
+    """Run a Conv3d over one clip as a batch of two halves of its time; their overlap is computed twice."""
     frames = x.shape[2] - lead
     half = (frames + 1) // 2
     first, second = conv(torch.cat((x[:, :, : half + lead], x[:, :, frames - half :]))).unbind()
@@ -128,7 +129,7 @@ def _halved(conv: nn.Module, x: Tensor, lead: int) -> Tensor:
 
 
 def convolve(conv: nn.Module, x: Tensor, before: Tensor | None = None) -> Tensor:
-    """Run a Conv3d over x [B, C, T, H, W] with the frames `before` it, a window of time after the other."""
+    """Run a Conv3d over x [B, C, T, H, W] with the frames `before` it, one window of time after another."""
     lead = 0 if before is None else before.shape[2]
     out = None
     for start, stop in time_windows(x):
@@ -158,10 +159,10 @@ class CausalConv3d(nn.Module):
 
 
 def group_statistics(x: Tensor, groups: int) -> Statistics:
-    """Measure what GroupNorm would normalise x [B, C, T, H, W] by."""
+    """The statistics by which GroupNorm would normalise x [B, C, T, H, W]."""
     means, variances, weights = [], [], []
     for start, stop in time_windows(x):
-        window = x[:, :, start:stop].float().reshape(x.shape[0], groups, -1)
+        window = rearrange(x[:, :, start:stop].float(), "b (groups c) t h w -> b groups (c t h w)", groups=groups)
         variance, mean = torch.var_mean(window, dim=-1, correction=0)
         means.append(mean)
         variances.append(variance)
@@ -173,7 +174,7 @@ def group_statistics(x: Tensor, groups: int) -> Statistics:
 
 
 def group_norm(layer: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
-    """GroupNorm of x [B, C, T, H, W] with the layer's weights, but by the given statistics instead of x's own."""
+    """GroupNorm of x [B, C, T, H, W] with the layer's weights and the given statistics instead of x's own."""
     repeats = x.shape[1] // layer.num_groups
     scale = torch.rsqrt(statistics.variance + layer.eps).repeat_interleave(repeats, dim=1)
     scale = scale * layer.weight.to(scale)
@@ -226,9 +227,10 @@ def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     frames, rows, columns = scale.shape[2:]
     spread = x.shape[4] // columns
     # Only columns are really repeated (rows of memory stay long for the kernel); frames and rows are broadcast.
-    scale = scale.repeat_interleave(spread, dim=4)[:, :, :, None, :, None]  # [B, C, t, 1, h, 1, W]
-    shift = shift.repeat_interleave(spread, dim=4)[:, :, :, None, :, None]
-    grid = x.unflatten(3, (rows, -1)).unflatten(2, (frames, -1))  # [B, C, t, T/t, h, H/h, W]
+    scale, shift = (
+        rearrange(each.repeat_interleave(spread, dim=4), "b c t h w -> b c t 1 h 1 w") for each in (scale, shift)
+    )
+    grid = rearrange(x, "b c (t frame) (h row) w -> b c t frame h row w", t=frames, h=rows)  # a view of x
     if _free(x, scale, shift):
         torch.addcmul(shift, grid, scale, out=grid)
         return x
@@ -302,7 +304,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, context: ChunkContext) -> Tensor:
         """[B, C, T, H, W] -> [B, C, 2T, 2H, 2W], 2T - 1 frames in a video's first chunk."""
-        # Where layers fetch their weights as they run, this one does too.
+        # ComfyUI may keep weights in main memory and fetch them for each call.
         kernels, bias = quarter_kernels(self.conv.weight.to(x.device)).to(x.dtype), self.conv.bias.to(x).repeat(4)
         # Time is doubled after the convolution: it works frame by frame, so the copies would come out equal anyway.
         repeat = 2 if self.in_time else 1
@@ -325,24 +327,25 @@ def quarter_kernels(weight: Tensor) -> Tensor:
 def _doubled(kernels: Tensor, bias: Tensor, pictures: Tensor) -> Tensor:
     """Pictures [N, C, H, W] doubled and convolved, [N, C', 2H, 2W]."""
     height, width = pictures.shape[2:]
-    quarters = functional.conv2d(pictures, kernels, bias, padding=1).unflatten(1, (2, 2, -1))
+    quarters = functional.conv2d(pictures, kernels, bias, padding=1)
+    quarters = rearrange(quarters, "n (down across c) h w -> n down across c h w", down=2, across=2)
     out = pictures.new_empty(len(pictures), quarters.shape[3], height, 2, width, 2)
     for down in (0, 1):
         for across in (0, 1):
             seen = quarters[:, down, across, :, down : down + height, across : across + width]
             out[:, :, :, down, :, across] = seen
-    return out.flatten(4, 5).flatten(2, 3)
+    return rearrange(out, "n c h down w across -> n c (h down) (w across)")
 
 
 def _by_frames(step: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1, repeat: int = 1, drop: int = 0) -> Tensor:
-    """Run `step`, of pictures [N, C, H, W], over the frames of x [B, C, T, H, W], a window of time after the other.
+    """Run `step`, for pictures [N, C, H, W], over the frames of x [B, C, T, H, W], one window of time after another.
 
-    `scale` is how far it enlarges a frame. Each result stands `repeat` times in the output, less the first `drop`.
+    `scale`: by how much it enlarges a frame's area. Each result is repeated `repeat` times, without the first `drop`.
     """
     out, done = None, 0
     for start, stop in time_windows(x, scale * repeat):
-        pictures = step(x[:, :, start:stop].transpose(1, 2).flatten(0, 1))  # [B * t, C, H', W']
-        piece = pictures.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        pictures = step(rearrange(x[:, :, start:stop], "b c t h w -> (b t) c h w"))
+        piece = rearrange(pictures, "(b t) c h w -> b c t h w", b=x.shape[0])
         if repeat > 1:
             piece = piece.repeat_interleave(repeat, dim=2)
         if start == 0:

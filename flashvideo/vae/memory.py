@@ -1,22 +1,24 @@
 """What an encode or decode of the VAE holds in memory at its peak, and the spatial tiles that fit into a budget.
 
-Time passes in chunks, so the length hardly counts. At the peak half a residual block holds what it adds up, its normed
-input and its result; beside it lie the frames that every convolution keeps for the next chunk, and the windows of time
-in which a large convolution runs.
+A video runs in chunks of time, so its length hardly counts. At the peak, half a residual block holds what it adds up,
+its normed input and its result. To that come the frames that every convolution keeps for the next chunk, and the
+windows of time in which a large convolution runs.
 
-Tiles need every norm's statistics of the whole picture first (see `tiles`), and how often work is repeated for that
-depends on where whole pictures may be stored. `plan_tiles` looks for the least work, with what moving costs counted in.
+Tiles first need every norm's statistics of the whole picture (see `tiles`). How often work is repeated for that depends
+on how many whole pictures may be stored. `plan_vae_tiles` searches for the least work, the cost of moving included.
+`plan_within` makes every decision between the whole picture and tiles.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_frames, video_shape
 from .layers import KERNEL_SIZE, WINDOW_ELEMENTS
 from .network import DECODE_CHUNK, ENCODE_CHUNK, Decoder, Encoder, Unit, VideoVAE
 
@@ -24,21 +26,25 @@ from .network import DECODE_CHUNK, ENCODE_CHUNK, Decoder, Encoder, Unit, VideoVA
 # beside 15e12 multiplications a second. An estimate: it decides between storing and computing again, not the result.
 MOVE = 4096.0
 LOOK_BACK = KERNEL_SIZE - 1  # frames that a convolution keeps
-# Of a convolution too large for one go, pieces of WINDOW_ELEMENTS that live at once: a window with the frames before
-# it, what it is joined from, its result. A smaller one copies its input once.
+# Tensors of WINDOW_ELEMENTS that live at once where a convolution runs in windows: a window with the frames before it,
+# what it is joined from, its result. A smaller convolution copies its input once.
 WINDOWS = 3
-LEAST_STORE = 0.25  # of what may be stored, beside what chunks leave for each other
-SMALLEST_TILE = 4  # latent pixels a side: 32 pixels
+LEAST_STORE = 0.25  # of the store, for pictures; what chunks leave for each other takes the rest
+SMALLEST_TILE_LATENT = 4  # latent pixels a side: 32 pixels
+# What the VAE may hold of a card's memory, whose weights and other programs need some as well; and what its tiles may
+# store in main memory, where other models may wait. A run that resumes counts all memory there is, not what is free.
+VAE_SHARE = 0.8
+STORE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How a half of the VAE runs in tiles: units that run together, and the longest side of a tile in latent pixels.
+    """How a half of the VAE runs in tiles: `groups` of units that run together, and `side`, a tile's longest side.
 
-    Between two groups the whole picture is stored. `by_chunk`: each chunk of time passes over all tiles before the next
-    one comes, and what a tile leaves for it is stored, too; else each tile runs through the whole video before the next
-    tile. `device_bytes` is what a tile holds at its peak, `stored_bytes` what is stored at once, and `work` what it
-    takes in multiplications, where tiles don't overlap.
+    `side` is in latent pixels. Between two groups the whole picture is stored. `by_chunk`: each chunk of time runs over
+    all tiles before the next chunk, and what a tile keeps for the next chunk is stored as well; else each tile runs
+    through the whole video before the next tile. `device_bytes`: what a tile holds at its peak. `stored_bytes`: what is
+    stored at once. `work`: multiplications, without those that overlaps repeat.
     """
 
     groups: tuple[tuple[Unit, ...], ...]
@@ -52,21 +58,20 @@ class TilePlan:
 def decode_bytes(vae: VideoVAE, shape: Sequence[int], dtype: torch.dtype) -> float:
     """Bytes for decoding one latent of `shape` [B, 16, T, h, w] in one piece, the whole video included."""
     _, _, latents, rows, columns = shape
-    frames = TEMPORAL_FACTOR * (latents - 1) + 1
-    whole = vae.config.image_channels * frames * rows * columns * SPATIAL_FACTOR**2
-    return (_elements(vae.decoder.units(), latents, rows * columns, DECODE_CHUNK + 1) + whole) * dtype.itemsize
+    video = vae.config.image_channels * math.prod(video_shape((latents, rows, columns)))
+    return (_elements(vae.decoder.units(), latents, rows * columns, DECODE_CHUNK + 1) + video) * dtype.itemsize
 
 
 def encode_bytes(vae: VideoVAE, shape: Sequence[int], dtype: torch.dtype) -> float:
     """Bytes for encoding one video of `shape` [B, 3, T, H, W] in one piece, the video included."""
     _, channels, frames, height, width = shape
     area = height * width / SPATIAL_FACTOR**2
-    elements = _elements(vae.encoder.units(), _latents(frames), area, ENCODE_CHUNK // TEMPORAL_FACTOR + 1)
+    elements = _elements(vae.encoder.units(), latent_frames(frames), area, ENCODE_CHUNK // TEMPORAL_FACTOR + 1)
     return (elements + channels * frames * height * width) * dtype.itemsize
 
 
 def held_bytes(network: Encoder | Decoder, size: tuple[int, int, int], dtype: torch.dtype) -> float:
-    """Bytes that a half of the VAE holds for a latent size [T, h, w], beside what goes in and what comes out."""
+    """Bytes that a half of the VAE holds for a latent size [T, h, w], without its input and its result."""
     latents, rows, columns = size
     return _elements(network.units(), latents, rows * columns, largest_chunk(network)) * dtype.itemsize
 
@@ -76,7 +81,35 @@ def largest_chunk(network: Encoder | Decoder) -> int:
     return (DECODE_CHUNK if isinstance(network, Decoder) else ENCODE_CHUNK // TEMPORAL_FACTOR) + 1
 
 
-def plan_tiles(
+def plan_within(
+    network: Encoder | Decoder,
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    budget: float | None,
+    store: float | None,
+    *,
+    needed: float,
+    on_card: bool,
+    side: int | None = None,
+    by_chunk: bool | None = None,
+) -> TilePlan | None:
+    """The tiles for a latent size [T, h, w] of a half of the VAE; None where the whole picture runs at once.
+
+    It does where it holds no more than `budget` bytes (None: no limit): it holds `needed`. `store`: bytes of main
+    memory for what tiles store, by default `budget`; beyond it work is repeated instead. On a processor (`on_card`
+    False) both are the same memory, and each gets half. `side` asks for tiles of at most so many latent pixels,
+    `by_chunk` for one order of the work (see `TilePlan`).
+    """
+    budget = math.inf if budget is None else budget
+    if needed <= budget and (side is None or side >= max(size[1:])):
+        return None
+    store = budget if store is None else store
+    if not on_card:
+        budget = store = min(budget, store) / 2
+    return plan_vae_tiles(network, size, dtype, budget, store, side, MOVE if on_card else 0.0, by_chunk)
+
+
+def plan_vae_tiles(
     network: Encoder | Decoder,
     size: tuple[int, int, int],
     dtype: torch.dtype,
@@ -88,29 +121,29 @@ def plan_tiles(
 ) -> TilePlan:
     """The largest tiles for a latent size [T, h, w] that hold no more than `budget` bytes, or the smallest there are.
 
-    At most `store_budget` bytes are stored between groups of units, as far as work can be repeated instead. `side` asks
-    for tiles no larger than that, `by_chunk` for one way through time (see `TilePlan`). `move` is the cost of bringing
-    a number to the device or back, in multiplications: 0 where nothing is moved, else `MOVE`.
+    At most `store_budget` bytes are stored between groups of units, as far as work can be repeated instead. `side` and
+    `by_chunk`: see `plan_within`. `move` is the cost of moving a number to the device or back, in multiplications: 0
+    where nothing is moved, else `MOVE`.
     """
     latents, rows, columns = size
     units = network.units()
     chunk = largest_chunk(network)
-    ways = (True, False) if by_chunk is None else (by_chunk,)
+    orders = (True, False) if by_chunk is None else (by_chunk,)
     store = store_budget / dtype.itemsize
     sizes = latents, rows * columns, chunk
-    # What chunks leave is no choice where they have to come one by one: then something remains for the rest.
+    # Where chunks have to come one by one, what they leave must be stored: then a part stays for the pictures.
     least = 0.0 if by_chunk is None else store * LEAST_STORE
-    grouped = [_Grouping(units, *sizes, way, move).best(store, least) for way in ways]
+    grouped = [_Grouping(units, *sizes, order, move).best(store, least) for order in orders]
     # Where nothing fits, what stores least.
     by_chunk, (groups, stored, work) = min(
-        zip(ways, grouped, strict=True), key=lambda way: (max(way[1][1], store), way[1][2], way[1][1])
+        zip(orders, grouped, strict=True), key=lambda found: (max(found[1][1], store), found[1][2], found[1][1])
     )
     side = min(side or max(rows, columns), max(rows, columns))
     while True:
         held = max(_tile_elements(group, latents, (rows, columns), side, chunk) for group in groups) * dtype.itemsize
-        if held <= budget or side <= SMALLEST_TILE:
+        if held <= budget or side <= SMALLEST_TILE_LATENT:
             return TilePlan(groups, side, by_chunk, held, stored * dtype.itemsize, work)
-        side = max(SMALLEST_TILE, (side + 1) // 2)
+        side = max(SMALLEST_TILE_LATENT, (side + 1) // 2)
 
 
 def passes(group: Sequence[Unit]) -> list[int]:
@@ -211,7 +244,3 @@ def _elements(units: Sequence[Unit], latents: int, area: float, chunk: int) -> f
         if latents > chunk:
             kept += LOOK_BACK * positions * unit.keeps
     return peak + kept + min(WINDOWS * WINDOW_ELEMENTS, largest)
-
-
-def _latents(frames: int) -> int:
-    return (frames - 1) // TEMPORAL_FACTOR + 1

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
+from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig, is_video_length, video_shape
 from .layers import (
     KERNEL_SIZE,
     CausalConv3d,
@@ -52,7 +52,7 @@ def encode_chunks(frames: int, chunk: int = ENCODE_CHUNK) -> list[int]:
 
     Raises ValueError unless `frames` is 4n + 1.
     """
-    if frames < 1 or frames % TEMPORAL_FACTOR != 1:
+    if not is_video_length(frames):
         raise ValueError(f"The VAE encodes videos of 4n+1 frames (1, 5, 9, ...); got {frames}.")
     if chunk < TEMPORAL_FACTOR or chunk % TEMPORAL_FACTOR:
         raise ValueError(f"A chunk of the VAE must be a multiple of {TEMPORAL_FACTOR} frames; got {chunk}.")
@@ -335,19 +335,12 @@ class VideoVAE(nn.Module):
         video, done = None, 0
         for piece in _run(self.decoder, latent, sizes if chunked else [frames], on_chunk):
             if video is None:
-                shape = video_shape(latent.shape, piece.shape[1])
+                shape = torch.Size((*piece.shape[:2], *video_shape(latent.shape[2:])))
                 video = into(shape) if into is not None else piece.new_empty(shape)
             video[:, :, done : done + piece.shape[2]] = piece
             done += piece.shape[2]
             del piece  # not kept while the next chunk is worked on
         return video
-
-
-def video_shape(latent: torch.Size, channels: int = 3) -> torch.Size:
-    """The shape of the video that a latent of this shape stands for."""
-    batch, _, frames, rows, columns = latent
-    length = TEMPORAL_FACTOR * (frames - 1) + 1
-    return torch.Size((batch, channels, length, SPATIAL_FACTOR * rows, SPATIAL_FACTOR * columns))
 
 
 def decode_in_halves(vae: VideoVAE, latent: Tensor) -> Tensor:

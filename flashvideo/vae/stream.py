@@ -1,11 +1,10 @@
-"""One half of the VAE as a stream: chunks go in one by one, and it can be put aside between any two of them.
+"""One half of the VAE as a stream: chunks go in one by one, and its state can be stored between any two of them.
 
-The same chunks through `VideoVAE.encode` or `decode` give the same numbers; here nobody has to hold the whole video.
-What one chunk leaves for the next can be saved and restored, so that an interrupted run goes on as if it had not been.
+The result equals that of `VideoVAE.encode` or `decode`, without holding the whole video. The state is what one chunk
+leaves for the next; a run resumes from it to the same bits.
 
-Over spatial tiles neither the length nor the size of a video decides what the device must hold:
-every chunk passes over all tiles before the next one comes, as in `vae.tiles`, and what a tile leaves for the next
-chunk waits in main memory.
+In spatial tiles, the device's memory depends neither on the length nor on the size of a video: every chunk runs over
+all tiles before the next chunk, as in `vae.tiles`, and what a tile keeps for the next chunk is stored in main memory.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..config import latent_frames, latent_shape, video_frames, video_shape
 from ..devices import is_out_of_memory
 from .layers import ChunkContext
-from .memory import MOVE, TilePlan, held_bytes, largest_chunk, plan_tiles
+from .memory import TilePlan, held_bytes, largest_chunk, plan_within
 from .network import Decoder, Encoder, Posterior
 from .tiles import Tile, TiledRun
 
@@ -55,7 +54,7 @@ class VAEStream:
         return {names[module]: tensor for module, tensor in self._context.past.items()}
 
     def restore(self, done: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Go on after `done` chunks with what `state` gave then."""
+        """Resume after `done` chunks from what `state` returned then."""
         self.done = done
         self._context.first = done == 0
         self._context.past = {self.network.get_submodule(name): tensor.to(device) for name, tensor in tensors.items()}
@@ -67,10 +66,10 @@ def latent_of(moments: Tensor) -> Tensor:
 
 
 class TiledVAEStream(VAEStream):
-    """See `VAEStream`; the work is done on `device`, in tiles as `plan` says. Gives the same, to rounding.
+    """A `VAEStream` that works on `device` in the tiles of `plan`. The result is the same, to rounding.
 
-    All that is as large as the picture lies in main memory. Tiles are halved where the device has less memory than the
-    plan believes.
+    All that is as large as the picture is stored in main memory. Tiles are halved where the device has less memory than
+    the plan expects.
     """
 
     def __init__(self, network: Encoder | Decoder, sizes: Sequence[int], plan: TilePlan, device: torch.device) -> None:
@@ -79,15 +78,14 @@ class TiledVAEStream(VAEStream):
 
     def _evaluate(self, chunk: Tensor) -> Tensor:
         decodes = isinstance(self.network, Decoder)
-        latents = chunk.shape[2] if decodes else -(-chunk.shape[2] // TEMPORAL_FACTOR)
-        frames = latents * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1 if self._context.first else 0)
-        channels = self.network.conv_out.conv.out_channels
-        rows, columns = chunk.shape[3:]
+        size = chunk.shape[2:]
+        latents = size[0] if decodes else latent_frames(size[0])
         if decodes:
-            shape = (1, channels, frames, rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
+            result_size = (video_frames(latents, first=self._context.first), *video_shape(size)[1:])
         else:
-            shape = (1, channels, latents, rows // SPATIAL_FACTOR, columns // SPATIAL_FACTOR)
-        result = torch.empty(shape, device=chunk.device, dtype=self._run.dtype)
+            result_size = latent_shape(size)
+        channels = self.network.conv_out.conv.out_channels
+        result = torch.empty((1, channels, *result_size), device=chunk.device, dtype=self._run.dtype)
         self._run.first, self._run.last = self._context.first, self._context.last
         self._run([chunk], [result], [chunk] if decodes else None, [latents])
         return result
@@ -102,7 +100,7 @@ class TiledVAEStream(VAEStream):
         }
 
     def restore(self, done: int, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Go on after `done` chunks with what `state` gave then; it stays in main memory."""
+        """Resume after `done` chunks from what `state` returned then; it stays in main memory."""
         super().restore(done, {})
         run = self._run
         run.past = {}
@@ -143,16 +141,9 @@ def plan_stream(
 ) -> TilePlan | None:
     """The tiles of such a stream; None if it holds no more than `budget` with the whole picture in one piece.
 
-    `store`, by default as much, is for what lies in main memory, beyond which work is repeated instead. But what chunks
-    leave for each other has to lie there, however much it is. On a processor both share the budget.
+    `store`: see `plan_within`. What chunks leave for each other has to be stored, however much it is.
     """
-    if budget is None:
-        return None
     size = (min(chunks, 2) * largest_chunk(network), *grid)  # with a second chunk, what the first leaves counts
     dtype, on_card = next(network.parameters()).dtype, torch.device(device).type != "cpu"
-    if held_bytes(network, size, dtype) <= budget:
-        return None
-    store = budget if store is None else store
-    if not on_card:
-        budget = store = min(budget, store) / 2
-    return plan_tiles(network, size, dtype, budget, store, move=MOVE if on_card else 0.0, by_chunk=True)
+    needed = held_bytes(network, size, dtype)
+    return plan_within(network, size, dtype, budget, store, needed=needed, on_card=on_card, by_chunk=True)

@@ -1,15 +1,15 @@
-"""The VAE over spatial tiles that give what the whole picture gives, to rounding: no seam, whatever the tile size.
+"""The VAE in spatial tiles. The result equals the whole picture's to rounding: no seam, whatever the tile size.
 
-Two things tie a place of the picture to the rest of it. Convolutions look a few pixels around: tiles reach as far
-beyond their own place as the layers ahead look, and are cut down layer by layer. And each norm measures the whole
-picture: here the tiles measure it together. A group of units passes over all tiles once for each of its norms, up to
-that norm, whose statistics are summed up over the tiles, and once more for the result, which is measured for the next
-group while it is written. Where memory allows storing the picture behind every convolution, nothing is computed twice
-but where tiles overlap; the longer the groups, the more is repeated (see `memory`).
+Two things connect a pixel to the rest of the picture. Convolutions read a few pixels around it: tiles reach beyond
+their own area by as much as the following layers read, and are cropped layer by layer. And each norm measures the whole
+picture: here the tiles measure it together. A group of units runs over all tiles once for each of its norms, up to that
+norm, whose statistics are summed over the tiles, and once more for the result, which is measured for the next group
+while it is written. Where memory allows storing the picture after every convolution, only overlaps are computed twice;
+the longer the groups, the more is repeated (see `memory`).
 
-Statistics from a sample or a smaller copy of the picture would need one pass less, but a trained decoder is
-sensitive to them: estimated from an eighth of the picture they put clips off by 0.8 to 2.7/255 on average, and
-measuring again with the estimates in place doesn't converge.
+Statistics of a sample or of a smaller copy of the picture would save one pass, but a trained decoder is sensitive to
+them: estimated from an eighth of the picture, clips are off by 0.8 to 2.7/255 on average, and measuring again with the
+estimates in place doesn't converge.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..config import latent_frames, latent_shape, video_frames
 from .layers import ChunkContext, Statistics, group_statistics
-from .memory import SMALLEST_TILE, TilePlan, reaches, runs_in_place
+from .memory import SMALLEST_TILE_LATENT, TilePlan, reaches, runs_in_place
 from .network import Posterior, Unit, VideoVAE, decode_chunks, encode_chunks
 
 OnStep = Callable[[int, int], None]
@@ -82,7 +82,7 @@ class Moments(NamedTuple):
 
 
 class _Measured(Exception):
-    """A tile has come to the first norm whose statistics aren't known."""
+    """A tile has reached the first norm whose statistics aren't known."""
 
     def __init__(self, moments: Moments) -> None:
         super().__init__()
@@ -120,12 +120,12 @@ class _Job(NamedTuple):
 class TiledRun:
     """One half of the VAE over the tiles of a video's chunks.
 
-    `device` and `dtype` are those of the work; what is stored between groups lies in main memory. `on_step`
-    gets (done, total) after every chunk of every tile, and may raise to stop. Where `is_out_of_memory` says so of an
-    exception, tiles are halved from there on; whatever other tiles have done stays.
+    The work is done on `device` in `dtype`; what is stored between groups is in main memory. `on_step(done, total)` is
+    called after every chunk of every tile, and may raise to stop. Where `is_out_of_memory` is true of an exception,
+    tiles are halved from there on; what other tiles have finished stays.
 
-    If chunks come in several calls, `first` and `last` tell which is the video's first and last, and `past` holds what
-    tiles leave for the next call.
+    If chunks come in several calls, `first` and `last` mark the video's first and last, and `past` holds what tiles
+    keep for the next call.
     """
 
     def __init__(
@@ -234,16 +234,17 @@ class TiledRun:
             return self._run_tile(job, tile, known)
         except Exception as error:
             longest = max(tile.bottom - tile.top, tile.right - tile.left)
-            if not self.is_out_of_memory(error) or longest <= SMALLEST_TILE:
+            if not self.is_out_of_memory(error) or longest <= SMALLEST_TILE_LATENT:
                 raise
-            self.side = max(SMALLEST_TILE, (longest + 1) // 2)
+            self.side = max(SMALLEST_TILE_LATENT, (longest + 1) // 2)
             self.done = done
         return None
 
     def _run_tile(self, job: _Job, tile: Tile, known: Sequence[Sequence[Statistics]]) -> tuple[bool, list[Moments]]:
-        """Run a tile's chunks to their first unknown norm, or write their result; returns which, and what it measured.
+        """Run a tile's chunks to their first unknown norm, or write their result.
 
-        All chunks come equally far. A result is measured if the next group begins with a norm.
+        Returns whether it was written, and the moments that were measured. All chunks stop at the same norm. A result
+        is measured if the next group begins with a norm.
         """
         context = ChunkContext(self.first, past=self._past(job.index, tile))
         is_written, measured = False, []
@@ -267,7 +268,7 @@ class TiledRun:
         return is_written, measured
 
     def _past(self, index: int, tile: Tile) -> dict[nn.Module, Tensor]:
-        """What the tile's chunk before has left; cut from that of a larger tile if the tile was a part of one then."""
+        """What the tile keeps from its chunk before; cut from a larger tile's if the tile was a part of it then."""
         if self.first or not any(unit.keeps for unit in self.plan.groups[index]):
             return {}
         kept, around = self.past.get((index, tile)), tile
@@ -340,8 +341,7 @@ def decode_in_tiles(
     """
     sizes = decode_chunks(latent.shape[2])
     run = TiledRun(plan, device, vae.dtype, calls=_calls(plan, len(latent), len(sizes)), **options)
-    frames = [size * TEMPORAL_FACTOR for size in sizes]
-    frames[0] -= TEMPORAL_FACTOR - 1
+    frames = [video_frames(size, first=index == 0) for index, size in enumerate(sizes)]
     for one, result in zip(latent.split(1), video.split(1), strict=True):
         chunks = one.split(sizes, dim=2)
         run.through_time(chunks, result.split(frames, dim=2), chunks, sizes)
@@ -356,10 +356,9 @@ def encode_in_tiles(
     Equal to `VideoVAE.encode` to rounding, and chunked in time like it. The result lies where the video lies.
     """
     frames = encode_chunks(video.shape[2])
-    sizes = [-(-count // TEMPORAL_FACTOR) for count in frames]
+    sizes = [latent_frames(count) for count in frames]
     run = TiledRun(plan, device, vae.dtype, calls=_calls(plan, len(video), len(sizes)), **options)
-    rows, columns = (length // SPATIAL_FACTOR for length in video.shape[3:])
-    shape = (len(video), 2 * vae.config.latent_channels, sum(sizes), rows, columns)
+    shape = (len(video), 2 * vae.config.latent_channels, *latent_shape(video.shape[2:]))
     moments = torch.empty(shape, device=video.device, dtype=vae.dtype)
     for one, result in zip(video.split(1), moments.split(1), strict=True):
         run.through_time(one.split(frames, dim=2), result.split(sizes, dim=2), None, sizes)

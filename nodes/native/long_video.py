@@ -28,13 +28,12 @@ from ...flashvideo.refiner.run import (
     ENCODE,
     MEASURE,
     REFINE,
-    STORE_SHARE,
-    VAE_SHARE,
     Networks,
     RefineSettings,
 )
 from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
 from ...flashvideo.vae import Decoder, Encoder
+from ...flashvideo.vae.memory import STORE_SHARE, VAE_SHARE
 from .fingerprint import fingerprint, weights_fingerprint
 from .sampling import flow_to_sigma, refiner_weights
 from .stages import refiner_settings

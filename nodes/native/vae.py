@@ -18,17 +18,26 @@ import torch
 from torch import Tensor
 
 from ...flashvideo.checkpoints import read_vae
-from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAEConfig
+from ...flashvideo.config import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    VAEConfig,
+    is_video_length,
+    latent_frames,
+    latent_shape,
+    next_video_length,
+    video_frames,
+    video_shape,
+)
 from ...flashvideo.nano import nano_state
-from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE, video_shape
-from ...flashvideo.vae.memory import MOVE, TilePlan, decode_bytes, encode_bytes, plan_tiles
+from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE
+from ...flashvideo.vae.memory import STORE_SHARE, TilePlan, decode_bytes, encode_bytes, plan_within
 from ...flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-GIGABYTE = 2**30
+GIBIBYTE = 2**30
 USED_SHARE = 0.9  # of free memory: what the formulas and the allocator miss by
-STORE_SHARE = 0.7  # of free main memory, when the work is done on a card; the rest is for what comes out
 _NO_WEIGHTS = "No VAE weights detected"  # part of comfy.sd.VAE's warning about an empty state dict
 
 
@@ -59,8 +68,7 @@ class NativeVideoVAE(VideoVAE):
             steps = {"on_step": on_step, "is_out_of_memory": is_out_of_memory}
             return encode_in_tiles(self, video, plan, self.device, **steps).mode()
 
-        _, _, frames, height, width = video.shape
-        size = _latents(frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+        size = latent_shape(video.shape[2:])
         needed = len(video) * encode_bytes(self, video.shape, self.dtype)
         return self._within_memory(self.encoder, size, needed, side, whole, tiled)  # tiles take clips one by one
 
@@ -79,7 +87,7 @@ class NativeVideoVAE(VideoVAE):
 
         def tiled(plan: TilePlan) -> Tensor:
             steps = {"on_step": on_step, "is_out_of_memory": is_out_of_memory}
-            video = room(video_shape(latent.shape, self.config.image_channels))
+            video = room(torch.Size((len(latent), self.config.image_channels, *video_shape(latent.shape[2:]))))
             return decode_in_tiles(self, latent, plan, video, self.device, **steps)
 
         needed = len(latent) * decode_bytes(self, latent.shape, self.dtype)
@@ -95,7 +103,10 @@ class NativeVideoVAE(VideoVAE):
         tiled: Callable[[TilePlan], Tensor],
     ) -> Tensor:
         budget, store = self._room()
-        if needed <= budget and (side is None or side >= max(size[1:])):
+        on_card = not comfy.model_management.is_device_cpu(self.device)
+        limits = {"budget": budget, "store": store, "needed": needed, "on_card": on_card}
+        plan = plan_within(network, size, self.dtype, **limits, side=side)
+        if plan is None:
             try:
                 return whole()
             except Exception as error:
@@ -105,23 +116,22 @@ class NativeVideoVAE(VideoVAE):
             # Outside of the except block, or the exception would keep the tensors of the first try alive.
             logging.warning("The VAE ran out of memory and goes on in smaller tiles; the result is the same.")
             comfy.model_management.soft_empty_cache()
-        move = 0.0 if comfy.model_management.is_device_cpu(self.device) else MOVE
-        plan = plan_tiles(network, size, self.dtype, budget, store, side, move)
+            plan = plan_within(network, size, self.dtype, **limits, side=side)
         if plan.device_bytes > budget:
             logging.warning(
-                "The VAE's smallest tiles need %.1f GB, more than the %.1f GB that it may use.",
-                plan.device_bytes / GIGABYTE,
-                budget / GIGABYTE,
+                "The VAE's smallest tiles need %.1f GiB, more than the %.1f GiB that it may use.",
+                plan.device_bytes / GIBIBYTE,
+                budget / GIBIBYTE,
             )
         return tiled(plan)
 
-    def _room(self) -> tuple[float, float]:
-        """Bytes for working, and for storing in main memory."""
+    def _room(self) -> tuple[float, float | None]:
+        """Bytes for the work on the device, and for what tiles store in main memory; None where it is the same."""
         management = comfy.model_management
         budget = management.get_free_memory(self.device) * USED_SHARE
         budget = budget if self.budget is None else min(budget, self.budget)
         if management.is_device_cpu(self.device):
-            return budget / 2, budget / 2
+            return budget, None
         return budget, management.get_free_memory(torch.device("cpu")) * STORE_SHARE
 
 
@@ -160,6 +170,16 @@ class FlashVideoVAE(comfy.sd.VAE):
         """Frames [4n + 1, H, W, 3] in [0, 1] to a latent [1, 16, n + 1, H/8, W/8]. Raises ValueError for others."""
         check_length(pixel_samples)
         return super().encode(pixel_samples)
+
+    def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Latents [B, 16, T, h, w] to frames. Raises ValueError for others, such as an image model's."""
+        check_video_latent(samples_in, self.latent_channels)
+        return super().decode(samples_in, *args, **kwargs)
+
+    def decode_tiled(self, samples: Tensor, *args: int | None, **kwargs: int | None) -> Tensor:
+        """Decode in spatial tiles; otherwise as `decode`."""
+        check_video_latent(samples, self.latent_channels)
+        return super().decode_tiled(samples, *args, **kwargs)
 
     def encode_tiled(self, pixel_samples: Tensor, *args: int | None, **kwargs: int | None) -> Tensor:
         """Encode in spatial tiles; otherwise as `encode`."""
@@ -209,11 +229,20 @@ class FlashVideoVAE(comfy.sd.VAE):
 def check_length(pixels: Tensor) -> None:
     """Frames [T, H, W, C] or [B, T, H, W, C] must be 4n + 1 in number."""
     frames = pixels.shape[-4]
-    if frames % TEMPORAL_FACTOR != 1:
-        needed = _frames(_latents(frames - 1) + 1) if frames else 1
+    if not is_video_length(frames):
         raise ValueError(
             f"FlashVideo's VAE encodes clips of 4n+1 frames (1, 5, 9, ... 49); got {frames}. Put FlashVideo Prepare "
-            f"Frames before it: it pads the clip to {needed} frames, and Finish Frames takes them off again."
+            f"Frames before it: it pads the clip to {next_video_length(frames)} frames, and Finish Frames takes them "
+            "off again."
+        )
+
+
+def check_video_latent(samples: Tensor, channels: int) -> None:
+    """A latent to decode must be a video's, of the VAE's channels."""
+    if samples.ndim != 5 or samples.shape[1] != channels or not samples.numel():
+        raise ValueError(
+            f"FlashVideo's VAE decodes video latents [videos, {channels}, frames, height, width]; got "
+            f"{list(samples.shape)}, as of an image model. Take the VAE of the model that made this latent."
         )
 
 
@@ -252,11 +281,11 @@ def load_vae_native(path: Path | None, budget: float | None = None) -> FlashVide
 
 
 def _frames(latents: int) -> int:
-    return max(0, TEMPORAL_FACTOR * (latents - 1) + 1)
+    return video_frames(latents) if latents > 0 else 0
 
 
 def _latents(frames: int) -> int:
-    return (frames + TEMPORAL_FACTOR - 1) // TEMPORAL_FACTOR
+    return latent_frames(frames) if frames > 0 else 0
 
 
 @contextmanager

@@ -15,18 +15,28 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashvideo.checkpoints.weights import open_weights
-from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_VAE, STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
+from flashvideo.config import (
+    NANO_STAGE1,
+    NANO_STAGE2,
+    NANO_VAE,
+    STAGE1,
+    STAGE2,
+    VAE,
+    DiTConfig,
+    VAEConfig,
+    latent_shape,
+)
 from flashvideo.dit import Attention, FlashVideoDiT, attention_sdpa
 from flashvideo.memory import dit_bytes, sampler_bytes, vae_outline
 from flashvideo.nano import build_nano
-from flashvideo.planner import NANO, Setting, latent_shape, make_plan
+from flashvideo.planner import NANO, Setting, make_plan
 from flashvideo.planner.flops import decode_flops, dit_flops, encode_flops, tiling_factor
 from flashvideo.refiner.tiles import tiled_velocity
 from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.training.tasks.networks import attention_products
 from flashvideo.vae import VideoVAE
-from flashvideo.vae.memory import decode_bytes, encode_bytes, plan_tiles
+from flashvideo.vae.memory import decode_bytes, encode_bytes, plan_vae_tiles
 from flashvideo.vae.tiles import decode_in_tiles
 
 FLOPS_TOLERANCE = 0.01  # 0.1 is what a plan needs; the formulas leave out nothing that the counter counts
@@ -80,7 +90,7 @@ def test_operations_of_the_vae_in_tiles_are_those_counted(
     network, video = vae_outline(NANO_VAE), (5, 64, 128)
     shape = latent_shape(video)
     latent, frames = torch.empty(1, 16, *shape, device="meta"), torch.empty(1, 3, *video, device="meta")
-    tiles = plan_tiles(network.decoder, shape, torch.float32, math.inf, store, side=8)
+    tiles = plan_vae_tiles(network.decoder, shape, torch.float32, math.inf, store, side=8)
     counted = operations(lambda: decode_in_tiles(network, latent, tiles, frames, "meta"))
     predicted = decode_flops(NANO_VAE, *video).total * tiling_factor(tiles, *shape)
     assert predicted == pytest.approx(counted, rel=0.1)

@@ -20,13 +20,13 @@ from flashvideo.config import NANO_TEXT_ENCODER, NANO_VAE, STAGE1, STAGE2, VAE, 
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import TargetSize
 from flashvideo.memory import dit_bytes
-from flashvideo.refiner.run import ENCODE, STORE_SHARE, VAE_SHARE, Networks, RefineRun, RefineSettings, TensorClip
+from flashvideo.refiner.run import ENCODE, Networks, RefineRun, RefineSettings, TensorClip
 from flashvideo.refiner.work_folder import MemoryWork
 from flashvideo.samplers import sample_stage1, sample_stage2
 from flashvideo.t5 import T5Encoder, load_encoder
 from flashvideo.tile_attention import VIEWS, WindowAttention
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
-from flashvideo.vae.memory import MOVE, decode_bytes, encode_bytes, held_bytes, plan_tiles
+from flashvideo.vae.memory import MOVE, STORE_SHARE, VAE_SHARE, decode_bytes, encode_bytes, held_bytes, plan_vae_tiles
 from flashvideo.vae.stream import TiledVAEStream, VAEStream, plan_stream, stream_within
 from flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 
@@ -159,7 +159,7 @@ def test_tiles_of_a_clip_stay_within_the_card(half: str, card: PretendedCard) ->
     """A clip that ComfyUI has brought to the card already; what is stored between layers lies in main memory."""
     vae, shape = VideoVAE(SHALLOW_VAE, device=CARD, dtype=torch.float16), (3, *HD[1:])
     frames, height, width = 4 * shape[0] - 3, 8 * shape[1], 8 * shape[2]
-    plan = plan_tiles(getattr(vae, half), shape, torch.float16, 5 * GIGABYTE, 4 * GIGABYTE, None, MOVE)
+    plan = plan_vae_tiles(getattr(vae, half), shape, torch.float16, 5 * GIGABYTE, 4 * GIGABYTE, None, MOVE)
     assert len(plan.groups) > 1
     video = torch.zeros(1, 3, frames, height, width, device=CARD if half == "encoder" else "cpu", dtype=torch.float16)
     latent = torch.zeros(1, 16, *shape, device=CARD, dtype=torch.float16)

@@ -11,7 +11,7 @@ from flashvideo.config import VAE, VAEConfig
 from flashvideo.nano import nano_state
 from flashvideo.training.scenes.stream import SceneStream
 from flashvideo.vae import VideoVAE, decode_chunks
-from flashvideo.vae.memory import SMALLEST_TILE, TilePlan, decode_bytes, encode_bytes, plan_tiles
+from flashvideo.vae.memory import SMALLEST_TILE_LATENT, TilePlan, decode_bytes, encode_bytes, plan_vae_tiles
 from flashvideo.vae.stream import TiledVAEStream
 from flashvideo.vae.tiles import Moments, Tile, decode_in_tiles, encode_in_tiles, measure
 
@@ -50,7 +50,7 @@ def video() -> Tensor:
 
 
 def plan(network: torch.nn.Module, side: int, store: float = EVERY_UNIT, by_chunk: bool = True) -> TilePlan:
-    return plan_tiles(network, SIZE, torch.float32, 1e12, store, side, by_chunk=by_chunk)
+    return plan_vae_tiles(network, SIZE, torch.float32, 1e12, store, side, by_chunk=by_chunk)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -84,9 +84,11 @@ def test_tiles_of_the_trained_vae_leave_no_seams_on_a_scene() -> None:
     clip = SceneStream("test", 96, 160, 9, 4).sample(0)[0][None]
     size = (3, 12, 20)
     whole = nano.encode(clip).mean
-    tiled = encode_in_tiles(nano, clip, plan_tiles(nano.encoder, size, torch.float32, 1e12, EVERY_UNIT, 8), "cpu").mean
+    tiled = encode_in_tiles(
+        nano, clip, plan_vae_tiles(nano.encoder, size, torch.float32, 1e12, EVERY_UNIT, 8), "cpu"
+    ).mean
     pictures = nano.decode(whole)
-    decoding = plan_tiles(nano.decoder, size, torch.float32, 1e12, EVERY_UNIT, 8)
+    decoding = plan_vae_tiles(nano.decoder, size, torch.float32, 1e12, EVERY_UNIT, 8)
     difference = (decode_in_tiles(nano, tiled, decoding, torch.empty_like(pictures), "cpu") - pictures).abs() * 127.5
     assert float(difference.mean()) <= 1.5
     border = torch.zeros(96, 160, dtype=torch.bool)
@@ -191,7 +193,7 @@ def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(
 
     latent = torch.randn(1, 4, 5, 4, 20, generator=torch.Generator().manual_seed(3))
     whole = tiny.decode(latent)
-    cut = plan_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
+    cut = plan_vae_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
     handle = tiny.decoder.up_blocks[1].resnets[0].conv2.register_forward_pre_hook(fail)
     options = {"is_out_of_memory": lambda found: isinstance(found, MemoryGoneError)}
     try:
@@ -213,7 +215,7 @@ def test_a_stream_whose_tiles_were_halved_can_be_put_aside(tiny: VideoVAE, momen
 
     latent = torch.randn(1, 4, 7, 4, 20, generator=torch.Generator().manual_seed(3))
     whole = tiny.decode(latent)
-    cut = plan_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
+    cut = plan_vae_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
     handle = tiny.decoder.up_blocks[1].resnets[0].conv2.register_forward_pre_hook(fail)
     pieces, state, sizes = [], {}, decode_chunks(7)
     try:
@@ -279,9 +281,9 @@ def test_a_smaller_budget_gives_smaller_tiles_that_keep_to_it(way: str) -> None:
         assert whole > 24 * 2**30
         sides = []
         for budget in budgets:
-            found = plan_tiles(network, size, torch.float16, budget * 2**30, 8 * 2**30)
+            found = plan_vae_tiles(network, size, torch.float16, budget * 2**30, 8 * 2**30)
             assert found.device_bytes <= budget * 2**30
             assert found.stored_bytes <= 8 * 2**30
             sides.append(found.side)
         assert sides == sorted(sides, reverse=True)
-        assert sides[-1] >= 4 * SMALLEST_TILE
+        assert sides[-1] >= 4 * SMALLEST_TILE_LATENT

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ...atomic_files import sha256
 from ...checkpoints import load_vae
-from ...config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ...config import latent_shape, video_shape
 from ...devices import free_memory, main_memory
-from ...refiner.run import STORE_SHARE, VAE_SHARE
 from ...vae import Posterior
-from ...vae.memory import MOVE, TilePlan, decode_bytes, encode_bytes, plan_tiles
+from ...vae.memory import STORE_SHARE, VAE_SHARE, TilePlan, decode_bytes, encode_bytes, plan_within
 from ...vae.tiles import decode_in_tiles, encode_in_tiles
 from ..randomness import generator_for, normal_like
 
@@ -47,9 +46,7 @@ class FrozenVAE:
     @torch.no_grad()
     def posterior(self, video: Tensor) -> Posterior:
         """The posterior of clips [B, 3, T, H, W] in [-1, 1], in float32 on the device."""
-        frames, height, width = video.shape[2:]
-        size = ((frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
-        plan = self._plan("encoder", size, encode_bytes(self.network, video.shape, self.dtype))
+        plan = self._plan("encoder", latent_shape(video.shape[2:]), encode_bytes(self.network, video.shape, self.dtype))
         if plan is None:
             found = self.network.encode(video.to(self.device, self.dtype))
         else:
@@ -66,8 +63,7 @@ class FrozenVAE:
         plan = self._plan("decoder", size, decode_bytes(self.network, latent.shape, self.dtype))
         if plan is None:
             return self.network.decode(latent).to("cpu", torch.float32)
-        frames, rows, columns = TEMPORAL_FACTOR * (size[0] - 1) + 1, SPATIAL_FACTOR * size[1], SPATIAL_FACTOR * size[2]
-        video = torch.empty(1, 3, frames, rows, columns, dtype=self.dtype)
+        video = torch.empty(1, 3, *video_shape(size), dtype=self.dtype)
         return decode_in_tiles(self.network, latent.cpu(), plan, video, self.device).float()
 
     def _plan(self, half: str, size: tuple[int, int, int], whole: float) -> TilePlan | None:
@@ -76,9 +72,8 @@ class FrozenVAE:
         if room is None:
             free = free_memory(self.device)
             room = None if free is None else VAE_SHARE * free
-        if room is None or whole <= room:
-            return None
-        network = getattr(self.network, half)
-        if self.device.type == "cpu":
-            return plan_tiles(network, size, self.dtype, room, room)
-        return plan_tiles(network, size, self.dtype, room, STORE_SHARE * main_memory(), move=MOVE)
+        on_card = self.device.type != "cpu"
+        store = STORE_SHARE * main_memory() if on_card else None
+        return plan_within(
+            getattr(self.network, half), size, self.dtype, room, store, needed=whole, on_card=on_card
+        )

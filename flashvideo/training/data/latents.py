@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...checkpoints import read_vae
-from ...config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ...config import PIXEL_MULTIPLE, is_video_length
 from ...frames import TargetSize, finish, prepare, resize, to_frames, to_video
 from ..errors import TrainingError
 from ..loop.checkpointing import whole_file
@@ -50,7 +50,7 @@ class ClipSettings:
 
     def __post_init__(self) -> None:
         """Refuse sizes that the networks don't take."""
-        if self.height % PIXEL_MULTIPLE or self.width % PIXEL_MULTIPLE or self.frames % TEMPORAL_FACTOR != 1:
+        if self.height % PIXEL_MULTIPLE or self.width % PIXEL_MULTIPLE or not is_video_length(self.frames):
             size = f"{self.width}x{self.height}, {self.frames} frames"
             raise TrainingError(f"Clips must have sides of multiples of {PIXEL_MULTIPLE} and 4n+1 frames; got {size}.")
         if min(self.clips, self.validation_clips) < 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ...config import SPATIAL_FACTOR, video_frames
 from ...vae import VideoVAE
 from ..errors import TrainingError
 from ..randomness import randint
@@ -51,7 +51,7 @@ def visible_part(
     place = [randint(generator, 0, side.stop - side.start - window) for side in sides]
     starts = [side.start + offset for side, offset in zip(sides, place, strict=True)]
     rows, columns = (slice(SPATIAL_FACTOR * start, SPATIAL_FACTOR * (start + window)) for start in starts)
-    frames = TEMPORAL_FACTOR * (time.stop - 1) + 1
+    frames = video_frames(time.stop)
     return {"video": torch.stack([video[:, :frames, rows, columns] for video in videos]), "place": torch.tensor(place)}
 
 
