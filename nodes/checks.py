@@ -10,8 +10,16 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ..flashvideo.config import PIXEL_MULTIPLE, SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..flashvideo.config import (
+    PIXEL_MULTIPLE,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    is_video_length,
+    latent_frames,
+    video_frames,
+)
 from .native.model import FlashVideoModel
+from .native.schedule_guard import NOT_FINITE
 from .native.stages import is_guided_otherwise
 
 MAX_BATCH_INDEX = 4095  # no node of ComfyUI makes larger ones; each draw before it costs time
@@ -114,6 +122,8 @@ def check_text(model: comfy.model_patcher.ModelPatcher, **conditionings: list) -
                 f"{name} comes from another text encoder: it has {width} numbers a word, this model reads {wanted}. "
                 "The official models take T5-XXL, FlashVideo-Nano its built-in text encoder"
             )
+        if not all(torch.isfinite(text).all() for text, *_ in conditioning):
+            raise ValueError(f"{name} {NOT_FINITE}")
 
 
 def check_size(width: int, height: int, length: int) -> None:
@@ -122,6 +132,6 @@ def check_size(width: int, height: int, length: int) -> None:
         if size % PIXEL_MULTIPLE or size <= 0:
             nearest = max(PIXEL_MULTIPLE, round(size / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
             raise ValueError(f"{name} must be a multiple of {PIXEL_MULTIPLE}; got {size} (nearest: {nearest})")
-    if (length - 1) % TEMPORAL_FACTOR or length < 1:
-        nearest = max(0, round((length - 1) / TEMPORAL_FACTOR)) * TEMPORAL_FACTOR + 1
+    if not is_video_length(length):
+        nearest = video_frames(latent_frames(max(1, length + TEMPORAL_FACTOR // 2 - 1)))
         raise ValueError(f"length must be 4n+1 frames (1, 5, 9, ... 49); got {length} (nearest: {nearest})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_patcher
 import torch
 from comfy_api.latest import io
@@ -10,7 +12,7 @@ from ..flashvideo.nano import nano_state
 from .checks import check_model
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
-from .native.files import check_file, notice, options, resolve, shared
+from .native.files import check_file, file_fingerprint, notice, options, resolve, shared
 from .native.lora import add_lora
 from .native.model import load_model
 
@@ -64,6 +66,11 @@ class FlashVideoModelLoader(io.ComfyNode):
     def validate_inputs(cls, model_name: str | None) -> bool | str:
         """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
         return check_file(FOLDER, model_name, tuple(BUILT_IN))
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None, **_: Any) -> str:
+        """A file of the same name that was replaced counts as another one."""
+        return file_fingerprint(FOLDER, model_name, tuple(BUILT_IN))
 
     @classmethod
     @checked
@@ -124,6 +131,11 @@ class FlashVideoLoraLoader(io.ComfyNode):
     def validate_inputs(cls, lora_name: str | None) -> bool | str:
         """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
         return check_file(LORA_FOLDER, lora_name, ())
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> str:
+        """A file of the same name that was replaced counts as another one."""
+        return file_fingerprint(LORA_FOLDER, lora_name, ())
 
     @classmethod
     @checked

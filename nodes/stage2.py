@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from comfy_api.latest import io, ui
 
 from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from ..flashvideo.degradation import degradation_weights
 from ..flashvideo.guidance import STAGE2_SCALE
-from ..flashvideo.refiner.tiles import SMALLEST_TILE, TILE
-from ..flashvideo.refiner.windows import OVERLAP, WINDOW
+from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS, TILE
+from ..flashvideo.refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
 from .checks import batch_of, check_batch, check_latent, check_stage, check_text
 from .common import CATEGORY, MAX_SEED, found_as, named, own_id
 from .inputs import checked
-from .native.degradation import check_unmasked, degradation_of, degrade, mark_samples, was_degraded
+from .native.degradation import (
+    NOISE_LIKE,
+    check_unmasked,
+    counted_as_degraded,
+    degradation_of,
+    degrade,
+    looks_like_noise,
+    was_degraded,
+)
 from .native.multidiffusion import with_tiles, with_windows
-from .native.notices import note
+from .native.notices import note, tell
 from .native.sampling import auto_latent_strength
 from .native.stages import latent_noise, refiner_settings, run_stage2
 
 MAX_WINDOW = 1001  # frames; no card holds as many at once
 MAX_TILE = 8192  # pixels
+AS_KNOWN = -1  # in place of a strength: the latent brings it along
 SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
 
 AUTO = -1  # the value of the strength widget that means auto
@@ -68,7 +79,7 @@ def window_inputs() -> list[io.Int.Input]:
         ),
         io.Int.Input(
             "overlap",
-            default=OVERLAP,
+            default=OVERLAP_FRAMES,
             min=0,
             max=MAX_WINDOW - 1,
             step=TEMPORAL_FACTOR,
@@ -127,6 +138,8 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     f"this latent was degraded before, with strength {before}; a second time would ruin it. "
                     "Remove one of the two degradation nodes"
                 )
+            if looks_like_noise(samples):
+                tell(NOISE_LIKE, own_id(cls))
             chosen = chosen_strength(strength)
             noise = latent_noise(samples.shape, seed, check_batch(latent)).to(samples)
             degraded = degrade(latent, noise, auto_latent_strength(samples) if chosen is None else chosen)
@@ -183,6 +196,15 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                     "more precision; the others look back at earlier steps. Default: euler.",
                 ),
                 *window_inputs(),
+                io.Int.Input(
+                    "degraded_strength",
+                    default=AS_KNOWN,
+                    min=AS_KNOWN,
+                    max=TRAIN_STEPS - 1,
+                    optional=True,
+                    tooltip="Only for a degraded latent from elsewhere, such as Load Latent: the strength that it was "
+                    "degraded with. -1: the latent brings its strength along. Default: -1.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The refined video, for VAE Decode.")],
         )
@@ -200,15 +222,18 @@ class FlashVideoStage2Refiner(io.ComfyNode):
         shift: float,
         solver: str,
         window: int = WINDOW,
-        overlap: int = OVERLAP,
+        overlap: int = OVERLAP_FRAMES,
+        **later: int,
     ) -> io.NodeOutput:
-        """Refine the latent."""
+        """Refine the latent. `later` holds the inputs behind overlap."""
+        degraded_strength = later.get("degraded_strength", AS_KNOWN)
+        settings = {"steps": steps, "cfg": cfg, "shift": shift, "solver": solver}
         with named("FlashVideo Stage II Refiner"):
             check_stage(model, 2)
             samples = check_latent(latent)
             check_unmasked(latent.get("noise_mask"))
             check_text(model, positive=positive, negative=negative)
-            strength = degradation_of(latent)
+            strength = degradation_of(latent) if degraded_strength == AS_KNOWN else degraded_strength
             if strength is None and was_degraded(latent):
                 raise ValueError(
                     "another node (a sampler, an upscale) has changed this latent since it was degraded. Put "
@@ -216,22 +241,14 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                 )
             if strength is None:
                 raise ValueError(
-                    "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and this node"
+                    "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and this "
+                    "node. Or it was, but that isn't known here, for example after Load Latent: then tell its strength "
+                    "in degraded_strength"
                 )
             model = with_windows(model, window, overlap)
-        # The samples may have been replaced on the way (a crop, a batch node); the LATENT still knows its strength.
-        marked = mark_samples(samples, strength)
-        refined = run_stage2(
-            model,
-            positive,
-            negative,
-            marked,
-            strength=strength,
-            steps=steps,
-            cfg=cfg,
-            shift=shift,
-            solver=solver,
-        )
+            how = nullcontext() if degraded_strength == AS_KNOWN else counted_as_degraded(samples, strength)
+        with how:
+            refined = run_stage2(model, positive, negative, samples, strength=strength, **settings)
         return io.NodeOutput(batch_of(latent) | {"samples": refined})
 
 
@@ -265,7 +282,7 @@ class FlashVideoRefinerSettings(io.ComfyNode):
         strength: int,
         shift: float,
         window: int = WINDOW,
-        overlap: int = OVERLAP,
+        overlap: int = OVERLAP_FRAMES,
     ) -> io.NodeOutput:
         """Patch a clone of the model."""
         with named("FlashVideo Refiner Settings"):
@@ -293,7 +310,7 @@ class FlashVideoSpatialTiles(io.ComfyNode):
                 io.Int.Input(
                     "tile",
                     default=TILE,
-                    min=SMALLEST_TILE,
+                    min=SMALLEST_TILE_PIXELS,
                     max=MAX_TILE,
                     step=PIXEL_MULTIPLE,
                     tooltip="Width and height of a tile in pixels. Larger agrees better with the whole picture; "

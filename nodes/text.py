@@ -14,7 +14,8 @@ from ..flashvideo.t5 import MOTIONS, NO_MOTION, with_motion
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.clip import TOKENIZER_NAME, load_clip_native, shorten
-from .native.files import BUILT_IN, check_file, notice, options, resolve, shared
+from .native.files import BUILT_IN, check_file, file_fingerprint, notice, options, resolve, shared
+from .native.schedule_guard import NOT_FINITE
 
 FOLDER = "text_encoders"
 
@@ -52,6 +53,11 @@ class FlashVideoTextEncoderLoader(io.ComfyNode):
     def validate_inputs(cls, text_encoder_name: str | None) -> bool | str:
         """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
         return check_file(FOLDER, text_encoder_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder_name: str | None, **_: Any) -> str:
+        """A file of the same name that was replaced counts as another one."""
+        return file_fingerprint(FOLDER, text_encoder_name)
 
     @classmethod
     @checked
@@ -126,6 +132,8 @@ class FlashVideoTextEncode(io.ComfyNode):
         bar = comfy.utils.ProgressBar(1)
         encoded = clip.encode_from_tokens_scheduled(tokens)
         bar.update(1)
+        if not all(torch.isfinite(cond).all() for cond, _ in encoded):
+            raise ValueError(f"{cls.NAME}: the encoded prompt {NOT_FINITE}")
         positive = [[cond, _without_pooled(extras)] for cond, extras in encoded]
         negative = [[torch.zeros_like(cond), _without_pooled(extras)] for cond, extras in encoded]
         return io.NodeOutput(positive, negative)

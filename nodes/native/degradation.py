@@ -1,15 +1,17 @@
 """A latent is degraded exactly once, whichever way the graph is wired.
 
-The Latent Degradation node marks its result. The LATENT's mark holds keys of the samples, since stock samplers copy all
-of a LATENT but its samples: a refined latent is told from the degraded one that it was made of. The strength also rides
-on the tensor, since ComfyUI's samplers see nothing else of a LATENT. When a sampler starts, the guard below compares it
-with the noise that is about to be added.
+ComfyUI's nodes rebuild LATENTs: some copy the dictionary with other samples in it, some make a new one, and samplers
+see nothing but the samples. So a degraded latent is recognised by its numbers: this process remembers a key for each
+place of what it has degraded. Cropping, flipping, repeating, batching, saving and loading keep them; a sampler, an
+upscale or a blend makes other numbers, and the result counts as what it is. When a sampler starts, the guard below
+compares what is known with the noise that is about to be added.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,58 +20,177 @@ from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ...flashvideo.degradation import degrade_latent
+from .idle_patches import tell_idle_patches
+from .notices import tell
+from .out_of_memory import explained
 from .sampling import AutoRefinerSampling, RefinerSampling, auto_latent_strength
+from .schedule_guard import check_conditions, check_spread, running_node
 
 MARK = "flashvideo_degradation"
+SAMPLER_ADVICE = "Take euler with scheduler simple, the official way, or more steps."
 # Timesteps: at or above the first a run starts from the fully degraded latent; none starts above the second.
 FULL_NOISE, BEYOND_NOISE = 999, 1001
-_KEY_CHANNELS = 4  # of half precision make one whole number, which no other place of a video shares
-_PROBES = 256  # places of a latent that are looked for
-_ENOUGH = 0.25  # of them must be known: a batch may hold other latents, too, and enlarging keeps the corners
+_KEY_CHANNELS = 4  # of 16 bits make one whole number, which no other place of a video shares
+_KEY_DTYPES = (torch.float16, torch.bfloat16)  # a latent that was kept in either is known again
+_PROBES = 4096  # places of a video that are looked up
+_MOST_KEYS = 2**15  # of one latent; of a larger one, those that a multiple of some power of two divides
+_REMEMBERED = 64  # latents: at most 32 MB
+_ALL, _NONE = 0.9, 0.1  # of a video's places: from one on it is known, up to the other it is not
+_NOISE_LIKE = 0.15  # correlation of neighbours below which a latent looks like noise; pictures have 0.5 and more
+
+
+NOISE_LIKE = (
+    "FlashVideo stage II: this latent looks like noise. If it was degraded before and comes from elsewhere (Load "
+    "Latent, say), it is degraded twice now: give it to FlashVideo Stage II Refiner instead, with its strength in "
+    "degraded_strength."
+)
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """What a LATENT says of its degradation: the strength, and a key for each place of the degraded samples."""
+class _Degraded:
+    """A degraded latent: its strength, and its places' keys in each data type, of which one in `step` is kept."""
 
     strength: int
-    keys: Tensor
+    keys: dict[torch.dtype, Tensor]
+    step: int
 
-    def fits(self, samples: Tensor) -> bool:
-        """Whether samples are the degraded ones or a part of them, such as a crop or a frame."""
-        keys = _keys(samples)
-        known = torch.isin(keys[:: max(1, len(keys) // _PROBES)], self.keys)
-        return float(known.float().mean()) >= _ENOUGH
+    def is_same(self, other: _Degraded) -> bool:
+        """Whether it is the same latent, degraded in the same way."""
+        same = self.strength == other.strength and self.step == other.step
+        return same and all(torch.equal(self.keys[dtype], other.keys[dtype]) for dtype in _KEY_DTYPES)
 
 
-def _keys(samples: Tensor) -> Tensor:
-    # Half precision, so that a latent which was kept in it is known again.
-    values = samples[:, :_KEY_CHANNELS].movedim(1, -1).to("cpu", torch.float16)
-    return values.contiguous().view(torch.int64).flatten()
+_remembered: list[_Degraded] = []  # the newest last
+
+
+def _keys(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """One whole number for each place of samples [B, C, ...], [B, N]."""
+    values = samples[:, :_KEY_CHANNELS].movedim(1, -1).to("cpu", torch.float32).to(dtype)
+    return values.contiguous().view(torch.int64).flatten(1)
+
+
+def _is_kept(keys: Tensor, step: int) -> Tensor:
+    """Which keys are among the one in `step` that is kept, by their own bits: the same wherever they stand."""
+    mixed = keys ^ (keys >> 16) ^ (keys >> 32) ^ (keys >> 48)
+    return (mixed & (step - 1)) == 0
+
+
+def _remember(samples: Tensor, strength: int) -> _Degraded:
+    count, step = samples[:, 0].numel(), 1
+    while count > step * _MOST_KEYS:
+        step *= 2
+    keys = {}
+    for dtype in _KEY_DTYPES:
+        each = _keys(samples, dtype).flatten()
+        keys[dtype] = each[_is_kept(each, step)]
+    made = _Degraded(strength, keys, step)
+    made = next((each for each in _remembered if each.is_same(made)), made)
+    _recall(made)
+    return made
+
+
+def _recall(degraded: _Degraded) -> None:
+    """Put a latent at the newest place; the oldest is forgotten."""
+    _remembered[:] = [each for each in _remembered if each is not degraded][1 - _REMEMBERED :] + [degraded]
 
 
 def degrade(latent: dict[str, Any], noise: Tensor, strength: int) -> dict[str, Any]:
     """A marked LATENT, degraded with `noise` in stage II's scaled space. Raises ValueError beyond 0..999."""
     samples = latent["samples"] * STAGE2_LATENT_SCALE
-    degraded = mark_samples(degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE, strength)
-    return {**latent, "samples": degraded, MARK: _Mark(strength, _keys(degraded))}
+    degraded = degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE
+    return {**latent, "samples": degraded, MARK: _remember(degraded, strength)}
 
 
-def mark_samples(samples: Tensor, strength: int) -> Tensor:
-    """Samples that tell a sampler with which strength they were degraded."""
-    setattr(samples, MARK, strength)
-    return samples
+@contextmanager
+def counted_as_degraded(samples: Tensor, strength: int) -> Iterator[None]:
+    """Count samples as degraded with `strength` for one run, as the user says. Raises ValueError if it is otherwise."""
+    known = known_strength(samples)
+    if known not in (None, strength):
+        raise ValueError(f"this latent was degraded with strength {known}, and degraded_strength says {strength}")
+    before = list(_remembered)
+    _remember(samples, strength)
+    try:
+        yield
+    finally:
+        _remembered[:] = before
 
 
 def degradation_of(latent: dict[str, Any]) -> int | None:
-    """The strength a LATENT was degraded with; None if it never was, or was refined or otherwise changed since."""
-    mark = latent.get(MARK)
-    return mark.strength if mark is not None and mark.fits(latent["samples"]) else None
+    """The strength that a LATENT was degraded with; None if that isn't known, or it was changed since.
+
+    Raises ValueError for a batch or a picture of which only a part is degraded, or with several strengths.
+    """
+    if MARK in latent:
+        _recall(latent[MARK])
+    return known_strength(latent["samples"])
 
 
 def was_degraded(latent: dict[str, Any]) -> bool:
     """Whether a LATENT was degraded at some time, whatever has become of it since."""
     return MARK in latent
+
+
+def known_strength(samples: Tensor, where: str = "") -> int | None:
+    """The strength that samples [B, C, T, H, W] are known to be degraded with; otherwise as `degradation_of`."""
+    if not isinstance(samples, Tensor) or samples.ndim != 5 or samples.shape[1] < _KEY_CHANNELS or not samples.any():
+        return None
+    found = [_video_strengths(video[None]) for video in samples]
+    strengths = {strength for shares in found for strength, share in shares.items() if share > _NONE}
+    if not strengths:
+        return None
+    if len(strengths) > 1:
+        raise ValueError(
+            f"{where}this latent holds videos that were degraded with different strengths "
+            f"({', '.join(map(str, sorted(strengths)))}); refine them one by one"
+        )
+    if any(sum(shares.values()) < _ALL for shares in found):
+        raise ValueError(
+            f"{where}only a part of this latent was degraded, since another node (Latent Batch, Latent Composite, say) "
+            "put it together with one that was not. Degrade all of it, once, after that node"
+        )
+    (strength,) = strengths
+    return None if any(_is_enlarged(video) for video in samples) else strength
+
+
+def _video_strengths(video: Tensor) -> dict[int, float]:
+    """The shares of a video's places that are known, by their strength."""
+    found: dict[int, float] = {}
+    for dtype in _KEY_DTYPES:
+        shares: dict[int, float] = {}
+        keys = _keys(video, dtype).flatten()
+        for strength, step in {(each.strength, each.step) for each in _remembered}:
+            probes = keys if step == 1 else keys[_is_kept(keys, step)]
+            probes = probes[:: max(1, len(probes) // _PROBES)]
+            known = torch.zeros(len(probes), dtype=torch.bool)
+            for each in _remembered:
+                if (each.strength, each.step) == (strength, step):
+                    known |= torch.isin(probes, each.keys[dtype])
+            if len(probes):
+                shares[strength] = shares.get(strength, 0.0) + float(known.float().mean())
+        if sum(shares.values()) >= _ALL:
+            return shares
+        found = max(found, shares, key=lambda each: sum(each.values()))
+    return found
+
+
+def _is_enlarged(video: Tensor) -> bool:
+    """Whether a degraded video [C, T, H, W] was enlarged by repeating places: noise never repeats itself."""
+    for axis in (1, 2, 3):
+        if video.shape[axis] > 1:
+            first, second = video.narrow(axis, 0, video.shape[axis] - 1), video.narrow(axis, 1, video.shape[axis] - 1)
+            if float((first == second).float().mean()) > _NONE:
+                return True
+    return False
+
+
+def looks_like_noise(samples: Tensor) -> bool:
+    """Whether neighbours in samples [B, C, T, H, W] have little to do with each other, as in a degraded latent."""
+    if samples.shape[-1] < 2:
+        return False
+    values = samples.float()
+    values = values - values.mean(dim=(2, 3, 4), keepdim=True)
+    spread = float(values.square().mean())
+    return spread > 0 and float((values[..., 1:] * values[..., :-1]).mean()) / spread < _NOISE_LIKE
 
 
 def check_unmasked(mask: Tensor | None, where: str = "") -> None:
@@ -101,13 +222,16 @@ def guard_degradation(
     sampler's noise. Raises ValueError where a graph would degrade twice or never, or tells the network another
     strength than the latent's.
     """
-    sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
+    guider = executor.class_obj
+    check_conditions(guider)
+    tell_idle_patches(guider.model_options)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
     if not isinstance(sampling, RefinerSampling):
         raise ValueError(
             "FlashVideo stage II: another node replaced the refiner's noise schedule (such as ModelSampling...). "
             "Remove that node and set strength and shift with FlashVideo Refiner Settings."
         )
-    strength = getattr(latent_image, MARK, None)
+    strength = known_strength(latent_image, "FlashVideo stage II: ")
     if isinstance(sampling, AutoRefinerSampling):
         chosen = auto_latent_strength(latent_image) if strength is None else strength
         run = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
@@ -119,21 +243,27 @@ def guard_degradation(
             f"FlashVideo stage II: the sigmas begin at {float(sigmas[0]):.3g}, but {float(sampling.sigma_max):.3g} is "
             "the most that fits the strength. Take them from BasicScheduler, with the refiner as its model."
         )
+    check_spread(sampler, sigmas, sampling, "FlashVideo stage II", SAMPLER_ADVICE)
     starts_full = starts_at >= FULL_NOISE
     if strength is None:
         if starts_full and not adds_noise:
             raise ValueError(
-                "FlashVideo stage II: this latent was never degraded. Turn the sampler's noise on, or put "
-                "FlashVideo Latent Degradation before the sampler."
+                "FlashVideo stage II: this latent was never degraded. Turn the sampler's noise on, or put FlashVideo "
+                "Latent Degradation before the sampler. Or it was, but that isn't known here, for example after Load "
+                "Latent: then give it to FlashVideo Stage II Refiner, whose degraded_strength says how far."
             )
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        if adds_noise and denoise_mask is None and looks_like_noise(latent_image):
+            tell(NOISE_LIKE, running_node())
+        with explained(guider.model_patcher, latent_image, stage=2):
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     check_unmasked(denoise_mask, "FlashVideo stage II: ")
     check_degraded_start(strength, sampling.degradation_step, adds_noise=adds_noise, starts_full=starts_full)
     # The first sigma is noise_weight / signal_weight, so that on the flow this start is the degraded latent itself.
-    model = executor.class_obj.model_patcher.model
-    start = model.process_latent_in(latent_image) / sampling.noise_weight
-    return executor(start, torch.zeros_like(latent_image), sampler, sigmas, None, *args, **kwargs)
+    latent_image = latent_image.float()  # in half precision, samplers may end in NaN
+    start = guider.model_patcher.model.process_latent_in(latent_image) / sampling.noise_weight
+    with explained(guider.model_patcher, latent_image, stage=2):
+        return executor(start, torch.zeros_like(latent_image), sampler, sigmas, None, *args, **kwargs)
 
 
 def _at_strength(

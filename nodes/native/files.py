@@ -47,6 +47,12 @@ def check_file(folder: str, name: str | None, built_in: tuple[str, ...] = (BUILT
     return _missing(folder, name)
 
 
+def file_fingerprint(folder: str, name: str | None, built_in: tuple[str, ...] = (BUILT_IN,)) -> str:
+    """What changes when the file behind an option is replaced, so that ComfyUI runs the loader again."""
+    path = None if name is None or name in built_in else folder_paths.get_full_path(folder, name)
+    return f"{name} {_identity(None if path is None else Path(path))}"
+
+
 def _missing(folder: str, name: str) -> str:
     places = folder_paths.get_folder_paths(folder)
     place = next((place for place in places if Path(place).name == folder), places[0])

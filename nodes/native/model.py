@@ -34,6 +34,7 @@ from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
 from .sampling import RefinerSampling, Stage1Sampling
+from .schedule_guard import guard_stage1
 
 # Linear map from the CogVideoX VAE's latent to RGB in [-1, 1], for previews (figures: ComfyUI-CogVideoXWrapper).
 PREVIEW_FACTORS = [
@@ -90,9 +91,12 @@ class NativeDiT(FlashVideoDiT):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         operations: Any = None,
+        **_sizes: int,
     ) -> None:
+        """`_sizes` are those that ComfyUI's nodes look for in a model's settings; they stand in `config` too."""
         super().__init__(config, device=device, dtype=dtype, operations=operations)
         self.dtype = dtype
+        self.in_channels = config.in_channels  # where ComfyUI's RenormCFG looks for it
 
     def forward(
         self,
@@ -208,7 +212,8 @@ class StageConfig(comfy.supported_models_base.BASE):
         self.latent_format = Stage2Latent if config.stage == 2 else Stage1Latent
         if config in (NANO_STAGE1, NANO_STAGE2) and (preview := nano_preview()) is not None:
             self.latent_format = partial(_nano_latent, self.latent_format, preview)
-        super().__init__({"config": config})
+        sizes = {"in_channels": config.in_channels, "out_channels": config.out_channels}
+        super().__init__({"config": config, "model_channels": config.hidden_size, **sizes})
 
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> FlashVideoModel:
         """The stage's model, its weights not yet loaded."""
@@ -240,8 +245,6 @@ def load_model(
     for parameter in model.diffusion_model.parameters():  # newer ComfyUIs' layers take weights as the file has them
         parameter.data = parameter.data.to(storage)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
-    if config.stage == 2:
-        patcher.add_wrapper_with_key(
-            comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flashvideo_degradation", guard_degradation
-        )
+    guard = guard_degradation if config.stage == 2 else guard_stage1
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flashvideo_guard", guard)
     return patcher

@@ -52,12 +52,17 @@ def with_tiles(model: comfy.model_patcher.ModelPatcher, tile: int) -> comfy.mode
 
 def tile_of(model: comfy.model_patcher.ModelPatcher) -> int:
     """The tile of `with_tiles` in pixels, the smallest if there are several; 0 where a MODEL sees whole pictures."""
+    return min(settings_of(model, TILES), default=0)
+
+
+def settings_of(model: comfy.model_patcher.ModelPatcher, kind: str) -> list[int]:
+    """The sizes of a MODEL's windows in frames, or of its tiles in pixels."""
     wrapper, found = model.model_options.get("model_function_wrapper"), []
     while isinstance(wrapper, InPieces):
-        if wrapper.kind == TILES:
-            found += wrapper.settings
+        if wrapper.kind == kind:
+            found.append(wrapper.settings[0])
         wrapper = wrapper.inner
-    return min(found, default=0)
+    return found
 
 
 def _in_pieces(

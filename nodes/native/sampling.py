@@ -93,8 +93,8 @@ class Stage1ExactSampling(torch.nn.Module):
         return (self.sigmas.to(sigma.device)[:, None] - sigma.flatten()).abs().argmin(dim=0)
 
     def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
-        """The network sees the latent as it is."""
-        return noise
+        """The network sees the latent as it is; a copy, since others may write to what they get."""
+        return noise.clone()
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         """The clean latent that v-prediction implies, with the quantised signal of the step."""
@@ -103,11 +103,11 @@ class Stage1ExactSampling(torch.nn.Module):
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         """Stage I starts from noise alone."""
-        return noise
+        return noise.clone()
 
     def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
         """The result is the clean latent."""
-        return latent
+        return latent.clone()
 
 
 def refiner_weights(strength: int) -> tuple[float, float]:
@@ -128,6 +128,9 @@ def sigma_to_flow(sigma: Tensor, strength: int) -> Tensor:
     return sigma / (noise + sigma * (1 - signal))
 
 
+LOWEST_STEP, LAST_STEPS = 10, 20  # of the flow's 1000: the smallest, and up to which the table is squeezed
+
+
 class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
     """Stage II: a flow that starts at the degraded latent.
 
@@ -142,6 +145,10 @@ class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
         self.degradation_step = int(degradation_step)
         self.signal_weight, self.noise_weight = refiner_weights(self.degradation_step)
         self.set_parameters(shift=shift)
+        # Schedulers that end at the smallest sigma jump there from the step before, and multistep samplers go astray
+        # over a jump too large. So the table's end is moved up, as far as 50 steps of `simple` leave it alone.
+        steps = torch.arange(1, LAST_STEPS + 1) * (1 - LOWEST_STEP / LAST_STEPS) + LOWEST_STEP
+        self.sigmas[:LAST_STEPS] = self.sigma(steps)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """What the network is told, 1000 where the flow begins."""
@@ -171,7 +178,7 @@ class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
 
     def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
         """A run that is continued without noise goes on where it was."""
-        return latent
+        return latent.clone()
 
 
 class AutoRefinerSampling(RefinerSampling):

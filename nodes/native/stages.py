@@ -17,6 +17,7 @@ from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_sc
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
 from .sampling import AutoRefinerSampling, RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
+from .schedule_guard import DYNAMIC
 
 # A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
 ANY_SCALE = 2.0
@@ -34,6 +35,7 @@ def with_dynamic_cfg(
         guidance = dynamic_cfg_scale(timestep, len(sigmas) - 1, scale, exponent)
         return args["uncond"] + guidance * (args["cond"] - args["uncond"])
 
+    setattr(guided, DYNAMIC, True)
     clone = model.clone()
     clone.set_model_sampler_cfg_function(guided, disable_cfg1_optimization=True)
     return clone

@@ -152,7 +152,7 @@ CHANGES = {
     "a frame": lambda samples: samples[:, :, 1:2],
     "a crop": lambda samples: samples[..., 2:, 4:],
     "half of a batch": lambda samples: samples[1:],
-    "a batch of two": lambda samples: torch.cat((samples, torch.zeros_like(samples))),
+    "a batch of two": lambda samples: torch.cat((samples, samples)),
     "turned": lambda samples: samples.flip(-1).rot90(1, (-2, -1)),
     "in half precision": lambda samples: samples.half().float(),
 }

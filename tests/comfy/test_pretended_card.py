@@ -50,10 +50,23 @@ def card(submodule: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
     noise = lambda x, seed=None: lambda *_: torch.randn_like(x)  # noqa: E731
     monkeypatch.setattr(comfy.k_diffusion.sampling, "default_noise_sampler", noise)
     monkeypatch.setattr(submodule("flashvideo.rope"), "COMPLEX_DEVICES", ("cpu", CARD))
-    # Marks are keys of numbers, and where sigmas begin is one.
-    degraded = submodule("nodes.native.degradation")
-    monkeypatch.setattr(degraded._Mark, "fits", lambda *_: True)
+    # A degraded latent is known by its numbers, where sigmas begin is one, and so are spreads.
+    degraded, stage2 = submodule("nodes.native.degradation"), submodule("nodes.stage2")
+
+    def strength_of(latent: dict[str, Any]) -> int | None:
+        if degraded.MARK not in latent:
+            return None
+        latent["samples"].strength = 675
+        return 675
+
+    monkeypatch.setattr(degraded, "_remember", lambda *_: None)
+    monkeypatch.setattr(degraded, "known_strength", lambda samples, *_: getattr(samples, "strength", None))
+    monkeypatch.setattr(stage2, "degradation_of", strength_of)
+    for module in (degraded, stage2):
+        monkeypatch.setattr(module, "looks_like_noise", lambda *_: False)
     monkeypatch.setattr(degraded, "check_degraded_start", lambda *_, **__: None)
+    for module in (degraded, submodule("nodes.native.schedule_guard")):
+        monkeypatch.setattr(module, "check_spread", lambda *_: None)
     return PretendedCard(answer=True, takes_numbers=True)
 
 

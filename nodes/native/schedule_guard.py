@@ -1,0 +1,155 @@
+"""What is refused or warned of before a run: schedules, samplers and guiders that can't give a right picture.
+
+Samplers, schedulers and numbers of steps can be combined in a thousand ways, and some of these end in a picture that is
+far too weak or far too strong, whichever network is asked. So the run is made first with a few numbers in the place of
+the latent and with the best possible network for them: clean latents that are standard normal numbers. At the end their
+spread must be 1. That takes some milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_execution.utils import get_executing_context
+from torch import Tensor
+
+from .idle_patches import tell_idle_patches
+from .notices import tell
+from .out_of_memory import explained
+from .sampling import Stage1ExactSampling, Stage1Sampling
+
+STAGE1 = "FlashVideo stage I"
+STAGE1_ADVICE = "Take FlashVideo Stage I Sampler, or dpmpp_2m_sde with FlashVideo Stage I Scheduler or simple."
+NOT_FINITE = "holds numbers that are not finite (NaN); look at its weights, such as (word:1.2), and at the text encoder"
+DYNAMIC = "flashvideo_dynamic_cfg"  # an attribute of FlashVideo's own guidance
+SHAPE = (1, 16, 1, 16, 16)  # enough numbers for a spread to two digits
+RIGHT = 0.7, 1.3  # spreads that are passed in silence
+USABLE = 0.1, 2.5  # beyond them nothing is left of the picture
+AS_WEAK = 0.95  # of what the official way gives with as few steps: then it is the steps
+
+
+class _Ideal:
+    """In the place of ComfyUI's guider: gives the mean of the clean latents that a sample may have come from."""
+
+    def __init__(self, sampling: Any) -> None:
+        patcher = SimpleNamespace(get_model_object=lambda _name: sampling, model_sampling=sampling)
+        self.inner_model = SimpleNamespace(model_sampling=sampling, model_patcher=patcher)
+        self.model_patcher = patcher
+        self.conds: dict[str, Any] = {}
+        self.cfg = 1.0
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any) -> Tensor:
+        clean = x / (1 + sigma.reshape(-1, 1, 1, 1, 1) ** 2)
+        for change in (model_options or {}).get("sampler_post_cfg_function", []):
+            seen = {"denoised": clean, "cond_denoised": clean, "uncond_denoised": clean, "input": x, "sigma": sigma}
+            clean = change({**seen, "model": self.inner_model, "model_options": model_options, "cond_scale": 1.0})
+        return clean
+
+
+def spread(sampler: Any, sigmas: Tensor, sampling: Any) -> float | None:
+    """How far what a sampler makes of ideal predictions is spread, of 1; None where that can't be told."""
+    if type(sampler) is not comfy.samplers.KSAMPLER or len(sigmas) < 2:
+        return None
+    sigmas = sigmas.to("cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(SHAPE, generator=generator) for _ in range(2))
+    extra = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": 0}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found = sampler.sample(_Ideal(sampling), sigmas, extra, None, noise, clean, None, True)
+        return float(found.std() / (1 + sigmas[-1] ** 2) ** 0.5)
+    except Exception:
+        return None
+
+
+def check_spread(sampler: Any, sigmas: Tensor, sampling: Any, stage: str, advice: str) -> None:
+    """Warn of a sampler and sigmas that end too weak or too strong. Raises ValueError if nothing usable comes out."""
+    found = spread(sampler, sigmas, sampling)
+    if found is None or RIGHT[0] <= found <= RIGHT[1] or _is_only_few_steps(found, sigmas, sampling):
+        return
+    name = getattr(sampler.sampler_function, "__name__", "this sampler").removeprefix("sample_")
+    steps = len(sigmas) - 1
+    ends = f"at {found:.2g} times it" if math.isfinite(found) else "in numbers that are not finite"
+    text = (
+        f"{stage}: the sampler ({name}) and the scheduler's {steps} steps don't suit each other: instead of at the "
+        f"right contrast they end {ends}. {advice}"
+    )
+    if not USABLE[0] <= found <= USABLE[1]:
+        raise ValueError(text)
+    tell(text, running_node())
+
+
+def _is_only_few_steps(found: float, sigmas: Tensor, sampling: Any) -> bool:
+    """Whether a result is too weak, but as it must be with so few steps, which is the user's choice."""
+    if not found < RIGHT[0]:
+        return False
+    steps = len(sigmas) - 1
+    official = spread(
+        comfy.samplers.sampler_object("euler"), comfy.samplers.simple_scheduler(sampling, steps), sampling
+    )
+    return official is not None and found >= AS_WEAK * official
+
+
+def running_node() -> str | None:
+    """The id of the node that is running, if one is."""
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def guard_stage1(
+    executor: Callable[..., Tensor],
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """ComfyUI wrapper around a sampler run of stage I. Raises ValueError for what would spoil the draft."""
+    guider = executor.class_obj
+    check_conditions(guider)
+    tell_idle_patches(guider.model_options)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    if not isinstance(sampling, Stage1Sampling | Stage1ExactSampling):
+        raise ValueError(
+            f"{STAGE1}: another node replaced the draft model's noise schedule (such as ModelSampling...). Remove that "
+            "node: stage I has a schedule of its own."
+        )
+    if isinstance(sampling, Stage1Sampling):
+        check_guider(guider)
+        check_spread(sampler, sigmas, sampling, STAGE1, STAGE1_ADVICE)
+    with explained(guider.model_patcher, latent_image, stage=1):
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def check_conditions(guider: Any) -> None:
+    """Refuse a prompt that holds numbers which are not finite, such as of (cat:1e400). Raises ValueError."""
+    for name, conditions in guider.conds.items():
+        for condition in conditions or ():
+            text = condition.get("cross_attn")
+            if isinstance(text, Tensor) and not torch.isfinite(text).all():
+                raise ValueError(f"FlashVideo: the {name} prompt {NOT_FINITE}")
+
+
+def check_guider(guider: Any) -> None:
+    """FlashVideo's dynamic guidance needs a negative. Raises ValueError where a guider has none."""
+    guide = guider.model_options.get("sampler_cfg_function")
+    if not hasattr(guide, DYNAMIC):
+        return
+    if not guider.conds.get("negative"):
+        raise ValueError(
+            f"{STAGE1}: FlashVideo Dynamic CFG compares the prompt with a negative, and this guider has none (as "
+            "BasicGuider). Take CFGGuider, with FlashVideo Prompt's second output as the negative, or leave Dynamic "
+            "CFG out."
+        )
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        tell(
+            f"{STAGE1}: FlashVideo Dynamic CFG has no effect with this guider, which decides itself how strongly the "
+            "prompt is followed. Take CFGGuider.",
+            running_node(),
+        )
