@@ -32,7 +32,7 @@ SHOWN_KEYS = 4  # of a list of keys in a message
 SHOWN_LETTERS = 120  # of a name or of another library's message
 # Beyond what any real model has: the largest known header has 0.3 MB and 2,500 tensors, and ComfyUI may add a graph.
 MAX_HEADER = 8 * 2**20  # bytes
-MAX_PICKLE, MAX_READS = 4 * 2**20, 1_000_000  # of a PyTorch file's table of contents: bytes, or calls in an old file
+MAX_PICKLE, MAX_READS = 2**20, 400_000  # of a PyTorch file's table of contents: bytes, or calls in an old file
 MAX_SCANNED = 2**19  # bytes of a refused pickle that are looked through for the names of code
 MAX_TENSORS, MAX_NAME, MAX_NAMES, MAX_AXES = 2**14, 512, 2**20, 8  # of names, letters: of one, and of all
 # Where training scripts put the weights in what they save, the official ones first.
@@ -169,9 +169,9 @@ def _not_weights(head: bytes, size: int) -> str | None:
 def _open_safetensors(path: Path, size: int) -> Weights:
     header, start = read_safetensors_header(path, size)
     metadata = header.pop("__metadata__", {})
+    _check_names(path.name, header)
     if not (_is_metadata(metadata) and all(map(_is_entry, header.values()))):
         raise CheckpointError(f"{path.name} is a damaged safetensors file: its header makes no sense.")
-    _check_names(path.name, header)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
     dtypes = {name: SAFETENSORS_DTYPES.get(entry["dtype"]) for name, entry in header.items()}

@@ -202,7 +202,7 @@ def matching_names() -> bytes:
 def long_table() -> bytes:
     """A pickle of the old kind that goes on and on."""
     magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
-    return magic + b"\x80\x02" + b"K\x01" * (MAX_READS + 10**6) + b"."
+    return magic + b"\x80\x02" + b"K\x01" * (3 * MAX_READS) + b"."
 
 
 def long_archive() -> bytes:
