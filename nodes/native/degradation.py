@@ -106,7 +106,10 @@ def counted_as_degraded(samples: Tensor, strength: int) -> Iterator[None]:
     """Count samples as degraded with `strength` for one run, as the user says. Raises ValueError if it is otherwise."""
     known = known_strength(samples)
     if known not in (None, strength):
-        raise ValueError(f"this latent was degraded with strength {known}, and degraded_strength says {strength}")
+        raise ValueError(
+            f"FlashVideo Stage II Refiner: this latent was degraded with strength {known}, and degraded_strength says "
+            f"{strength}"
+        )
     before = list(_remembered)
     _remember(samples, strength)
     try:
