@@ -7,6 +7,7 @@ from pathlib import Path
 LOOP = """
 [loop]
 steps = 3
+bf16_cpu = false
 learning_rate = 1e-3
 warmup = 1
 log_every = 1

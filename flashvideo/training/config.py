@@ -31,7 +31,7 @@ class LoopSettings:
     accumulate: int = 1
     ema: float = 0.999  # decay of the weights' running mean, which is what is validated and exported
     bf16: bool = True  # bfloat16 autocast on CUDA
-    bf16_cpu: bool = False  # and on the CPU, where it pays only on one with bfloat16 instructions
+    bf16_cpu: bool = True  # and on the CPU, if it has bfloat16 instructions
     workers: int = 0  # processes that make batches
     threads: int = 0  # CPU threads; 0 leaves it to PyTorch
     log_every: int = 10

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from .errors import TrainingError
 from .loop.checkpointing import BEST, LAST, load_state, whole_file
+from .loop.interrupts import Interrupts
 from .loop.metrics import MetricsFile
 from .loop.optimise import trainable
-from .loop.trainer import METRICS, MINUTE, Interrupts, Limits, Trainer, check_description
+from .loop.trainer import METRICS, MINUTE, Limits, Trainer, check_description
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "nano"
 WEIGHTS = Path("runs/nano/weights")  # never the built-in ones, which may be better than what is learnt here

@@ -39,6 +39,7 @@ seed = 1
 out = "{{out}}"
 {SMALL_VAE}
 [loop]
+bf16_cpu = false
 steps = {{steps}}
 learning_rate = {{rate}}
 optimiser = "{{optimiser}}"
@@ -202,7 +203,7 @@ def test_a_broken_loss_stops_training_and_keeps_the_last_good_checkpoint(
     assert train("vae", vae_config(rate=1e30), "--resume") == 1
     message = capsys.readouterr().err
     assert "training stopped. Lower the learning rate" in message
-    assert "last.pt holds step 10: --resume goes on from there." in message
+    assert "last.pt holds step 10: --resume continues from there." in message
     assert differences(kept, load_state(tmp_path / "run" / LAST)) == []
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
     assert train("vae", vae_config(), "--resume", "--steps", "1") == 0
@@ -217,7 +218,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(vae_config: Callable, tmp_pa
     _, message = finished(process)
     assert process.returncode == 1
     assert "last.pt can't be written: the disk is full. The one written before is kept." in message
-    assert f"{last} holds step 2: --resume goes on from there." in message
+    assert f"{last} holds step 2: --resume continues from there." in message
     assert last.read_bytes() == kept
     assert not list(last.parent.glob("*.part"))
 
@@ -260,7 +261,7 @@ def test_resuming_needs_a_whole_checkpoint_of_the_same_network(
 ) -> None:
     config, last = vae_config(), tmp_path / "run" / LAST
     assert train("vae", config, "--resume") == 1
-    assert "no checkpoint to go on from; start without --resume" in capsys.readouterr().err
+    assert "no checkpoint to resume from; start without --resume" in capsys.readouterr().err
     assert train("vae", config, "--export", str(tmp_path)) == 1
     assert "best.pt: there is none yet" in capsys.readouterr().err
     assert train("vae", config, "--steps", "1") == 0

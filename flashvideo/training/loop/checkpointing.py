@@ -56,7 +56,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise TrainingError(f"{path}: there is no checkpoint to go on from; start without --resume.") from error
+        raise TrainingError(f"{path}: there is no checkpoint to resume from; start without --resume.") from error
     except PermissionError as error:
         raise TrainingError(f"{path} can't be read: {error.strerror}.") from error
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, OSError) as error:

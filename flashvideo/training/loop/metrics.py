@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a line of numbers every few steps, their plot, and sheets of pictures."""
+"""Metrics of a run: a line of numbers every few steps, their plot, and sheets of pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MetricsFile:
         self.path = path
 
     def truncate(self, step: int) -> None:
-        """Drop what a run wrote after the checkpoint of `step`, from which it goes on."""
+        """Drop what a run wrote after the checkpoint of `step`, from which it resumes."""
         kept = [row for row in self.rows() if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_whole(self.path, lambda file: file.write(text.encode()))

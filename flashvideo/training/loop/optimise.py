@@ -27,7 +27,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, arXiv 2502.16982): fewer steps.
+    """Momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, arXiv 2502.16982).
 
     A kernel counts as the matrix [outputs, everything else]. PyTorch's own takes matrices only, hence not the VAE's.
     """
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's, whose momenta stay in float32, whatever the weights are in."""
+        """Load a checkpoint's state; momenta stay in float32, whatever the weights are in."""
         super().load_state_dict(state)
         for number, parameter in enumerate(parameter for group in self.param_groups for parameter in group["params"]):
             if number in state["state"]:
@@ -94,7 +94,7 @@ class Together:
         return {str(index): part.state_dict() for index, part in enumerate(self.parts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Load a checkpoint's state."""
         for index, part in enumerate(self.parts):
             part.load_state_dict(state[str(index)])
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -117,7 +117,7 @@ def make_optimiser(model: nn.Module, settings: LoopSettings) -> torch.optim.Opti
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
-    """Go on from a checkpoint's moments, with the settings that the optimiser was made with."""
+    """Load a checkpoint's moments, and keep the settings that the optimiser was made with."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimiser.param_groups]
     optimiser.load_state_dict(state)
     for group, values in zip(optimiser.param_groups, settings, strict=True):
@@ -173,6 +173,6 @@ class RunningMean:
                 parameter.data = kept[name]
 
     def load(self, mean: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's mean."""
+        """Load a checkpoint's mean."""
         for name, tensor in self.mean.items():
             tensor.copy_(mean[name])

@@ -1,4 +1,4 @@
-"""The one training loop: any network, any loss; resumable to the bit, and never worse off than its last checkpoint."""
+"""The training loop of all networks and losses. A resumed run gives the same bits as one that was not interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +20,10 @@ from ...atomic_files import in_use
 from ..config import LoopSettings
 from ..errors import TrainingError
 from .checkpointing import BEST, LAST, load_state, save_state
+from .interrupts import Interrupts
 from .metrics import MetricsFile, save_picture, save_plot
 from .optimise import RunningMean, learning_rate, load_optimiser, make_optimiser, trainable
+from .precision import cpu_has_bf16
 
 METRICS = "metrics.jsonl"
 PLOT = "metrics.png"
@@ -37,14 +38,14 @@ class Task(Protocol):
     description: dict[str, Any]  # numbers that a checkpoint must agree with, such as the network's sizes
 
     def prepare(self) -> None:
-        """Make what the batches are drawn from, such as latents on disk, as far as it isn't there.
+        """Prepare what the batches are drawn from, such as latents on disk, where it is missing.
 
         The network still has the weights that a fresh run begins with.
         """
         ...
 
     def loss(self, batch: Any, index: int) -> dict[str, Tensor]:
-        """Scalars of batch `index`; the one called "loss" is minimised, the others are shown."""
+        """Scalars of batch `index`; "loss" is minimised, the others are shown."""
         ...
 
     def validate(self) -> dict[str, float]:
@@ -64,35 +65,11 @@ class Limits:
     minutes: float | None = None
 
 
-class Interrupts:
-    """Turns the first Ctrl+C or SIGTERM into a wish to stop after the step at hand; the second acts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        """Start to listen."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-
-
 class Trainer:
     """Trains a task in a folder: last.pt, best.pt, metrics.jsonl, metrics.png and sheets/."""
 
     def __init__(self, task: Task, settings: LoopSettings, folder: Path) -> None:
-        """Prepare a fresh run; nothing is written yet."""
+        """Set up a fresh run; nothing is written yet."""
         self.task, self.settings, self.folder = task, settings, folder
         self.optimiser = make_optimiser(task.model, settings)
         self.mean = RunningMean(task.model, settings.ema)
@@ -104,7 +81,7 @@ class Trainer:
         self._saved = -1
 
     def train(self, limits: Limits, *, resume: bool) -> int | None:
-        """Start anew or go on, and train as `run` does, while no other program does so in the folder.
+        """Start or resume, and train as `run` does, while no other program trains in the folder.
 
         Returns and raises what these do, and raises InUseError if another program is at work there.
         """
@@ -114,11 +91,11 @@ class Trainer:
             if resume:
                 self.resume()
             else:
-                self.start_anew()
+                self.start()
             return self.run(limits)
 
     def resume(self) -> None:
-        """Go on from last.pt, with all clips made.
+        """Load last.pt, and prepare all clips.
 
         Raises TrainingError if it isn't there, is damaged, or is of another network or optimiser.
         """
@@ -139,15 +116,15 @@ class Trainer:
         """What learns, and by which optimiser, must be as in the run so far. Raises TrainingError."""
         path, now = self.folder / LAST, trainable(self.task.model)
         if changed := sorted(now.keys() ^ state["model"].keys()):
-            raise TrainingError(f"{path} can't go on with this config: other weights learn, such as {changed[0]}.")
+            raise TrainingError(f"{path} can't be resumed with this config: other weights learn, such as {changed[0]}.")
         if state["optimiser"].keys() != self.optimiser.state_dict().keys():
             raise TrainingError(
-                f"{path} can't go on with this config: it was trained by another optimiser than "
+                f"{path} can't be resumed with this config: it was trained by another optimiser than "
                 f"{self.settings.optimiser}."
             )
 
-    def start_anew(self) -> None:
-        """Take an empty folder, and have all clips made. Raises TrainingError if a run is in it already."""
+    def start(self) -> None:
+        """Take an empty folder, and prepare all clips. Raises TrainingError if a run is in it already."""
         if (self.folder / LAST).exists():
             raise TrainingError(f"{self.folder} holds a run already: add --resume, or give another folder with --out.")
         self.metrics.path.unlink(missing_ok=True)
@@ -156,7 +133,7 @@ class Trainer:
     def run(self, limits: Limits) -> int | None:
         """Train until the schedule or a limit ends, with a checkpoint at the end.
 
-        Returns the number of the signal that ended it, if one did. Raises TrainingError where training can't go on;
+        Returns the number of the signal that ended it, if one did. Raises TrainingError where training can't continue;
         the last checkpoint is then the last good one.
         """
         end = self.settings.steps
@@ -165,7 +142,7 @@ class Trainer:
         started = time.monotonic() - self.seconds
         deadline = time.monotonic() + limits.minutes * MINUTE if limits.minutes is not None else float("inf")
         with (
-            self._told_what_is_kept(),
+            self._kept_in_messages(),
             Interrupts() as interrupts,
             tqdm(total=self.settings.steps, initial=self.step, unit="step") as bar,
         ):
@@ -183,12 +160,12 @@ class Trainer:
         return interrupts.received
 
     @contextmanager
-    def _told_what_is_kept(self) -> Iterator[None]:
-        """Add to the message of what ends training which checkpoint it can go on from."""
+    def _kept_in_messages(self) -> Iterator[None]:
+        """Add the checkpoint that training can resume from to the message of an error that ends it."""
         try:
             yield
         except (TrainingError, OSError) as error:
-            kept = f"{self.folder / LAST} holds step {self._saved}: --resume goes on from there."
+            kept = f"{self.folder / LAST} holds step {self._saved}: --resume continues from there."
             if self._saved < 0:
                 kept = "No checkpoint was written yet."
             reason = str(error)
@@ -245,8 +222,9 @@ class Trainer:
         return {**totals, "rate": rate, "gradient_norm": norm}
 
     def _uses_bf16(self) -> bool:
-        wanted = {"cuda": self.settings.bf16, "cpu": self.settings.bf16_cpu}
-        return wanted.get(self.device.type, False)
+        if self.device.type == "cpu":
+            return self.settings.bf16_cpu and cpu_has_bf16()
+        return self.device.type == "cuda" and self.settings.bf16
 
     def validate(self) -> dict[str, float]:
         """Measure, draw a sheet, and keep the checkpoint if it is the best so far. The mean weights are judged."""

@@ -1,0 +1,38 @@
+"""Ctrl+C and SIGTERM in programs that keep what they have done: a wish to stop, and the exit code afterwards."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+_SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
+
+
+class Interrupts:
+    """Turns the first Ctrl+C or SIGTERM into a wish to stop after the step at hand; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        """Start to listen."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the former handlers."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+
+def exit_code(ended_by: int | None) -> int:
+    """The exit code of a program that the signal of this number ended; 0 where none did."""
+    return 0 if ended_by is None else _SIGNAL_EXIT + ended_by
