@@ -1,4 +1,4 @@
-"""What is minimised: the VAE's loss, stage I's v-prediction and stage II's flow matching (FlashVideo section 3).
+"""Training losses: the VAE's loss, stage I's v-prediction and stage II's flow matching (FlashVideo section 3).
 
 Losses are means in float32 over everything, whatever the network computes in. All randomness (noise, timesteps, the
 place on the flow, which captions are dropped) is an argument.
@@ -118,7 +118,7 @@ def _check_timestep(timestep: Tensor, batch: int) -> None:
 
 
 class FlowPoint(NamedTuple):
-    """A place on the straight line from degraded to clean, and what the network should say there."""
+    """A point on the straight line from degraded to clean, and the velocity that the network should predict there."""
 
     latent: Tensor  # [B, C, T, H, W]
     timestep: Tensor  # [B], 1000 at the degraded end and 0 at the clean one
@@ -130,14 +130,14 @@ class FlowPoint(NamedTuple):
 
 
 class FlowStep(NamedTuple):
-    """What the network says at a place of the flow."""
+    """What the network predicts at a point of the flow."""
 
     loss: Tensor  # mean squared error of the velocity, a scalar
     clean: Tensor  # where that velocity leads, [B, C, T, H, W]
 
 
 def flow_point(degraded: Tensor, clean: Tensor, uniform: Tensor, shift: float = STAGE2_SHIFT) -> FlowPoint:
-    """Go from `degraded` to `clean` [B, C, T, H, W] as far as the uniform numbers [B] in [0, 1], shifted, say."""
+    """Points between `degraded` and `clean` [B, C, T, H, W], at the shifted times of `uniform` [B] in [0, 1]."""
     if uniform.shape != (len(clean),):
         raise ValueError(f"uniform must hold one number for each of {len(clean)} latents; got {list(uniform.shape)}")
     times = shift_times(uniform.float(), shift)
@@ -156,7 +156,7 @@ def flow_step(
     *,
     shift: float = STAGE2_SHIFT,
 ) -> FlowStep:
-    """Ask stage II's network at one place of the flow from `degraded` to `clean`.
+    """Run stage II's network at one point of the flow from `degraded` to `clean`.
 
     Both are latents [B, C, T, H, W] in the model's scaled space, `degradation_step` [B] is how far each was degraded,
     `uniform` [B] drawn evenly from [0, 1].

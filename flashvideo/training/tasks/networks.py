@@ -24,10 +24,10 @@ from ..errors import TrainingError
 from ..loop.checkpointing import export_weights
 from .lora import LORA_PREFIX, add_lora, lora_state, merged_state
 
-SHORT_SEQUENCE = 1024  # tokens up to which attention's matrix may be kept for the way back
+SHORT_SEQUENCE = 1024  # tokens up to which attention's matrix may be kept for the backward pass
 
-# watch(index, tokens) is told what layer `index` made, [B, text + video tokens, hidden]; without autograd the next one
-# overwrites it.
+# watch(index, tokens) receives the output of layer `index`, [B, text + video tokens, hidden]; without autograd the next
+# layer overwrites it.
 Watch = Callable[[int, Tensor], Any]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,7 +52,7 @@ class NetworkSettings:
 
 @dataclass(frozen=True)
 class ShortText:
-    """A first stretch of training that sees only the beginning of contexts: after a short caption follows padding."""
+    """The first part of training sees only the beginning of contexts: after a short caption follows padding."""
 
     tokens: int = TEXT_TOKENS
     until: int = 0  # the step from which on whole contexts are seen, as they are in use
@@ -90,9 +90,9 @@ def describe_network(dit: FlashVideoDiT, settings: NetworkSettings) -> dict[str,
 def as_called(
     dit: FlashVideoDiT, *, checkpoint_blocks: bool = False, watch: Watch | None = None
 ) -> Callable[..., Tensor]:
-    """The network as the losses call it: input in its data type, blocks recomputed on the way back if wanted.
+    """The network as the losses call it: input in its data type, blocks recomputed in the backward pass if wanted.
 
-    `watch` is told what every layer makes.
+    `watch` receives every layer's output.
     """
     dtype = dit.proj_out.weight.dtype
 
@@ -111,7 +111,7 @@ def as_called(
 
 
 def _attention(latent: Tensor, text: int, patch: int) -> Attention:
-    """The attention to learn with: PyTorch's own, on a CPU, takes 1.3 times as long there and back."""
+    """The attention to train with: on a CPU, PyTorch's own takes 1.3 times as long forward and backward."""
     tokens = text + latent.shape[2] * (latent.shape[3] // patch) * (latent.shape[4] // patch)
     is_short = latent.device.type == "cpu" and torch.is_grad_enabled() and tokens <= SHORT_SEQUENCE
     return attention_products if is_short else attention_sdpa

@@ -73,7 +73,7 @@ class ChoiceSettings:
 
 @dataclass(frozen=True)
 class PreferenceSettings(Stage2Settings):
-    """A whole config file of preference tuning; its network must have weights to start from."""
+    """All settings of preference tuning; its network must have weights to start from."""
 
     choice: ChoiceSettings = field(default_factory=ChoiceSettings)
 
@@ -105,7 +105,7 @@ class ChosenData(Dataset):
 
 
 class PreferenceTask(Stage2Task):
-    """Preference tuning as the training loop sees it."""
+    """Preference tuning, for the training loop."""
 
     def __init__(self, settings: PreferenceSettings, device: torch.device) -> None:
         """Load the network; nothing is sampled yet."""

@@ -55,9 +55,9 @@ class SheetSettings:
 
 @dataclass(frozen=True)
 class ShortClips:
-    """A first stretch of training that sees beginnings of clips, stills among them, each step those of one length.
+    """The first part of training sees the beginnings of clips, stills among them; all of a step have one length.
 
-    What things look like is learnt from them at a fraction of a clip's time; motion is what whole clips are for.
+    They teach what things look like at a fraction of a clip's time. Whole clips are for motion.
     """
 
     lengths: tuple[int, ...] = ()  # in latent frames: one is drawn for each step; empty for whole clips
@@ -74,7 +74,7 @@ class ShortClips:
 
 @dataclass(frozen=True)
 class Stage1Settings:
-    """A whole config file of stage I."""
+    """All settings of stage I."""
 
     seed: int
     out: Path
@@ -103,7 +103,7 @@ class Stage1Settings:
 
 
 class Layout(nn.Module):
-    """Reads from a layer's video tokens how much of each square of 4 x 4 pixels the subjects cover.
+    """Predicts from a layer's video tokens how much of each square of 4 x 4 pixels the subjects cover.
 
     Learns along with the network and is then left behind. A draft's shapes are few tokens large, and v says little
     of them: with this, the layers before it must settle them from the first steps on (as arXiv 2410.06940 does with
@@ -154,7 +154,7 @@ class DraftData(Dataset):
 
 
 class Stage1Task:
-    """Stage I as the training loop sees it."""
+    """Training of stage I, for the training loop."""
 
     def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
         """Build or load the networks, and encode the held-out clips that aren't in the cache yet."""

@@ -50,7 +50,7 @@ VALIDATION_SEED = 1
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training at one size, which ends before optimiser step `until`."""
+    """A part of training at one size, which ends before optimiser step `until`."""
 
     until: int
     batch: int
@@ -77,7 +77,7 @@ class Phase:
         return self.window if any(self.window) else self._whole
 
     def piece(self, latent: Tensor, generator: torch.Generator) -> tuple[slice, ...]:
-        """Where a random piece of latents [B, 16, T', h, w] is, the same of all of them.
+        """A random piece of latents [B, 16, T', h, w], the same for all of them, as slices.
 
         It may begin anywhere in time too, as a long video's windows do.
         """
@@ -89,7 +89,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class DegradationSettings:
-    """What the reference lacks. Paper, table 6: none, pixel, or pixel and latent degradation."""
+    """How the reference is degraded. Paper, table 6: none, pixel, or pixel and latent degradation."""
 
     pixel: bool = True  # False: the reference is the clean clip
     strong_probability: float = 0.5
@@ -132,7 +132,7 @@ class SheetSettings:
 
 @dataclass(frozen=True)
 class Stage2Settings:
-    """A whole config file of stage II."""
+    """All settings of stage II."""
 
     seed: int
     out: Path
@@ -208,7 +208,7 @@ def choose_reference(entries: dict[str, Tensor], settings: DegradationSettings, 
 
 
 class Stage2Task:
-    """Stage II as the training loop sees it."""
+    """Training of stage II, for the training loop."""
 
     def __init__(self, settings: Stage2Settings, device: torch.device) -> None:
         """Build or load the network, and encode the held-out clips that aren't in the cache yet."""

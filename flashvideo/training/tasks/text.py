@@ -41,7 +41,7 @@ def fresh_encoder(seed: int) -> T5Encoder:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """A whole config file of the text encoder's own training."""
+    """All settings of the text encoder's own training."""
 
     seed: int
     out: Path
@@ -110,22 +110,22 @@ class TextTask:
         return guesses[written].flatten(0, 1), targets[written].flatten()
 
     def validate(self) -> dict[str, float]:
-        """Of held-out captions: the part of all neighbours that is told right, and of captions without a mistake."""
-        told = [self._told(row) for row in self._held_out[0]["tokens"]]
+        """Of held-out captions: the share of neighbours that are predicted right, and of captions without a mistake."""
+        told = [self._predicted(row) for row in self._held_out[0]["tokens"]]
         return {
             "told": torch.cat(told).float().mean().item(),
             "flawless": sum(each.all().item() for each in told) / len(told),
         }
 
-    def _told(self, tokens: Tensor) -> Tensor:
+    def _predicted(self, tokens: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
         guesses, targets = self._read(tokens[None].to(device))
         return (guesses.argmax(-1) == targets)[targets != _UNKNOWN].cpu()
 
     def sheet(self) -> Image.Image:
-        """Some held-out captions, and how much of each is told right."""
+        """Some held-out captions, and the share of each that is predicted right."""
         rows = zip(self._held_out.captions(0)[:24], self._held_out[0]["tokens"], strict=False)
-        return text_page([f"{self._told(tokens).float().mean():7.1%}  {caption}" for caption, tokens in rows])
+        return text_page([f"{self._predicted(tokens).float().mean():7.1%}  {caption}" for caption, tokens in rows])
 
     def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
         """Write text_encoder.safetensors."""
