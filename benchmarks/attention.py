@@ -3,8 +3,8 @@
 Quality: FlashVideo-Nano refines procedural clips that training never saw, once exactly and once with each
 approximation; PSNR of the refined latents (peak: the exact latent's range) and of the decoded frames (peak: white),
 over all clips. Speed: one layer with random weights on a larger grid of patches, exact and approximate in turn.
-"in time" is no choice of an artist: it shows what cutting time instead of the picture would cost. "spatial tiles" are
-those of `flashvideo.refiner.tiles`, for which the whole network runs once a tile.
+"in time" can't be chosen in the graph: it shows what splitting time instead of the picture would cost. "spatial tiles"
+are those of `flashvideo.refiner.tiles`, for which the whole network runs once a tile.
 """
 
 from __future__ import annotations

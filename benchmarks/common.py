@@ -21,7 +21,7 @@ from torch.autograd.profiler import profile as memory_profile
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # glibc keeps freed memory for later once the process has freed a block of this size, as any process has that decoded
-# a video. Without it whoever allocates more pays for pages that the kernel hands out anew each time.
+# a video. Without it whoever allocates more pays for fresh pages from the kernel each time.
 ALLOCATOR_LIMIT = 2**25 - 2**16
 SEED = 250205179  # FlashVideo's arXiv number
 

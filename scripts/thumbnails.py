@@ -1,4 +1,4 @@
-"""Make the pictures of the template browser anew: run each workflow on FlashVideo-Nano and show what came out.
+"""Remake the pictures of the template browser: run each workflow on FlashVideo-Nano and show the result.
 
     python scripts/thumbnails.py [WORDS ...]
 

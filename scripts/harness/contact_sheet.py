@@ -1,9 +1,10 @@
-"""Reads and writes the demo's video files: a short clip from a longer one, and contact sheets to look at."""
+"""Reads and writes the demo's video files: a short clip from a longer one, and sheets to compare videos on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -37,15 +38,42 @@ def cut_clip(source: Path, target: Path, *, first: int, count: int, size: tuple[
     frames = read_frames(source)[first : first + count]
     if len(frames) < count:
         raise RuntimeError(f"{source.name} is too short: {count} frames from frame {first} on were wanted.")
+    _write(target, (frame.resize(size, Image.Resampling.LANCZOS) for frame in frames), size, rate)
+
+
+def resized(source: Path, target: Path, size: tuple[int, int]) -> None:
+    """Write a video in another size (width, height) by bicubic interpolation, at its speed."""
+    with av.open(str(source)) as container:
+        rate = container.streams.video[0].average_rate
+    _write(target, (frame.resize(size, Image.Resampling.BICUBIC) for frame in read_frames(source)), size, rate)
+
+
+def _write(target: Path, frames: Iterable[Image.Image], size: tuple[int, int], rate: Fraction | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(target), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            scaled = frame.resize(size, Image.Resampling.LANCZOS)
-            container.mux(stream.encode(av.VideoFrame.from_image(scaled)))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode(None))
+
+
+def side_by_side(rows: Sequence[Row], target: Path) -> None:
+    """Write a picture with the middle frame of every video beside the next one's, pixel for pixel, below its label."""
+    frames = [read_frames(row.video) for row in rows]
+    middle = [each[len(each) // 2] for each in frames]
+    height = max(frame.height for frame in middle)
+    size = (sum(frame.width + _GAP for frame in middle) + _GAP, height + _LABEL_HEIGHT + _GAP)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LABEL_SIZE)
+    left = _GAP
+    for row, frame in zip(rows, middle, strict=True):
+        draw.text((left, _GAP), row.label, fill=_INK, font=font)
+        sheet.paste(frame, (left, _LABEL_HEIGHT))
+        left += frame.width + _GAP
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(target)
 
 
 def describe(video: Path) -> str:

@@ -27,7 +27,7 @@ from harness.comfy_client import (
     saved_files,
 )
 from harness.comfy_server import ComfyServer, ServerError
-from harness.contact_sheet import Row, contact_sheet, cut_clip, describe, read_frames
+from harness.contact_sheet import Row, contact_sheet, cut_clip, describe, read_frames, resized, side_by_side
 from harness.workflow_api import WorkflowError, set_inputs, to_api
 from harness.workflow_runs import run_workflow
 from PIL import Image
@@ -270,6 +270,25 @@ def test_clip_and_contact_sheet(server: ComfyServer, client: ComfyClient, tmp_pa
     assert height == 200 + 300 + 2 * 48
     with pytest.raises(RuntimeError, match="is too short: 20 frames from frame 0 on"):
         cut_clip(video, clip, first=0, count=20, size=(32, 16))
+
+
+def test_three_videos_are_shown_side_by_side_pixel_for_pixel(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.mp4"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 48), (200, 40, 90)))))
+        container.mux(stream.encode(None))
+    small, large, page = (tmp_path / name for name in ("small.mp4", "large.mp4", "page.png"))
+    cut_clip(whole, small, first=0, count=3, size=(16, 12))
+    resized(small, large, (64, 48))
+    assert describe(large) == "64x48, 3 frames, 8 fps"
+    side_by_side([Row("Bicubic", large), Row("Truth", whole), Row("Small", small)], page)
+    picture = Image.open(page)
+    assert picture.size == (64 + 64 + 16 + 4 * 8, 48 + 48)
+    for left in (8 + 32, 8 + 72 + 32, 8 + 144 + 8):
+        assert max(abs(a - b) for a, b in zip(picture.getpixel((left, 40 + 6)), (200, 40, 90), strict=True)) < 8
 
 
 def test_stopping_leaves_no_process_and_frees_the_port(bed: Bed, tmp_path: Path) -> None:
