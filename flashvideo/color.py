@@ -146,11 +146,6 @@ def match_colors(frames: Tensor, reference: Tensor, method: str, *, progress: Pr
     return out
 
 
-def delta_e(frames: Tensor, reference: Tensor) -> Tensor:
-    """Colour difference of each pixel of two pictures or clips [..., 3]: CIE76, [...]. About 2 is just noticeable."""
-    return (_lab(frames) - _lab(reference)).norm(dim=-1)
-
-
 def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -> None:
     match = WaveletMatch(*frames.shape[1:3], device=frames.device)
     for index, (refined, wanted) in enumerate(zip(frames, reference, strict=True)):
@@ -183,15 +178,3 @@ def _splines(side: int) -> tuple[Tensor, Tensor]:
     basis[:, -3] += basis[:, -1]
     basis = basis[:, 1:-1]
     return basis.float(), (basis / basis.sum(0)).T.float()
-
-
-def _lab(colors: Tensor) -> Tensor:
-    """sRGB [..., 3] in [0, 1] (IEC 61966-2-1, white D65) as CIE L*a*b* [..., 3], float64."""
-    coded = colors.double()
-    linear = torch.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
-    to_xyz = linear.new_tensor(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-    )
-    xyz = linear @ (to_xyz / to_xyz.sum(1, keepdim=True)).T  # relative to white
-    x, y, z = torch.where(xyz > 216 / 24389, xyz.clamp_min(0) ** (1 / 3), (24389 / 27 * xyz + 16) / 116).unbind(-1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)

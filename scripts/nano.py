@@ -7,12 +7,15 @@ The options are those of `python -m flashvideo train nano`, `ablate` or `bench`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import set_up
-from harness.bed import ROOT, Bed, say
+from harness import install
+from harness.bed import EXTRA, ROOT, Bed, alone, say
 
 _COMMANDS = {"train": ["train", "nano"], "ablate": ["ablate"], "bench": ["bench"]}
 
@@ -27,6 +30,8 @@ def main() -> int:
     if bed is None:
         say("The private ComfyUI in .bed/ is not complete: run scripts/set_up.py.")
         return 1
+    if sys.argv[1] == "ablate":
+        _judges(bed)
     options = [*_COMMANDS[sys.argv[1]], *sys.argv[2:]]
     if sys.argv[1] == "ablate" and "--clip" not in options:
         from demo import footage
@@ -43,6 +48,20 @@ def main() -> int:
             return process.wait()
         except KeyboardInterrupt:  # the command hears it too, and saves what it has
             continue
+
+
+def _judges(bed: Bed) -> None:
+    """Install BRISQUE and PIQE into the bed where they are missing. Without them their columns stay empty."""
+    if all(importlib.util.find_spec(name) for name in ("brisque", "pypiqe", "libsvm", "cv2")):
+        return
+    listed = ["--no-deps", "-r", str(install.REQUIREMENTS / "evidence.txt")]
+    if not bed.own_python:  # nothing is installed into a user's Python
+        listed = ["--upgrade", "--target", str(EXTRA), *listed]
+    try:
+        with alone("Another program is setting up .bed/: waiting for it."):
+            install.pip(Path(bed.python), "BRISQUE and PIQE", listed)
+    except install.SetUpError as error:
+        say(f"{error}\nThe columns BRISQUE and PIQE stay empty.")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 SOUND_RATE = 44100
 EXACT = 0x2 | 0x2000 | 0x40000  # swscale: bilinear, colour for every pixel, rounding
@@ -100,3 +101,10 @@ def turn_clockwise(path: Path) -> None:
     data = path.read_bytes()
     at = data.index(none, data.index(b"tkhd"))
     path.write_bytes(data[:at] + turn + data[at + len(turn) :])
+
+
+def animation(path: Path, count: int, size: tuple[int, int] = (40, 60)) -> Path:
+    """Write a lossless WebP whose frame number is its grey value divided by 10."""
+    frames = [Image.new("RGB", size[::-1], (10 * index,) * 3) for index in range(count)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+    return path

@@ -1,78 +1,36 @@
-"""`python -m flashvideo ablate`: verdicts follow from numbers, pieces are kept, variants differ in one thing."""
+"""Tables of the ablations: verdicts follow from numbers, and orderings are asked as they were written down."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from flashvideo.checkpoints import load_dit
-from flashvideo.config import NANO_STAGE2
-from flashvideo.nano import NANO_FOLDER
 from flashvideo.training.ablations.acceptance import BICUBIC, REFINED, checks
-from flashvideo.training.ablations.clips import RealClip, Suite
-from flashvideo.training.ablations.command import CONFIGS, NAMES, add_ablate
+from flashvideo.training.ablations.clips import Suite
+from flashvideo.training.ablations.command import CONFIGS, NAMES
 from flashvideo.training.ablations.document import asked, section, write_document
-from flashvideo.training.ablations.evaluation import enlarge
+from flashvideo.training.ablations.drafts import BEFORE, FULL
+from flashvideo.training.ablations.evaluation import Method, enlarge
 from flashvideo.training.ablations.lab import Lab
+from flashvideo.training.ablations.measures import METRICS
+from flashvideo.training.ablations.orderings import all_orderings, claims, date
 from flashvideo.training.ablations.pages import busiest
 from flashvideo.training.ablations.results import Claim, Row, TableResult, holds
 from flashvideo.training.ablations.settings import AblationSettings, Note
+from flashvideo.training.ablations.swings import CHUNK_PERIOD, WINDOW_PERIOD, swing, time_measures
 from flashvideo.training.ablations.tables import TABLES
-from flashvideo.training.ablations.variants import Deadline, Paused, beside, load_variant, variant_network
+from flashvideo.training.ablations.variants import Deadline, Paused
 from flashvideo.training.config import build, load_toml
-from flashvideo.training.data.latents import ClipSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.loop.checkpointing import export_weights
-from flashvideo.training.tasks.networks import NetworkSettings, make_network
-from flashvideo.training.tasks.positions import AbsolutePositionsDiT, sinusoidal_positions
 from flashvideo.training.tasks.stage2 import Stage2Settings
 
 CPU = torch.device("cpu")
-LOOP = "learning_rate = 1e-3\nwarmup = 1\nema = 0.5\nvalidate_every = 2\ncheckpoint_every = 1"
-CLIPS = "height = 32\nwidth = 48\nframes = 5\nclips = 2\nvalidation_clips = 1"
-RECIPE = """
-seed = 1
-out = "{folder}/run"
-cache = "{folder}/cache"
-[shipped]
-stage1 = "{models}/stage1.safetensors"
-stage2 = "{models}/stage2.safetensors"
-vae = "{models}/vae.safetensors"
-text = "{models}/text_encoder.safetensors"
-tokenizer = "{models}/tokenizer.json"
-[held_out]
-height = 32
-width = 48
-frames = 5
-clips = 1
-other_drafts = ["shrunk"]
-[refiner]
-steps = 1
-[variants]
-batch = 1
-cascade_steps = [2]
-clips = {{ {clips} }}
-loop = {{ steps = 2, {loop} }}
-[preference]
-batch = 1
-clips = {{ {clips} }}
-loop = {{ steps = 2, {loop} }}
-[draft_tuning]
-batch = 1
-lora_learning_rate = 1e-2
-clips = {{ {clips} }}
-loop = {{ steps = 2, {loop} }}
-"""
 
 
 def table(**rows: dict[str, float]) -> TableResult:
@@ -184,6 +142,72 @@ def test_acceptance_asks_for_detail_and_for_nothing_else_to_change() -> None:
     assert passed(colour_shift=1.1, flicker=3.1) == [True, True, False, False]
 
 
+# Orderings
+
+
+class LabelsOnly(Lab):
+    """A lab that measures and trains nothing: tables of it have their rows' names and what is asked of them."""
+
+    def rows(self, ways: list[tuple[str, Method]], suite: Suite) -> list[Row]:
+        return [Row(label, {name: {"psnr": math.nan} for name in suite.names}) for label, _ in ways]
+
+    def _train(self, name: str, *_: object) -> Path:
+        return Path(name)
+
+
+def test_every_ordering_that_was_written_down_is_asked_of_its_table() -> None:
+    settings = build(AblationSettings, load_toml(CONFIGS / "small.toml"), "small.toml")
+    lab = LabelsOnly(settings, CPU, None, Deadline())
+    written = all_orderings()
+    made_elsewhere = {
+        "table2": ["draft, enlarged", "refined"],
+        "table4": [BEFORE, FULL, f"LoRA, rank {settings.draft_tuning.lora_rank}"],
+    }
+    assert set(written) == set(TABLES)
+    for key, orderings in written.items():
+        asked_of_it = claims(key, made_elsewhere[key]) if key in made_elsewhere else TABLES[key](lab).claims
+        assert len(asked_of_it) == sum(len(each.worse) * len(each.metrics) for each in orderings), key
+        assert {claim.metric for claim in asked_of_it} <= {name for name, each in METRICS.items() if each.better}
+    assert date() == "2026-11-28"
+
+
+def test_an_ordering_of_rows_that_a_config_does_not_make_is_not_asked(tmp_path: Path) -> None:
+    rows = ["refiner, 4 evaluations", "bilinear", "cascade, 2 evaluations"]
+    assert {claim.worse for claim in claims("table3", rows)} == {"bilinear"}
+    limits = {claim.metric: claim.within for claim in claims("table8", ["4 evaluations", "8 evaluations"])}
+    assert limits == {"psnr_high": 0.3, "ssim": 0.01, "niqe": 0.5}
+    broken = tmp_path / "orderings.toml"
+    broken.write_text('date = "2026-11-28"\n[[table3]]\nbeter = "refiner"\n')
+    with pytest.raises(TrainingError, match="unknown setting 'beter'"):
+        all_orderings(broken)
+
+
+def test_table_10_maps_the_official_strengths_to_the_size_and_others_use_the_mapped_one() -> None:
+    settings = build(AblationSettings, load_toml(CONFIGS / "small.toml"), "small.toml")
+    lab = LabelsOnly(settings, CPU, None, Deadline())
+    assert "700 is 333;" in TABLES["table10"](lab).facts["strength"]
+    assert lab.refiner().strength_at(256, 448) == 298  # 675 of 1920x1072
+    assert lab.refiner(strength=60).strength_at(256, 448) == 60
+    assert TABLES["table8"](lab).facts["strength"] == "auto, 298"
+
+
+# Quality in time
+
+
+def test_a_beat_is_seen_at_its_period_and_steady_quality_has_none() -> None:
+    truth = torch.rand(117, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(117, 8, 8, 3, generator=torch.Generator().manual_seed(1))
+    steady = truth + 0.02 * noise
+    strong = torch.where(torch.arange(-1, 116) % CHUNK_PERIOD < 4, 0.04, 0.02)[:, None, None, None]
+    beating = time_measures(truth + strong * noise, truth, truth + 0.02 * noise)
+    assert beating["swing_chunk"] == pytest.approx(2.78, rel=0.02)  # a square wave of 3 dB up and down
+    assert beating["swing_window"] < 0.5
+    assert beating["varying_loss"] > 0.9
+    even = time_measures(steady, truth, steady)
+    assert even == {"swing_chunk": 0, "swing_window": 0, "varying_loss": pytest.approx(0, abs=0.05)}
+    assert math.isnan(swing(torch.zeros(60), WINDOW_PERIOD))
+
+
 # Pieces
 
 
@@ -196,16 +220,7 @@ def test_both_configs_can_be_read_and_learn_from_clips_like_those_of_the_miniatu
         few = dataclasses.replace(nano.phases[0].clips, clips=512)
         assert settings.variants.clips == (few if name == "small.toml" else nano.phases[0].clips)
         assert (settings.seed, settings.cache) == (nano.seed, nano.cache)
-    assert set(NAMES) == {*TABLES, "acceptance"}
-
-
-def test_a_suite_names_its_clips_and_a_real_one_must_be_a_video(tmp_path: Path) -> None:
-    broken = tmp_path / "bikes.mp4"
-    broken.write_bytes(b"no video")
-    real = RealClip(broken, 0.5, "")
-    assert Suite(ClipSettings(32, 48, 5, 1), 2, "coded", real).names == ["scene 1", "scene 2", "bikes"]
-    with pytest.raises(TrainingError, match=r"bikes\.mp4"):
-        real.frames(5, 32, 48)
+    assert set(NAMES) == {*TABLES, "acceptance", "quality", "figure1"}
 
 
 def test_every_enlargement_keeps_a_flat_picture_flat() -> None:
@@ -232,133 +247,3 @@ def test_a_deadline_stops_between_pieces() -> None:
     Deadline.after(5).check()
     with pytest.raises(Paused):
         Deadline.after(0).check()
-
-
-# Networks
-
-
-def test_absolute_positions_are_distinct_and_the_same_in_a_larger_picture() -> None:
-    small = sinusoidal_positions(2, 3, 4, 32, CPU).view(2, 3, 4, 32)
-    large = sinusoidal_positions(3, 5, 6, 32, CPU).view(3, 5, 6, 32)
-    assert torch.equal(large[:2, :3, :4], small)
-    flat = small.flatten(0, 2)
-    assert torch.cdist(flat, flat).fill_diagonal_(1).min() > 1e-3
-
-
-@torch.no_grad()
-def test_absolute_positions_replace_rotary_ones_and_nothing_else() -> None:
-    rotary = make_network(NetworkSettings(), 2, 1, CPU)
-    torch.nn.init.normal_(rotary.proj_out.weight, generator=torch.Generator().manual_seed(0))
-    absolute = variant_network(rotary, "absolute", 1)
-    assert isinstance(absolute, AbsolutePositionsDiT)
-    assert {name: p.shape for name, p in absolute.named_parameters()} == {
-        name: p.shape for name, p in rotary.named_parameters()
-    }
-    cosines, sines = absolute.rope(2, 2, 2, CPU)
-    assert bool((cosines == 1).all())
-    assert bool((sines == 0).all())
-    same = torch.randn(1, 16, 1, 1, 1, generator=torch.Generator().manual_seed(1)).expand(1, 16, 1, 4, 4)
-    text = torch.zeros(1, 3, NANO_STAGE2.text_dim)
-    out = absolute(same.contiguous(), torch.tensor([500.0]), text, degradation_step=675)
-    assert (out[..., :2, :2] - out[..., 2:, 2:]).abs().max() > 1e-3  # equal patches at other places differ
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["rotary", "absolute", "cascade"])
-def test_a_variant_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
-    made = variant_network(make_network(NetworkSettings(), 2, 1, CPU), kind, 1)
-    torch.nn.init.normal_(made.proj_out.weight, generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "weights.safetensors"
-    export_weights(path, made.state_dict(), {"flashvideo.stage": "2"}, torch.float32)
-    again = load_variant(path, kind, CPU)
-    generator = torch.Generator().manual_seed(2)
-    latent = torch.randn(2, made.config.in_channels, 1, 4, 4, generator=generator)
-    arguments = latent, torch.tensor([500.0, 500.0]), torch.zeros(2, 3, NANO_STAGE2.text_dim)
-    assert torch.equal(made(*arguments, degradation_step=675), again(*arguments, degradation_step=675))
-    assert type(again) is type(made)
-
-
-@torch.no_grad()
-def test_a_cascade_sees_the_draft_beside_the_noise() -> None:
-    cascade = variant_network(make_network(NetworkSettings(), 2, 1, CPU), "cascade", 1)
-    torch.nn.init.normal_(cascade.proj_out.weight, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(3)
-    noise, *references = torch.randn(3, 1, 16, 1, 4, 4, generator=generator)
-    arguments = torch.cat((noise, noise)), torch.tensor([999.0, 999.0]), torch.zeros(2, 3, NANO_STAGE2.text_dim)
-    first, second = (beside(cascade, each)(*arguments, degradation_step=999) for each in references)
-    assert torch.allclose(first[0], first[1], atol=1e-5)  # a batch of two contexts has the one reference
-    assert (first - second).abs().max() > 1e-3
-
-
-# The command
-
-
-@pytest.fixture
-def ablate(tmp_path: Path) -> Callable[..., int]:
-    """The command on small untrained models and clips."""
-    pytest.importorskip("skimage")
-    pytest.importorskip("transformers")
-    from small_models import write_models
-
-    models = tmp_path / "models"
-    write_models(models)
-    config = tmp_path / "tiny.toml"
-    inline = {name: ", ".join(lines.splitlines()) for name, lines in (("clips", CLIPS), ("loop", LOOP))}
-    config.write_text(RECIPE.format(folder=tmp_path, models=models, **inline))
-
-    def run(*arguments: str) -> int:
-        parser = argparse.ArgumentParser()
-        add_ablate(parser.add_subparsers())
-        fixed = ("--config", str(config), "--docs", str(tmp_path / "docs"), "--device", "cpu")
-        options = parser.parse_args(["ablate", *arguments, *fixed])
-        return options.run(options)
-
-    return run
-
-
-def test_the_command_measures_once_and_goes_on_where_it_stopped(
-    ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert ablate("acceptance", "table3", "--minutes", "0") == 0
-    assert "goes on from here" in capsys.readouterr().out
-    assert not (tmp_path / "docs").exists()
-    assert ablate("acceptance", "table3") == 0
-    first = capsys.readouterr().out
-    assert "cascade, 2 evaluations, 48x32, 5 frames, scene 1: PSNR" in first
-    assert "trained in" in first
-    page = (tmp_path / "docs" / "ablations.md").read_text(encoding="utf-8")
-    assert "## Table 3: refiner, enlargement, cascade" in page
-    assert "![The refiner on held-out clips](ablations/acceptance.jpg)" in page
-    assert Image.open(tmp_path / "docs" / "ablations" / "table3.jpg").width > 0
-    variants = sorted(path.name[:7] for path in (tmp_path / "run" / "variants").iterdir())
-    assert variants == ["cascade", "refiner"]
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "results").iterdir()}
-    assert ablate("acceptance", "table3") == 0
-    assert "scene 1: PSNR" not in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "results").iterdir()} == kept
-    weights = next((tmp_path / "run" / "variants").glob("refiner-*/weights.safetensors"))
-    assert load_dit(weights, stage=2).config == NANO_STAGE2
-
-
-def test_a_table_names_the_stage_that_it_measured() -> None:
-    parts = ("stage1", "stage2", "vae")
-    shipped = SimpleNamespace(**{part: NANO_FOLDER / f"{part}.safetensors" for part in parts})
-    lab = SimpleNamespace(settings=SimpleNamespace(shipped=shipped), device=torch.device("cpu"))
-    digests = [hashlib.sha256(getattr(shipped, part).read_bytes()).hexdigest()[:8] for part in parts]
-    drafts, refined = Lab.facts(lab, "stage I", size="small"), Lab.facts(lab, drafts="coded")
-    assert [drafts["stage I"], refined["stage II"], drafts["VAE"]] == digests
-    assert [*drafts] == ["size", "stage I", "VAE", "device", "date"]
-    assert [*refined] == ["drafts", "stage II", "VAE", "device", "date"]
-
-
-def test_an_unknown_table_and_a_missing_model_are_named(ablate: Callable[..., int], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no table 'table9'; there are acceptance, table3"):
-        ablate("table9")
-    with pytest.raises(TrainingError, match="there is no such video"):
-        ablate("acceptance", "--clip", str(tmp_path / "none.mp4"))
-    (tmp_path / "models" / "stage1.safetensors").unlink()
-    with pytest.raises(TrainingError, match=r"stage1\.safetensors: there is no such model"):
-        ablate("table4")
-    (tmp_path / "models" / "stage2.safetensors").unlink()
-    with pytest.raises(TrainingError, match=r"stage2\.safetensors: there is no such model"):
-        ablate("acceptance")

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvideo.color import delta_e
 from flashvideo.training.ablations.measures import (
     METRICS,
     bands,
     colour_shift,
+    delta_e,
     flicker,
     gradient_energy,
     gradient_error,
     library,
+    lines,
     mean_of,
     measure,
     optical_flow,
@@ -111,6 +112,33 @@ def test_the_flow_follows_a_moving_texture_and_the_warp_error_sees_flicker() -> 
     pumping = clip + torch.tensor([0.1, -0.1, 0.1])[:, None, None, None]
     assert own < 2
     assert warp_error(pumping, clip, flow) == pytest.approx(0.2 * 255, rel=0.05)
+
+
+def test_a_line_across_the_picture_is_seen_and_a_cast_is_not() -> None:
+    clip = moving(1)
+    for place in ((1, slice(None), slice(40, 41)), (1, slice(0, 1), slice(None))):
+        marked = clip.clone()
+        marked[place] += 0.1
+        assert lines(marked, clip) == pytest.approx(0.1 * 255, rel=0.05)
+    assert lines(clip, clip) == 0
+    assert lines(clip + 0.05, clip) < ROUNDING
+    assert lines(clip * 0.9 + 0.05, clip) < 4
+
+
+@pytest.mark.parametrize(
+    ("color", "lab"),  # published CIE L*a*b* values of the sRGB primaries, D65
+    [
+        ((1.0, 1.0, 1.0), (100.0, 0.0, 0.0)),
+        ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+        ((1.0, 0.0, 0.0), (53.24, 80.09, 67.20)),
+        ((0.0, 1.0, 0.0), (87.73, -86.18, 83.18)),
+        ((0.0, 0.0, 1.0), (32.30, 79.19, -107.86)),
+    ],
+)
+def test_colour_difference_is_cie76(color: tuple[float, ...], lab: tuple[float, ...]) -> None:
+    distance = delta_e(torch.tensor(color).expand(2, 2, 3), torch.zeros(2, 2, 3))
+    assert distance.shape == (2, 2)
+    assert float(distance[0, 0]) == pytest.approx(math.hypot(*lab), abs=0.02)  # black is the origin
 
 
 def test_colour_shift_sees_broad_areas_and_not_detail() -> None:

@@ -78,7 +78,11 @@ def acceptance(lab: Lab) -> TableResult:
         rows=rows,
         claims=[],
         shown=["truth", CODED_TRUTH, *ways],
-        facts=lab.facts(**lab.clip_facts(suite), **{"other drafts": ", ".join(settings.other_drafts) or "none"}),
+        facts=lab.facts(
+            **lab.clip_facts(suite),
+            strength=lab.said_strength(suite),
+            **{"other drafts": ", ".join(settings.other_drafts) or "none"},
+        ),
     )
 
 

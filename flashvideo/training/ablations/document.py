@@ -12,6 +12,8 @@ from ..loop.checkpointing import write_whole
 from .acceptance import Check, checks, other_drafts
 from .measures import METRICS
 from .pages import save_page
+from .quality import KEY as QUALITY
+from .quality import aims
 from .results import Claim, Finding, TableResult
 from .settings import Note
 
@@ -19,27 +21,36 @@ DOCUMENT, PICTURES = "ablations.md", "ablations"
 ACCEPTANCE = "acceptance"
 OUTDATED = "Measured with another"
 FACTS = 2  # paragraphs of a section, its facts the last of them, before such a word
+PLACES = {"Real clips": -1.0, "Guidance and evaluations": 8.5, "Constant quality in time": 99.0}  # else first
 TABLE_NUMBER = re.compile(r"Table (\d+)")
 SUMMARY_LINE = re.compile(r"^\| \[(.+?)\]\(#\S*\) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 INTRODUCTION = """# Ablations on FlashVideo-Nano
 
 The paper's tables (FlashVideo, arXiv 2502.05179), repeated with the miniature: not its numbers, which belong to models
-a thousand times larger, but the order of what is compared. This page is written by `python -m flashvideo ablate` from
-what it measured; `make ablations` does it all. Orderings were written down before they were measured, and one that
-does not come out stays here as it is.
+a thousand times larger, but the order of what is compared. `python -m flashvideo ablate` writes this page from what it
+measured; `make ablations` does all of it. Orderings are written down before they are measured, in
+[orderings.toml](../flashvideo/training/configs/ablations/orderings.toml) with the date; an ordering that does not come
+out stays here as it is.
 
 **Clips.** Procedural scenes of the "test" split, whose combinations of colour, shape and direction no training saw, and
-a real clip. A draft is a quarter as high and wide: "shrunk" is that and no more, "coded" went through the VAE as the
-drafts of stage I do, "strong" was blurred, resized, compressed and made noisy first. Means are over the procedural
-clips.
+a real clip. The table of real clips has those of the training packages that a rule keeps from every training. A draft
+is a quarter as high and wide: "shrunk" and "area" are that and no more, "coded" went through the VAE as the drafts of
+stage I do, "strong" was blurred, resized, compressed and made noisy first. Means are over the procedural clips.
 
-**Measures.** PSNR and SSIM against the truth; the same PSNR of the high and of the low band, which part at patterns of
-70 pixels, as the colour match does; gradient-energy error: how far the amount of detail is from the truth's, whichever
-way; sharpness: variance of the Laplacian, to be read beside the truth's; flicker: mean error of the change from frame
-to frame, in levels of 255; warp error: mean change along the truth's optical flow, in levels of 255, to be read beside
-the truth's; colour shift: ΔE of the low bands, of broad areas, to those of the enlarged draft, which is what refining
-changed; colour error: the same to the truth's; pixels' ΔE: that of the pixels to the truth's, with what detail is
-wrong. Seconds are of the whole chain for one clip.
+**Measures without a truth.** The paper judges by measures of this kind. BRISQUE and PIQE rate real
+clips. NIQE rates drawn scenes: it is fitted to 16 other scenes, because ready-made statistics are those of photographs
+and rate drawn truth worst. All three take a mosaic for detail, so they are read beside the measures below.
+
+**Measures against the truth.** PSNR and SSIM; the paper does not claim orderings by these. PSNR of the high and of the
+low band, which part at patterns of 70 pixels, as the colour match does. Gradient-energy error: how far the amount of
+detail is from the truth's, in either direction. Sharpness: variance of the Laplacian, to be read beside the truth's.
+Flicker: mean error of the change from frame to frame, in levels of 255. Warp error: mean change along the truth's
+optical flow, in levels of 255, to be read beside the truth's. Lines: how far the mean error of the worst row or column
+stands out from the rows around it, in levels of 255. Swing: how far quality rises and falls in time with the period of
+the VAE's chunks, or of stage II's windows. Loss by varying: how far the PSNR of the whole clip is below the mean of its
+frames'. Colour shift: ΔE of broad areas (the low bands) to the enlarged draft's, which is what refining changed. Colour
+error: the same to the truth's. Pixels' ΔE: that of the pixels to the truth's. Seconds: the whole chain for one clip. A
+table has the measures that there were at its date.
 """
 
 
@@ -53,15 +64,20 @@ class Section(NamedTuple):
 
 
 def write_document(
-    folder: Path, tables: Sequence[TableResult], notes: Sequence[Note], weights: Mapping[str, str] | None = None
+    folder: Path,
+    tables: Sequence[TableResult],
+    notes: Sequence[Note],
+    weights: Mapping[str, str] | None = None,
+    calculated: Sequence[Section] = (),
 ) -> Path:
     """Write the page and its pictures into a folder; returns the page's path.
 
-    Sections of other tables that the page has already stay in it. `weights` are the facts about the weights that are
-    shipped now: a table that says otherwise of its own gets a word about it.
+    `calculated` are sections that nothing was measured for. Sections of other tables that the page has stay in it.
+    `weights` are the facts about the weights that are shipped now: a table that says otherwise of its own gets a word
+    about it.
     """
     path, weights = folder / DOCUMENT, weights or {}
-    sections = {each.title: each for each in kept_sections(path, weights)}
+    sections = {each.title: each for each in (*kept_sections(path, weights), *calculated)}
     for table in tables:
         own = [note.text for note in notes if note.table == table.key]
         text = section(table, own, weights)
@@ -69,10 +85,16 @@ def write_document(
         if save_page(table, picture, whole=table.key == ACCEPTANCE):
             text += f"\n![{table.title}]({PICTURES}/{picture.name})\n"
         sections[table.title] = Section(table.title, *_outcome(table), text)
-    ordered = sorted(sections.values(), key=lambda each: int((TABLE_NUMBER.match(each.title) or [0, 0])[1]))
+    ordered = sorted(sections.values(), key=lambda each: _place(each.title))
     text = "\n".join([INTRODUCTION, _summary(ordered), *(each.text for each in ordered)])
     write_whole(path, lambda file: file.write(text.encode()))
     return path
+
+
+def _place(title: str) -> float:
+    """Where a section stands on the page: tables by their numbers, and the others around them."""
+    number = TABLE_NUMBER.match(title)
+    return float(number[1]) if number else PLACES.get(title, 0.0)
 
 
 def kept_sections(path: Path, weights: Mapping[str, str]) -> list[Section]:
@@ -94,7 +116,9 @@ def kept_sections(path: Path, weights: Mapping[str, str]) -> list[Section]:
 
 def _outcome(table: TableResult) -> tuple[int, int]:
     """How many of the checks or orderings came out, and of how many."""
-    if table.key == ACCEPTANCE:
+    if table.key == QUALITY:
+        outcome = [check.passed for check in aims(table)]
+    elif table.key == ACCEPTANCE:
         outcome = [check.passed for check in checks(table, table.procedural)]
     else:
         outcome = [finding.holds for finding in table.findings(table.procedural)]
@@ -126,24 +150,40 @@ def section(table: TableResult, notes: Sequence[str] = (), weights: Mapping[str,
     parts = [f"## {table.title}\n", f"{table.about}\n"]
     parts.append("; ".join(f"{name}: {fact}" for name, fact in table.facts.items()) + ".\n")
     parts += [f"{word}\n" for word in outdated(table.facts, weights or {})]
-    parts.append(number_table(table, table.procedural))
+    if table.procedural:
+        parts.append(number_table(table, table.procedural))
     if table.real:
-        parts += [f"The real clip, {', '.join(table.real)}:\n", number_table(table, table.real)]
-    parts.append(_checks(table) if table.key == ACCEPTANCE else _findings(table))
+        parts += [f"{_real(table)}:\n", number_table(table, table.real)]
+    parts.append(_verdict(table))
     parts += [f"{note.strip()}\n" for note in notes]
     return "\n".join(parts)
 
 
+def _real(table: TableResult) -> str:
+    return f"The real clip, {table.real[0]}" if len(table.real) == 1 else f"Means over {len(table.real)} real clips"
+
+
+def _verdict(table: TableResult) -> str:
+    """What became of what was asked."""
+    if table.key == QUALITY:
+        return "\n".join(_check_lines(aims(table))) + "\n"
+    return _checks(table) if table.key == ACCEPTANCE else _findings(table)
+
+
 def number_table(table: TableResult, clips: Sequence[str]) -> str:
-    """Means over some clips, the best of each column in bold (the truth, which is no competitor, aside)."""
+    """Means over some clips, without columns that nothing was measured of.
+
+    The best of each column is in bold, the truth, which is no competitor, aside.
+    """
     means = {row.label: row.mean(list(clips)) for row in table.rows}
-    lines = ["| | " + " | ".join(METRICS[name].label for name in table.metrics) + " |"]
-    lines.append("|---|" + "---:|" * len(table.metrics))
+    metrics = [name for name in table.metrics if not all(math.isnan(mean[name]) for mean in means.values())]
+    lines = ["| | " + " | ".join(METRICS[name].label for name in metrics) + " |"]
+    lines.append("|---|" + "---:|" * len(metrics))
     rivals = [mean for label, mean in means.items() if not label.startswith("truth")]
-    best = {name: _best(name, [mean[name] for mean in rivals]) for name in table.metrics}
+    best = {name: _best(name, [mean[name] for mean in rivals]) for name in metrics}
     for label, mean in means.items():
         cells = []
-        for name in table.metrics:
+        for name in metrics:
             text = number(name, mean[name])
             cells.append(f"**{text}**" if not label.startswith("truth") and text == best[name] else text)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -205,7 +245,7 @@ def asked(claim: Claim) -> str:
 def _checks(table: TableResult) -> str:
     blocks = [("Held-out scenes", checks(table, table.procedural))]
     if table.real:
-        blocks.append((f"The real clip, {', '.join(table.real)}", checks(table, table.real)))
+        blocks.append((_real(table), checks(table, table.real)))
     for draft in other_drafts(table):
         blocks.append((f'Held-out scenes, drafts "{draft}"', checks(table, table.procedural, draft)))
     return "\n".join(f"{title}:\n\n" + "\n".join(_check_lines(results)) + "\n" for title, results in blocks)

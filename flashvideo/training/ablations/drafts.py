@@ -26,7 +26,8 @@ from .clips import TEST_SEED, TEST_SPLIT
 from .evaluation import as_picture
 from .lab import STAGE1, Lab
 from .measures import mean_of
-from .results import Claim, Row, TableResult
+from .orderings import claims
+from .results import Row, TableResult
 
 BATCH = 8  # prompts that are sampled together
 PICTURES = 4  # prompts whose drafts are shown
@@ -44,8 +45,6 @@ def table4(lab: Lab) -> TableResult:
     }
     rows = [_row(lab, label, weights) for label, weights in ways.items()]
     names = [*rows[0].clips]
-    claims = [Claim("all_right", adapters, FULL, 0.0), Claim("explained", adapters, FULL)]
-    claims += [Claim("explained", label, BEFORE) for label in (FULL, adapters)]
     loop, clips = tuning.loop, tuning.clips
     about = (
         "The shipped stage I, tuned for a smaller picture than it was trained for: all weights, or adapters beside "
@@ -66,7 +65,7 @@ def table4(lab: Lab) -> TableResult:
         real=[],
         metrics=["colour", "shape", "direction", "all_right", "explained", "seconds"],
         rows=rows,
-        claims=claims,
+        claims=claims("table4", ways),
         shown=[row.label for row in rows],
         facts=lab.facts(STAGE1, **facts),
     )

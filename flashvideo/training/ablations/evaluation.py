@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...atomic_files import sha256
 from ...config import STAGE2_LATENT_SCALE
-from ...degradation import DEGRADATION_STEP, degrade_latent
-from ...frames import finish, resize, to_frames, to_video
+from ...degradation import auto_strength, degrade_latent
+from ...frames import TargetSize, finish, resize, to_frames, to_video
+from ...refiner.run import Networks, RefineSettings, refine_frames
 from ...samplers import sample_stage2
 from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..loop.checkpointing import write_whole
@@ -27,27 +28,38 @@ from ..loop.metrics import save_picture
 from ..randomness import generator_for, normal_like
 from ..tasks.losses import Network
 from ..tasks.networks import as_called
-from .clips import TEST_SEED, ClipStore, HeldOutClip, Suite
+from .clips import FACTOR, TEST_SEED, ClipStore, HeldOutClip, Suite
+from .judges import Judges
 from .measures import measure
+from .swings import time_measures
 from .variants import KINDS, Deadline, beside, load_variant
 
 ENLARGERS = ("bilinear", "bicubic", "lanczos")
 TRUTH = "truth"
 CODED = "coded"  # the truth, encoded and decoded
-FORMAT = 1  # of the kept results; another one when a measure or the chain changes
+LONG = "windows"  # stage II as it runs long videos, in windows of time
+AUTO = -1  # strength: the official one, mapped to the size of the clip
+FORMAT = 2  # of the kept results; another one when a measure or the chain changes
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to finish a draft: one of ENLARGERS, or a network of one of KINDS; or what it should be: TRUTH, CODED."""
+    """One way to finish a draft: one of ENLARGERS, a network of one of KINDS, or LONG, the shipped refiner in windows.
+
+    TRUTH and CODED are what it should be.
+    """
 
     kind: str
     weights: Path | None = None
     steps: int = 4
     cfg: float = 1.0
     shift: float = STAGE2_SHIFT
-    strength: int = DEGRADATION_STEP
+    strength: int = AUTO
     color_match: str = "wavelet"
+
+    def strength_at(self, height: int, width: int) -> int:
+        """The degradation step for a finished size."""
+        return auto_strength(height, width) if self.strength == AUTO else self.strength
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,11 @@ class Measured:
 class Evaluator:
     """Measures methods on clips, and keeps numbers and pictures in a folder."""
 
-    def __init__(self, store: ClipStore, folder: Path, device: torch.device, deadline: Deadline) -> None:
+    def __init__(
+        self, store: ClipStore, folder: Path, device: torch.device, deadline: Deadline, judges: Judges | None = None
+    ) -> None:
         self.store, self.folder, self.device, self.deadline = store, folder, device, deadline
+        self.judges = judges or Judges()
         self._network = lru_cache(maxsize=1)(lambda path, kind: load_variant(path, kind, device))
         self._digest = lru_cache(maxsize=None)(lambda path: sha256(path, lambda *_: None))
 
@@ -84,7 +99,9 @@ class Evaluator:
         frames = self.finished(method, clip)
         values = {"seconds": time.monotonic() - started}
         frames = (frames * 255).round() / 255  # as a player shows it
-        values = {**measure(frames, clip.truth, clip.flow, clip.enlarged), **values}
+        judged = self.judges(frames, clip.size, real=suite.real_clip(index) is not None)
+        measured = {**measure(frames, clip.truth, clip.flow, clip.enlarged), **judged}
+        values = {**measured, **time_measures(frames, clip.truth, clip.enlarged), **values}
         save_picture(picture, as_picture(frames[len(frames) // 2]))
         write_whole(path, lambda file: file.write(json.dumps(values).encode()))
         sys.stdout.write(
@@ -96,6 +113,7 @@ class Evaluator:
     def _name(self, method: Method, clip: HeldOutClip) -> str:
         weights = None if method.weights is None else self._digest(method.weights)
         parts = (FORMAT, dataclasses.replace(method, weights=None), weights, self.store.vae.digest, clip.digest)
+        parts += (self.judges.names,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
     def finished(self, method: Method, clip: HeldOutClip) -> Tensor:
@@ -106,6 +124,8 @@ class Evaluator:
             return self._coded(clip.truth)
         if method.kind in ENLARGERS:
             return enlarge(clip.draft, *clip.truth.shape[1:3], method.kind)
+        if method.kind == LONG:
+            return self._refined_long(method, clip)
         refined = to_frames(self.store.vae.decode(self._refined(method, clip)))
         return finish(refined, clip.enlarged, method.color_match)
 
@@ -118,7 +138,7 @@ class Evaluator:
         if method.kind not in KINDS:
             raise ValueError(f"there is no method {method.kind!r}")
         network: Network = as_called(self._network(method.weights, method.kind))
-        latent, strength = clip.latent * STAGE2_LATENT_SCALE, method.strength
+        latent, strength = clip.latent * STAGE2_LATENT_SCALE, method.strength_at(*clip.size[1:])
         if method.kind == "cascade":
             network, strength = beside(network, latent), TRAIN_STEPS - 1  # noise alone
         start = degrade_latent(latent, normal_like(latent, generator_for(TEST_SEED, "start", clip.name)), strength)
@@ -127,6 +147,18 @@ class Evaluator:
             steps=method.steps, cfg=method.cfg, shift=method.shift, degradation_step=strength,
         )  # fmt: skip
         return refined / STAGE2_LATENT_SCALE
+
+
+    def _refined_long(self, method: Method, clip: HeldOutClip) -> Tensor:
+        """The draft through the refiner of long videos, which has the VAE work in chunks and stage II in windows."""
+        networks = Networks(
+            self._network(method.weights, "rotary"), self.store.vae.network, clip.context, self.device
+        )  # fmt: skip
+        settings = RefineSettings(
+            size=TargetSize("scale", scale=float(FACTOR)), strength=method.strength_at(*clip.size[1:]),
+            steps=method.steps, cfg=method.cfg, shift=method.shift, seed=TEST_SEED, color_match=method.color_match,
+        )  # fmt: skip
+        return refine_frames(networks, clip.draft, settings)
 
 
 def enlarge(frames: Tensor, height: int, width: int, resampler: str) -> Tensor:

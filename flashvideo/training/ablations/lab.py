@@ -21,7 +21,8 @@ from ..tasks.stage1 import SheetSettings as DraftSheet
 from ..tasks.stage1 import Stage1Settings, Stage1Task
 from ..tasks.stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
 from .clips import ClipStore, RealClip, Suite
-from .evaluation import Evaluator, Method
+from .evaluation import AUTO, Evaluator, Method
+from .judges import Judges
 from .results import Row
 from .settings import AblationSettings, Preference, Shipped, Variants
 from .variants import Deadline, VariantTask, train_once
@@ -34,16 +35,26 @@ SIDE = 16  # sides are multiples of so many pixels
 class Lab:
     """The models of a config on a device."""
 
-    def __init__(self, settings: AblationSettings, device: torch.device, clip: Path | None, deadline: Deadline) -> None:
-        """Check that the models of most tables are there; nothing is made yet."""
+    def __init__(
+        self,
+        settings: AblationSettings,
+        device: torch.device,
+        clip: Path | None,
+        deadline: Deadline,
+        real_clips: tuple[RealClip, ...] = (),
+    ) -> None:
+        """Check that the models of most tables are there; nothing is made yet.
+
+        `clip` is measured beside the scenes of every table, `real_clips` are those of the table `quality`.
+        """
         shipped = settings.shipped
         for path in (shipped.stage2, shipped.vae, Path(shipped.text)):
             _check(path)
         if clip is not None and not clip.is_file():
             raise TrainingError(f"{clip}: there is no such video.")
         self.settings, self.device, self.deadline = settings, device, deadline
-        held_out = settings.held_out
-        self.real = None if clip is None else RealClip(clip, held_out.when, held_out.caption)
+        held_out, self.real_clips = settings.held_out, real_clips
+        self.real = () if clip is None else (RealClip(clip, held_out.when, held_out.caption),)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -51,7 +62,7 @@ class Lab:
         shipped, out = self.settings.shipped, self.settings.out
         text = FrozenText(shipped.text, shipped.tokenizer, self.device)
         store = ClipStore(out / "clips", shipped.vae, text, self.device)
-        return Evaluator(store, out / "results", self.device, self.deadline)
+        return Evaluator(store, out / "results", self.device, self.deadline, Judges(out / "judges"))
 
     # Clips
 
@@ -69,6 +80,19 @@ class Lab:
         return Suite(source, held_out.clips, held_out.draft, self.real)
 
     # Ways from a draft to a finished video
+
+    def suite_of(self, height: int, width: int, frames: int) -> Suite:
+        """A suite that only says a size."""
+        return Suite(ClipSettings(height, width, frames, clips=1), 0, self.settings.held_out.draft)
+
+    def strength(self, suite: Suite) -> int:
+        """The strength that stage II is run with on a suite's clips, where a table doesn't vary it."""
+        return self.refiner().strength_at(suite.source.height, suite.source.width)
+
+    def said_strength(self, suite: Suite) -> str:
+        """That strength in words."""
+        number = str(self.strength(suite))
+        return f"auto, {number}" if self.settings.refiner.strength == AUTO else number
 
     def refiner(self, weights: Path | None = None, kind: str = "rotary", **changes: int | str) -> Method:
         """Stage II, the shipped one if no weights are given, with the config's settings but for `changes`."""
@@ -90,7 +114,7 @@ class Lab:
         """Weights of the shipped stage II after tuning on the best of so many samples of a clip."""
         tuning, refiner = self.settings.preference, self.settings.refiner
         choice = dataclasses.replace(
-            tuning.choice, candidates=candidates, steps=refiner.steps, cfg=refiner.cfg, strength=refiner.strength
+            tuning.choice, candidates=candidates, steps=refiner.steps, cfg=refiner.cfg, strength=tuning.strength
         )
         network = NetworkSettings(weights=str(self.settings.shipped.stage2))
         degradation = self.settings.variants.degradation
@@ -148,8 +172,9 @@ class Lab:
 
     def clip_facts(self, suite: Suite) -> dict[str, str]:
         """How many clips of which size, and with which drafts."""
-        real = "" if self.real is None else f", and {self.real.path.name}"
-        return {"clips": f"{suite.count} held-out scenes{real}", "size": suite.size, "drafts": suite.draft}
+        scenes = [f"{suite.count} held-out scenes"] if suite.count else []
+        real = [clip.path.name for clip in suite.real] if len(suite.real) < 2 else [f"{len(suite.real)} real clips"]
+        return {"clips": ", and ".join([*scenes, *real]), "size": suite.size, "drafts": suite.draft}
 
     def budget_facts(self) -> dict[str, str]:
         """How long variants are trained, and at which degradation strengths where a table doesn't vary them."""

@@ -1,7 +1,7 @@
 """How a video is judged: pure functions of frames [T, H, W, 3] in [0, 1], float32, on the CPU.
 
-PSNR, SSIM, the Laplacian and the optical flow are scikit-image's; the bands are those of the colour match, so that
-"low" is what Finish Frames gives back to the draft, and "high" everything that the refiner answers for.
+PSNR, SSIM, colour differences, the Laplacian and the optical flow are scikit-image's; the bands are those of the colour
+match: "low" is what Finish Frames takes from the draft, "high" everything that the refiner answers for.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...color import LowBand, delta_e
+from ...color import LowBand
 from ..data.degradations import LUMA
 from ..errors import TrainingError
 
 STEADY = 0.05  # a pixel's own change along the flow, above which it counts as covered or uncovered
 LEVELS = 255.0
 SPARSE = 4  # pixels; the low band's shortest pattern is many times that
+LINE_SURROUNDINGS = 9  # rows, or columns, whose median a line stands out from
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ METRICS = {
     "sharpness": Metric("sharpness", 0, None),
     "flicker": Metric("flicker", 3, "lower"),
     "warp_error": Metric("warp error", 3, "lower"),
+    "lines": Metric("lines, levels", 1, "lower"),
+    "brisque": Metric("BRISQUE", 1, "lower"),
+    "piqe": Metric("PIQE", 1, "lower"),
+    "niqe": Metric("NIQE, refitted", 2, "lower"),
+    "swing_chunk": Metric("swing at the chunks' period, dB", 3, "lower"),
+    "swing_window": Metric("swing at the windows' period, dB", 3, "lower"),
+    "varying_loss": Metric("loss by varying, dB", 3, "lower"),
     "colour_shift": Metric("colour shift from the draft, ΔE", 3, "lower"),
     "colour_error": Metric("colour error, ΔE", 3, "lower"),
     "delta_e": Metric("pixels' ΔE", 2, "lower"),
@@ -52,7 +60,7 @@ METRICS = {
     "direction": Metric("direction right, %", 1, "higher"),
     "all_right": Metric("all three right, %", 1, "higher"),
     "explained": Metric("explained of v, %", 2, "higher"),
-    "seconds": Metric("seconds", 1, None),
+    "seconds": Metric("seconds", 1, "lower"),
 }
 
 
@@ -149,6 +157,29 @@ def warp_error(frames: Tensor, truth: Tensor, flow: Tensor) -> float:
     return float(change[steady].mean()) * LEVELS if steady.any() else math.nan
 
 
+def lines(frames: Tensor, truth: Tensor) -> float:
+    """How far the worst row or column of any frame stands out, in levels of 255.
+
+    The mean error of each row's luma, and of each column's, less the median of the rows around it: a bright line across
+    the picture is one; a colour cast, a soft picture and a wrong area are none.
+    """
+    error = (frames - truth) @ torch.tensor(LUMA) * LEVELS  # [T, H, W]
+    return max(_outlier(error.mean(dim=axis)) for axis in (1, 2))
+
+
+def _outlier(means: Tensor) -> float:
+    """The largest distance of a value of [T, N] from the median of those around it."""
+    reach = min(LINE_SURROUNDINGS // 2, means.shape[1] - 1)
+    around = F.pad(means[:, None], (reach, reach), mode="reflect")[:, 0].unfold(1, 2 * reach + 1, 1)
+    return float((means - around.median(dim=-1).values).abs().max())
+
+
+def delta_e(frames: Tensor, others: Tensor) -> Tensor:
+    """Colour difference of each pixel of pictures or clips [..., 3]: CIE76, [...]. About 2 is just noticeable."""
+    color = library("color")
+    return torch.from_numpy(color.deltaE_cie76(*(color.rgb2lab(each.double().numpy()) for each in (frames, others))))
+
+
 def colour_shift(frames: Tensor, others: Tensor) -> float:
     """Mean colour difference (CIE76) of the low bands: of broad areas, whatever their detail. About 2 is noticeable."""
     return _shift(bands(frames)[0], bands(others)[0])
@@ -172,6 +203,7 @@ def measure(frames: Tensor, truth: Tensor, flow: Tensor, draft: Tensor) -> dict[
         "sharpness": sharpness(frames),
         "flicker": flicker(frames, truth),
         "warp_error": warp_error(frames, truth, flow),
+        "lines": lines(frames, truth),
         "colour_shift": _shift(low, bands(draft)[0]),
         "colour_error": _shift(low, true_low),
         "delta_e": float(delta_e(frames, truth).mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,20 +27,33 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, as parts of
 def save_page(table: TableResult, path: Path, *, whole: bool) -> bool:
     """Draw the rows that are to be shown; returns False if there is nothing to see."""
     rows = [row for label in table.shown for row in table.rows if row.label == label]
-    blocks = []
-    for clip in shown_clips(table, rows):
-        pictures = [(row.label, Image.open(row.pictures[clip]).convert("RGB")) for row in rows]
-        if whole:
-            cells = [_cell(label, picture, WHOLE) for label, picture in pictures]
-            blocks.append(_titled(f"{clip}: whole frames", _grid(cells, WHOLE_COLUMNS)))
-        box = busiest(pictures[0][1])
-        cells = [_cell(label, _piece(picture, box), CELL) for label, picture in pictures]
-        blocks.append(_titled(f"{clip}: the piece with the most detail", _grid(cells, COLUMNS)))
+    blocks = [block for clip in shown_clips(table, rows) for block in _blocks(clip, rows, whole=whole)]
     if not blocks:
         return False
     page = _grid(blocks, 1)
     write_whole(path, lambda file: page.save(file, "JPEG", quality=JPEG_QUALITY))
     return True
+
+
+def save_sheets(table: TableResult, folder: Path) -> None:
+    """Write a page for each real clip: its middle frame by every shown row, whole and at the busiest piece."""
+    rows = [row for label in table.shown for row in table.rows if row.label == label]
+    for clip in table.real:
+        page = _grid(_blocks(clip, rows, whole=True), 1)
+        path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', clip)}.jpg"
+        write_whole(path, lambda file, page=page: page.save(file, "JPEG", quality=JPEG_QUALITY))
+
+
+def _blocks(clip: str, rows: Sequence[Row], *, whole: bool) -> list[Image.Image]:
+    """What a page shows of one clip."""
+    pictures = [(row.label, Image.open(row.pictures[clip]).convert("RGB")) for row in rows]
+    blocks = []
+    if whole:
+        cells = [_cell(label, picture, WHOLE) for label, picture in pictures]
+        blocks.append(_titled(f"{clip}: whole frames", _grid(cells, WHOLE_COLUMNS)))
+    box = busiest(pictures[0][1])
+    cells = [_cell(label, _piece(picture, box), CELL) for label, picture in pictures]
+    return [*blocks, _titled(f"{clip}: the piece with the most detail", _grid(cells, COLUMNS))]
 
 
 def shown_clips(table: TableResult, rows: Sequence[Row]) -> list[str]:

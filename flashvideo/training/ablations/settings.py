@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...degradation import DEGRADATION_STEP
 from ...schedule import STAGE2_SHIFT
 from ..config import LoopSettings
 from ..data.latents import ClipSettings
@@ -13,6 +12,7 @@ from ..errors import TrainingError
 from ..tasks.preference import ChoiceSettings
 from ..tasks.stage2 import DegradationSettings
 from .clips import DRAFTS
+from .evaluation import AUTO
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,25 @@ class Refiner:
     steps: int = 4
     cfg: float = 4.0
     shift: float = STAGE2_SHIFT
-    strength: int = DEGRADATION_STEP
+    strength: int = AUTO
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The table of real clips: their size, how they are made drafts, and how stage II is run on them."""
+
+    height: int = 256
+    width: int = 256
+    frames: int = 17
+    draft: str = "area"  # one of DRAFTS
+    steps: int = 4
+    cfg: float = 1.0
+    strength: int = AUTO
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown draft."""
+        if self.draft not in DRAFTS:
+            raise TrainingError(f"[quality] drafts are {', '.join(DRAFTS)}; got {self.draft!r}.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class Variants:
     clips: ClipSettings
     loop: LoopSettings
     degradation: DegradationSettings = field(default_factory=DegradationSettings)  # where a table doesn't vary it
-    cascade_steps: tuple[int, ...] = (4, 16)  # evaluations that the generate-from-noise cascade gets
+    cascade_steps: tuple[int, ...] = (4, 16, 30)  # evaluations that the generate-from-noise cascade gets
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,20 @@ class Preference:
     batch: int
     clips: ClipSettings
     loop: LoopSettings
+    strength: int  # at which samples are made, chosen and judged: one where they differ
     choice: ChoiceSettings = field(default_factory=ChoiceSettings)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Drafts that the shipped stage I makes of held-out prompts, for stage II to refine."""
+
+    prompts: int = 12
+    height: int = 64
+    width: int = 112
+    frames: int = 17
+    steps: int = 25
+    scale: float = 6.0
 
 
 @dataclass(frozen=True)
@@ -112,4 +143,7 @@ class AblationSettings:
     preference: Preference
     draft_tuning: DraftTuning
     refiner: Refiner = field(default_factory=Refiner)
+    quality: Quality = field(default_factory=Quality)
+    generated: Generated = field(default_factory=Generated)
+    long_frames: int = 117  # of clips whose quality in time is measured: a window, and two more
     notes: tuple[Note, ...] = ()

@@ -33,7 +33,7 @@ KINDS = ("rotary", "absolute", "cascade")
 
 
 class Paused(Exception):
-    """The time is over, or a signal came; what is done is kept, and the same command goes on from here."""
+    """The time is over, or a signal came; what is done is kept, and the same command resumes."""
 
     def __init__(self, signal_number: int | None = None) -> None:
         super().__init__("stopped")
@@ -129,8 +129,8 @@ def train_once(
 ) -> Path:
     """Train a variant to the end of its schedule, and write the mean of its weights; return the file.
 
-    What is finished is taken as it is, what was begun goes on. Other settings, or another VAE or other weights to
-    start from, get another folder. Raises Paused at the deadline or on a signal, with a checkpoint.
+    A finished training is taken as it is, an interrupted one resumes. Other settings, another VAE, or other weights to
+    start from get another folder. Raises Paused at the deadline or on a signal, with a checkpoint.
     """
     run = folder / f"{name}-{_digest(settings, kind)}"
     path = run / "weights.safetensors"
