@@ -34,9 +34,7 @@ def main() -> int:
         _judges(bed)
     options = [*_COMMANDS[sys.argv[1]], *sys.argv[2:]]
     if sys.argv[1] == "ablate" and "--clip" not in options:
-        from demo import footage
-
-        options += ["--clip", str(footage(bed))]
+        options += _clip(bed)
     command = [sys.executable, "-m", "flashvideo", *options]
     env = {**os.environ, "COMFYUI_PATH": bed.comfyui}  # ComfyUI carries the text encoder's tokenizer
     if os.name == "posix":  # in place of this program: signals then reach the command itself
@@ -48,6 +46,17 @@ def main() -> int:
             return process.wait()
         except KeyboardInterrupt:  # the command hears it too, and saves what it has
             continue
+
+
+def _clip(bed: Bed) -> list[str]:
+    """The option that names the real clip; none where it can't be downloaded."""
+    from demo import footage
+
+    try:
+        return ["--clip", str(footage(bed))]
+    except install.SetUpError as error:
+        say(f"{error}\nThe tables are made without a real clip.")
+        return []
 
 
 def _judges(bed: Bed) -> None:

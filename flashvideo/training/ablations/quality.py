@@ -60,8 +60,8 @@ def quality(lab: Lab) -> TableResult:
     }
     rows = lab.rows([*ways.items()], suite)
     about = (
-        "Real clips that no training saw, scaled to one size and shrunk to a quarter of its sides; the whole chain of "
-        "the refiner graph against bicubic enlargement. BRISQUE and PIQE need no truth and take a mosaic for detail: "
+        "Real clips, scaled to one size and shrunk to a quarter of its sides; the whole chain of the refiner graph "
+        "against bicubic enlargement. BRISQUE and PIQE need no truth and take a mosaic for detail: "
         "they count only together with the rows beside them."
     )
     strength = refined.strength_at(settings.height, settings.width)
