@@ -128,6 +128,11 @@ def test_real_clips_are_measured_and_shown_by_one_command(
     make_video(real / "ramps.mp4", 6, Fraction(24), (40, 60))
     with pytest.raises(TrainingError, match="name their folder with --real"):
         ablate("quality")
+    (real / "none").mkdir()
+    make_video(real / "none" / "short.mp4", 3, Fraction(24), (40, 60))
+    with pytest.raises(TrainingError, match="None of the 1 clips can be measured"):
+        ablate("quality", "--real", str(real / "none"))
+    assert "short.mp4: it has 3 of 5 frames." in capsys.readouterr().out
     assert ablate("quality", "--real", str(real), "--strength", "200", "--steps", "2") == 0
     said = capsys.readouterr().out
     assert "Left out: " in said

@@ -6,7 +6,8 @@ What a clip needs in every measurement (the draft's latent, the truth's optical 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -93,6 +94,19 @@ def _consecutive(path: Path, count: int, when: float) -> list[np.ndarray]:
     if len(frames) < count:
         raise UnusableVideo(f"it ends after {len(frames)} of {count} frames")
     return frames
+
+
+def usable(clips: Sequence[RealClip], source: ClipSettings) -> tuple[RealClip, ...]:
+    """Those clips that are long and large enough; prints why each of the others isn't."""
+    kept = []
+    for clip in clips:
+        try:
+            clip.frames(source.frames, source.height, source.width)
+        except TrainingError as error:
+            sys.stdout.write(f"  Left out: {error}\n")
+        else:
+            kept.append(clip)
+    return tuple(kept)
 
 
 @dataclass(frozen=True)

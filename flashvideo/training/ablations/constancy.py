@@ -10,7 +10,7 @@ import dataclasses
 
 from .acceptance import BICUBIC, CODED_TRUTH, REFINED
 from .assemble import TRUTH_ROW, table_of
-from .clips import Suite
+from .clips import Suite, usable
 from .evaluation import CODED, LONG, TRUTH, Method
 from .lab import Lab
 from .results import TableResult
@@ -21,8 +21,8 @@ def constancy(lab: Lab) -> TableResult:
     """Clips that are longer than a window: the VAE alone, and the refiner as it runs long videos."""
     clips = lab.small_suite()
     source = dataclasses.replace(clips.source, frames=lab.settings.long_frames)
-    real = tuple(dataclasses.replace(clip, rate=None) for clip in clips.real)
-    suite = Suite(source, clips.count, clips.draft, real)
+    real = [dataclasses.replace(clip, rate=None) for clip in clips.real]
+    suite = Suite(source, clips.count, clips.draft, usable(real, source))
     refined = dataclasses.replace(lab.refiner(), kind=LONG)
     ways = [(TRUTH_ROW, Method(TRUTH)), (BICUBIC, Method("bicubic")), (CODED_TRUTH, Method(CODED)), (REFINED, refined)]
     about = (

@@ -22,7 +22,7 @@ from ..data.latents import ClipSettings
 from ..errors import TrainingError
 from ..loop.checkpointing import write_whole
 from .acceptance import BICUBIC, CODED_TRUTH, REFINED, Check
-from .clips import RealClip, Suite
+from .clips import RealClip, Suite, usable
 from .evaluation import CODED, TRUTH, Method
 from .lab import Lab
 from .measures import METRICS
@@ -49,7 +49,10 @@ def quality(lab: Lab) -> TableResult:
         raise TrainingError("The table `quality` is of real clips: name their folder with --real.")
     settings = lab.settings.quality
     source = ClipSettings(settings.height, settings.width, settings.frames, clips=1)
-    suite = Suite(source, 0, settings.draft, usable(lab.real_clips, source))
+    clips = usable(lab.real_clips, source)
+    if not clips:
+        raise TrainingError(f"None of the {len(lab.real_clips)} clips can be measured: the lines above say why.")
+    suite = Suite(source, 0, settings.draft, clips)
     refined = lab.refiner(steps=settings.steps, strength=settings.strength, cfg=settings.cfg)
     ways = {
         "truth": Method(TRUTH),
@@ -141,22 +144,6 @@ def _named(clips: Sequence[RealClip]) -> tuple[RealClip, ...]:
         seen[clip.name] = number = seen.get(clip.name, 0) + 1
         named.append(dataclasses.replace(clip, label=f"{clip.name} ({number})") if number > 1 else clip)
     return tuple(named)
-
-
-def usable(clips: Sequence[RealClip], source: ClipSettings) -> tuple[RealClip, ...]:
-    """Clips that are long and large enough; says of every other why it isn't. Raises TrainingError if none is."""
-    kept, problem = [], ""
-    for clip in clips:
-        try:
-            clip.frames(source.frames, source.height, source.width)
-        except TrainingError as error:
-            problem = str(error)
-            sys.stdout.write(f"  Left out: {problem}\n")
-        else:
-            kept.append(clip)
-    if not kept:
-        raise TrainingError(f"None of the {len(clips)} clips can be measured. {problem}")
-    return tuple(kept)
 
 
 def clip_table(table: TableResult) -> str:
