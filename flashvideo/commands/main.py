@@ -22,7 +22,11 @@ REPOSITORY = "https://github.com/flashvideo/ComfyUI-FlashVideo"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0 done, 1 refused with a message, 130 cancelled (143 by SIGTERM)."""
+    """Run a command; returns its exit code.
+
+    0: done. 1: refused, with a message. 2: the command line is wrong. 3: done as far as the damaged source allows.
+    130: cancelled (143 by SIGTERM).
+    """
     parser = argparse.ArgumentParser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     models = (add_convert, add_info, add_models)

@@ -29,6 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_file_options(group: argparse._ArgumentGroup) -> None:
     """How OUT is written."""
     group.add_argument("--crf", type=int, default=14, help="quality of the written video: 0 is lossless, default 14")
+    group.add_argument(
+        "--sound", choices=("copy", "aac", "none"), default="copy", help="copy (default) it as it is, encode it as AAC"
+    )
     group.add_argument("--work", type=Path, metavar="DIR", help="folder for what is unfinished (default: beside OUT)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists")
     group.add_argument("--anew", action="store_true", help="don't go on with an unfinished run: start over")

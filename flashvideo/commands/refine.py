@@ -32,7 +32,7 @@ from .options import (
     encode_prompt,
     model_file,
 )
-from .terminal import CANCELLED, say
+from .terminal import CANCELLED, DAMAGED, REFUSED, say
 
 
 def add_refine(commands: argparse._SubParsersAction) -> None:
@@ -81,13 +81,17 @@ def refine(options: argparse.Namespace) -> int:
     networks = _networks(options)
     if options.strength is None and networks.dit.config == NANO_STAGE2:
         settings = replace(settings, strength=NANO_STRENGTH)
-    bars, failed = _Bars(), 0
+    return _refine_all(jobs, networks, settings, options)
+
+
+def _refine_all(jobs: list[_Job], networks: Networks, settings: RefineSettings, options: argparse.Namespace) -> int:
+    bars, failed, damaged = _Bars(), 0, 0
     several = options.source.is_dir()  # which more than one program may share
     for job in jobs:
         if _is_done(job.target, options):  # by another program, since the work began
             continue
         try:
-            _refine_job(job, networks, settings, options, bars)
+            damage = _refine_job(job, networks, settings, options, bars)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
             failed += not (several and isinstance(error, InUseError))
@@ -98,27 +102,33 @@ def refine(options: argparse.Namespace) -> int:
             return CANCELLED
         else:
             bars.close()
-            say(f"{job.target}: refined")
-    return 1 if failed else 0
+            damaged += bool(damage)
+            say(f"{job.target}: refined" + "".join(f"\n  {text}" for text in damage))
+    if failed:
+        return REFUSED
+    return DAMAGED if damaged else 0
 
 
 def _refine_job(
     job: _Job, networks: Networks, settings: RefineSettings, options: argparse.Namespace, bars: _Bars
-) -> None:
+) -> tuple[str, ...]:
+    """Returns what is damaged of the source."""
     from ..refiner.files import FileOptions, is_picture, refine_picture, refine_video
 
     if is_picture(job.source):
         refine_picture(networks, job.source, job.target, settings, force=options.force, on_progress=bars, note=_say)
-        return
+        return ()
     files = FileOptions(
         crf=options.crf,
+        sound=options.sound,
         force=options.force,
         work=_work(options, job),
         anew=options.anew,
         about=_about(options, networks),
         note=_say,
+        warn=lambda text: _say(f"{job.source.name}: {text}"),
     )
-    refine_video(networks, job.source, job.target, settings, files, bars)
+    return refine_video(networks, job.source, job.target, settings, files, bars)
 
 
 def _say(note: str) -> None:

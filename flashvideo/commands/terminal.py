@@ -6,7 +6,10 @@ import sys
 
 from tqdm import tqdm
 
-CANCELLED = 130  # exit code of a command stopped with Ctrl+C
+# Exit codes. 2 is argparse's.
+REFUSED = 1  # nothing was done, or not all of it
+DAMAGED = 3  # all was done that could be: the source is damaged
+CANCELLED = 130  # by Ctrl+C
 TERMINATED = 143
 
 

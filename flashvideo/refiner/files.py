@@ -21,10 +21,12 @@ from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
     CONTAINERS,
     CRF,
+    SOUNDS,
     VIDEO_ENDINGS,
     VideoFormat,
     check_container,
     encode_segment,
+    is_animated,
     open_clip,
     write_video,
 )
@@ -32,7 +34,7 @@ from .run import ENCODE, SEGMENT_CHUNKS, Networks, RefineRun, RefineSettings, re
 from .work_folder import WorkFolder, discard, is_result_of
 
 READ = "read"  # the phase before the others: the video is read to its end once
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
 FORMAT = 6  # of the work folder; a run of another format can't be resumed. 6: even sides, damaged sources
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
@@ -50,13 +52,14 @@ log = logging.getLogger(__name__)
 class FileOptions:
     """How a video file is written.
 
-    `crf`: quality, see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
+    `crf`, `sound`: see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
     (default: the result's name + .unfinished), `anew`: start over. `about` (JSON): what else the result depends on,
     such as the networks' files; a run with another one isn't resumed. `segment_chunks`: see `RefineRun`.
     `warn` gets what somebody should know before the work starts, `note` what was chosen for them (the strength).
     """
 
     crf: int = CRF
+    sound: str = SOUNDS[0]
     force: bool = False
     work: Path | None = None
     anew: bool = False
@@ -67,22 +70,28 @@ class FileOptions:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's name is that of a picture."""
-    return path.suffix.lower() in PICTURE_ENDINGS
+    """Whether a file's name is that of a picture, and it holds no more than one."""
+    return path.suffix.lower() in PICTURE_ENDINGS and not is_animated(path)
 
 
 def videos_in(folder: Path) -> list[Path]:
-    """The videos of a folder, by name; not its subfolders'."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in VIDEO_ENDINGS)
+    """The videos and animated pictures of a folder, by name; not its subfolders'."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and _is_video(path))
+
+
+def _is_video(path: Path) -> bool:
+    ending = path.suffix.lower()
+    return ending in VIDEO_ENDINGS or (ending in PICTURE_ENDINGS and is_animated(path))
 
 
 def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
     """Raise CommandError unless `source` is a file and `target` can be its refined form; `force` allows to replace."""
     if not source.is_file():
         raise CommandError(f"There is no file {source}.")
-    endings = PICTURE_ENDINGS if is_picture(source) else tuple(CONTAINERS)
+    picture = is_picture(source)
+    endings = PICTURE_ENDINGS if picture else tuple(CONTAINERS)
     if target.suffix.lower() not in endings:
-        kind = "picture" if is_picture(source) else "video"
+        kind = "picture" if picture else "video, or an animated picture"
         raise CommandError(f"{target.name} should end in {', '.join(endings)}: {source.name} is a {kind}.")
     check_target(target, force=force, source=source)
 
@@ -108,8 +117,10 @@ def refine_video(
     settings: RefineSettings,
     options: FileOptions | None = None,
     on_progress: PhaseProgress | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Refine a video file: the same frames at the same times with the same sound, in the wanted size.
+
+    What of a damaged file can be decoded is refined; returns sentences on the rest, none for a file without damage.
 
     What is finished is stored in a work folder until `target` is whole, and a call with the same arguments resumes
     there. Raises CommandError for what can't be done, InUseError where another program is doing it, and ValueError for
@@ -118,14 +129,15 @@ def refine_video(
     options, report = options or FileOptions(), on_progress or no_phase_progress
     if was_finished(target, options.work) and not options.force:
         options.note(f"{target} is complete: an earlier run was stopped only when it cleaned up.")
-        return
+        return ()
     check_paths(source, target, force=options.force)
     clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
     size = settings.size.resolve(clip.height, clip.width)
-    form = VideoFormat(clip, *size, options.crf)
-    if odd := odd_size_notice(size):
-        options.warn(odd)
-    check_container(target.suffix, form)
+    form = VideoFormat(clip, *size, options.crf, options.sound)
+    damage = (*clip.damage, *check_container(target.suffix, form, options.warn))
+    for text in (odd_size_notice(size), *clip.notes, *damage):
+        if text:
+            options.warn(text)
     with closing(_work_folder(source, target, size, settings, options)) as folder:
         if target.exists() and not options.force:
             folder.remove()
@@ -142,6 +154,7 @@ def refine_video(
             write_video(part, form, segments, CONTAINERS[target.suffix.lower()])
             folder.note_result(part)
         folder.remove()
+    return damage
 
 
 def _note_strength(settings: RefineSettings, size: PictureSize, note: Callable[[str], None]) -> None:
@@ -162,7 +175,13 @@ def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None
 def _work_folder(
     source: Path, target: Path, size: PictureSize, settings: RefineSettings, options: FileOptions
 ) -> WorkFolder:
-    facts = {"format": FORMAT, "file": file_identity(source), "crf": options.crf, "segment": options.segment_chunks}
+    facts = {
+        "format": FORMAT,
+        "file": file_identity(source),
+        "crf": options.crf,
+        "sound": options.sound,
+        "segment": options.segment_chunks,
+    }
     facts["pixels"] = str(size)
     path = options.work or work_folder_of(target)
     return WorkFolder(path, {**facts, **asdict(settings), **options.about}, ENCODE, anew=options.anew)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from flashvideo.atomic_files import in_use
 from flashvideo.checkpoints import CheckpointError
 from flashvideo.commands.refine import add_refine
-from flashvideo.commands.terminal import CANCELLED
+from flashvideo.commands.terminal import CANCELLED, DAMAGED, REFUSED
 from flashvideo.config import NANO_STRENGTH
 from flashvideo.errors import CommandError
 from flashvideo.nano import nano_state
@@ -297,3 +297,21 @@ def test_the_strength_suits_the_model_unless_it_is_given(
     for options in ((), same, other, (*same, "--strength", "auto"), ("--strength", "500")):
         assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
     assert strengths == [NANO_STRENGTH, NANO_STRENGTH, None, None, 500]
+
+
+def test_a_damaged_video_is_refined_as_far_as_it_goes_and_the_exit_code_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    media = Path(__file__).resolve().parents[1] / "data" / "media"
+    assert refine(media / "truncated.mp4", tmp_path / "out.mp4", *FAST) == DAMAGED
+    assert "53 of 100 frames can't be decoded" in capsys.readouterr().out
+    assert shape_of(tmp_path / "out.mp4")[0] == 47
+
+
+def test_sound_can_be_encoded_anew_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(__file__).resolve().parents[1] / "data" / "media" / "v.wmv"
+    assert refine(source, tmp_path / "out.mkv", *FAST) == REFUSED
+    assert "--sound aac encodes it anew" in capsys.readouterr().err
+    assert refine(source, tmp_path / "out.mkv", *FAST, "--sound", "aac") == 0
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert [track.codec_context.name for track in container.streams] == ["h264", "aac"]

@@ -25,7 +25,7 @@ from flashvideo.refiner import Networks, RefineSettings, refine_frames
 from flashvideo.refiner.files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
 from flashvideo.refiner.work_folder import WorkFolder
 from flashvideo.vae import VideoVAE
-from flashvideo.video_files import open_clip
+from flashvideo.video_files import UPRIGHT, open_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = RefineSettings(TargetSize("keep"), window=17, overlap=8, steps=2)
@@ -167,7 +167,7 @@ def test_a_turned_video_comes_out_upright(tiny: Networks, tmp_path: Path) -> Non
     assert (clip.height, clip.width) == (48, 32)
     assert torch.equal(next(clip.frames()), straight.rot90(-1))
     refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS)
-    assert open_clip(tmp_path / "out.mp4").turns == 0
+    assert open_clip(tmp_path / "out.mp4").orientation == UPRIGHT
     assert read(tmp_path / "out.mp4").frames[0].shape == (48, 32, 3)
 
 

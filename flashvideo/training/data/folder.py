@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...video_files import colour_matrix, open_container, quarter_turns, upright_pixels
+from ...video_files import colour_matrix, open_container, orientation_of, picture_track, upright_pixels
 from ..errors import TrainingError
 from ..scenes.rendering import FRAME_RATE
 
@@ -185,7 +185,7 @@ def read_clip(
     """
     try:
         with open_container(path) as container:
-            if not container.streams.video:
+            if picture_track(container) is None:
                 raise UnusableVideo("it holds no pictures")
             return _cut(container, frames, rate, when, fit)
     except (av.FFmpegError, OSError) as problem:
@@ -195,7 +195,7 @@ def read_clip(
 def _cut(
     container: av.container.InputContainer, frames: int, rate: float, when: float, fit: Callable[[np.ndarray], Any]
 ) -> list[Any]:
-    stream = container.streams.video[0]
+    stream = picture_track(container)
     stream.thread_type = "AUTO"
     frame_time = 1 / float(stream.average_rate or rate)
     needed = (frames - 1) / rate + frame_time
@@ -225,13 +225,13 @@ def _decode(
     fit: Callable[[np.ndarray], Any],
 ) -> list[Any]:
     """Up to `count` frames from `start` seconds on, each as `fit` makes it, as far as there are any."""
-    stream = container.streams.video[0]
+    stream = picture_track(container)
     origin = float((stream.start_time or 0) * Fraction(stream.time_base))
     kept: list[Any] = []
     sizes: set[tuple[int, ...]] = set()
 
     def keep(frame: av.VideoFrame) -> None:
-        pixels = upright_pixels(frame, colour_matrix(frame), quarter_turns(frame))
+        pixels = upright_pixels(frame, colour_matrix(frame), orientation_of(frame))
         sizes.add(pixels.shape)
         if len(sizes) > 1:
             raise UnusablePart("its pictures change their size")

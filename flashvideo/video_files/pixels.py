@@ -1,0 +1,88 @@
+"""Decoded frames as they are meant to be seen: upright, by their own colour matrix, on black where transparent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+BT709, BT601 = 1, 5  # FFmpeg's numbers of the colour matrices
+_MATRICES = {1: BT709, 5: BT601, 6: BT601, 7: 7, 9: 9}  # by a stream's tag; what swscale knows
+LIMITED, FULL = 1, 2  # FFmpeg's numbers of the ranges that brightness is stored in
+_HD_ROWS = 720  # from here on, untagged video is taken as BT.709
+# swscale's numbers: bilinear, colour for every pixel, rounding. Without the last two each channel loses 1.3 of 255.
+EXACT = 0x2 | 0x2000 | 0x40000
+_CHANNELS = 4  # of a transparent picture
+_OPAQUE = 255
+
+
+class Orientation(NamedTuple):
+    """How stored pictures are turned to be upright: first transposed, then their rows or columns reversed."""
+
+    transposed: bool = False
+    rows_reversed: bool = False
+    columns_reversed: bool = False
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """Turn a picture [H, W, C]."""
+        pixels = pixels.swapaxes(0, 1) if self.transposed else pixels
+        pixels = pixels[::-1] if self.rows_reversed else pixels
+        return np.ascontiguousarray(pixels[:, ::-1] if self.columns_reversed else pixels)
+
+
+UPRIGHT = Orientation()
+
+
+def orientation_of(frame: av.VideoFrame) -> Orientation:
+    """The orientation that a file's display matrix asks for: telephones store lying or mirrored pictures.
+
+    The matrix maps (x, y) to (a x + c y, b x + d y), see FFmpeg's libavutil/display.h; angles between quarter turns
+    are taken as the nearest one.
+    """
+    try:
+        matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), "<i4").reshape(3, 3)
+    except KeyError:
+        return UPRIGHT
+    (a, b), (c, d) = matrix[:2, :2].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return Orientation(False, d < 0, a < 0)
+    return Orientation(True, b < 0, c < 0)
+
+
+def colour_matrix(frame: av.VideoFrame) -> int:
+    """FFmpeg's number of the matrix that a frame's colours were made with, a guess where the file doesn't say."""
+    return _MATRICES.get(int(frame.colorspace), BT709 if frame.height >= _HD_ROWS else BT601)
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether something of a frame is transparent."""
+    if not _has_alpha(frame):
+        return False
+    return bool(frame.reformat(format="rgba").to_ndarray()[..., 3].min() < _OPAQUE)
+
+
+def _has_alpha(frame: av.VideoFrame) -> bool:
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def upright_pixels(frame: av.VideoFrame, matrix: int, orientation: Orientation = UPRIGHT) -> np.ndarray:
+    """A frame as it is meant to be seen, uint8 [H, W, 3]: by its colour matrix, upright, on black."""
+    # PyAV takes BT.601 and limited range for granted unless the two are named and differ.
+    frame = frame.reformat(
+        format="rgba" if _has_alpha(frame) else "rgb24",
+        src_colorspace=matrix,
+        dst_colorspace=BT601,
+        src_color_range=FULL if int(frame.color_range) == FULL else LIMITED,
+        dst_color_range=LIMITED,
+        interpolation=EXACT,
+    )
+    return orientation.apply(on_black(frame.to_ndarray()))
+
+
+def on_black(pixels: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, 3 or 4] without its alpha channel: what is hidden becomes black, not visible."""
+    if pixels.shape[2] < _CHANNELS:
+        return pixels
+    colours, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:]
+    return ((colours * alpha + 127) // 255).astype(np.uint8)

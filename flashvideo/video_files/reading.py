@@ -1,0 +1,351 @@
+"""Video files and animated pictures, read frame by frame: as much of them as can be decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageSequence, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import CommandError
+from .opening import is_cut_off, is_encrypted, opened, picture_track
+from .pixels import BT709, UPRIGHT, Orientation, colour_matrix, is_transparent, on_black, orientation_of, upright_pixels
+from .times import Clock, in_order, missing_frames
+
+_FALLBACK_RATE = Fraction(8)  # frames a second: what the model makes
+_UNSPECIFIED = 2  # as a colour tag
+_HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer curves
+_ANIMATIONS = {"WEBP", "AVIF", "TIFF"}  # of what Pillow reads; FFmpeg reads GIF and APNG
+_MILLISECOND = Fraction(1, 1000)  # Pillow's unit of durations
+_EIGHT_BITS = 8
+_SILENCE = Fraction(1, 20)  # seconds: from there on packets of sound are missing
+
+_OPAQUE = "Its transparency gets lost: the result stands on black."
+
+
+@dataclass(frozen=True)
+class VideoClip:
+    """A video file whose frames can be read more than once.
+
+    `times` are the frames' timestamps in units of `time_base` seconds, after `start`, the seconds at which the clocks
+    of the tracks begin where that is later than 0; `last` is how long the last frame is shown (0: as long as `rate`
+    says). `height` and `width` are those of the upright pictures. `notes` are sentences on what gets lost because
+    refined files hold none of it, `damage` on what of the file can't be decoded.
+    """
+
+    path: Path
+    height: int
+    width: int
+    rate: Fraction
+    time_base: Fraction
+    times: tuple[int, ...]
+    matrix: int
+    orientation: Orientation = UPRIGHT
+    pixel_aspect: Fraction | None = None
+    tags: tuple[int, int] = (_UNSPECIFIED, _UNSPECIFIED)  # colour primaries and transfer
+    start: Fraction = Fraction(0)
+    last: int = 0
+    notes: tuple[str, ...] = ()
+    damage: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many frames there are."""
+        return len(self.times)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """When each frame makes way for the next one."""
+        step = max(1, round(1 / (self.rate * self.time_base)))
+        return (*self.times[1:], self.times[-1] + (self.last or step))
+
+    def source(self) -> AbstractContextManager[av.container.InputContainer | None]:
+        """The file, for its other tracks."""
+        return opened(self.path)
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from number `start` on, [height, width, 3] uint8."""
+        with opened(self.path, steady=bool(self.damage)) as container:
+            pictures = (item for item in decoded(container) if isinstance(item, av.VideoFrame))
+            for index, frame in enumerate(pictures):
+                if index >= start:
+                    yield torch.from_numpy(upright_pixels(frame, self.matrix, self.orientation))
+
+
+@dataclass(frozen=True)
+class AnimatedPicture(VideoClip):
+    """An animated WebP or AVIF or the pages of a TIFF."""
+
+    def source(self) -> AbstractContextManager[None]:
+        """There are no other tracks."""
+        return nullcontext()
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from number `start` on, [height, width, 3] uint8."""
+        with Image.open(self.path) as image:
+            for index in range(start, self.count):
+                image.seek(index)
+                yield torch.from_numpy(on_black(np.array(image.convert("RGBA"))))
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A packet that can't be decoded, and its time in ticks, if it has one."""
+
+    time: int | None
+
+
+def decoded(container: av.container.InputContainer) -> Iterator[av.VideoFrame | Damaged]:
+    """The frames of a video that can be decoded, in the order in which they are shown, and what can't be."""
+    for packet in _packets(container, picture_track(container)):
+        yield from _decoded(packet)
+
+
+def _decoded(packet: av.Packet | Damaged) -> Iterator[av.VideoFrame | Damaged]:
+    if isinstance(packet, Damaged):
+        yield packet
+        return
+    try:
+        yield from packet.decode()
+    except av.FFmpegError:
+        yield Damaged(packet.pts if packet.pts is not None else packet.dts)
+
+
+def _packets(container: av.container.InputContainer, *tracks: av.stream.Stream) -> Iterator[av.Packet | Damaged]:
+    """The packets as far as the container can be read."""
+    packets = container.demux(*tracks)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            yield Damaged(None)
+            return
+        yield packet
+
+
+@dataclass
+class _Survey:
+    """What one reading of a whole video tells."""
+
+    times: list[int | None] = field(default_factory=list)
+    first: av.VideoFrame | None = None
+    last: int = 0
+    damaged: list[int | None] = field(default_factory=list)  # times of what can't be decoded
+    packets: int = 0
+    marked: int = 0  # packets and frames that FFmpeg marked as damaged
+    unseen: int = 0  # packets that are not to be shown
+    decoding_times: list[int] = field(default_factory=list)
+    delays: set[int] = field(default_factory=set)  # from decoding to showing: several where the file knows both
+    transparent: bool = False  # whether something is
+    sounds: dict[int, Fraction] = field(default_factory=dict)  # when a track's next packet is due, in seconds
+    silences: list[tuple[Fraction, Fraction]] = field(default_factory=list)  # where packets of sound are missing
+
+    def packet(self, packet: av.Packet) -> None:
+        if packet.dts is None or not packet.size:
+            return
+        begin, length = (time * Fraction(packet.time_base) for time in (packet.dts, packet.duration or 0))
+        if packet.stream.type == "audio" and length:
+            due = self.sounds.get(packet.stream.index, begin)
+            if begin - due > max(2 * length, _SILENCE):
+                self.silences.append((due, begin))
+            self.sounds[packet.stream.index] = begin + length
+
+    def picture_packet(self, packet: av.Packet) -> None:
+        if not packet.size:
+            return
+        self.packets += 1
+        # A recording that begins in the middle of a stream has a damaged first packet by nature.
+        self.marked += bool(packet.is_corrupt) and self.packets > 1
+        self.unseen += bool(packet.is_discard)
+        if packet.dts is not None:
+            self.decoding_times.append(packet.dts)
+            if packet.pts is not None:
+                self.delays.add(packet.pts - packet.dts)
+
+    def frame(self, frame: av.VideoFrame, path: Path) -> None:
+        self.first = self.first or frame
+        if (frame.height, frame.width) != (self.first.height, self.first.width):
+            raise CommandError(f"{path}: the pictures change their size at frame {len(self.times)}.")
+        self.times.append(frame.pts)
+        self.last = frame.duration or 0
+        self.marked += bool(frame.is_corrupt)
+        self.transparent = self.transparent or is_transparent(frame)
+
+
+def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None) -> VideoClip:
+    """Read a video or an animated picture to its end: only that shows how many frames can be decoded.
+
+    `on_frame(done, expected)` runs after each; expected is 0 where the file doesn't say. Raises CommandError.
+    """
+    if is_animated(path) and _pillow_kind(path) in _ANIMATIONS:
+        return _open_animation(path, on_frame)
+    clip = _survey(path, on_frame, steady=False)
+    # Counted as the frames will be read.
+    return _survey(path, on_frame, steady=True) if clip.damage else clip
+
+
+def _survey(path: Path, on_frame: Callable[[int, int], None], *, steady: bool) -> VideoClip:
+    with opened(path, steady=steady) as container:
+        track, survey = picture_track(container), _Survey()
+        sounds = [each for each in container.streams.audio if each.codec_context is not None]
+        for packet in _packets(container, track, *sounds):
+            if isinstance(packet, Damaged):
+                survey.damaged.append(None)
+                continue
+            survey.packet(packet)
+            if packet.stream.index != track.index:
+                continue
+            survey.picture_packet(packet)
+            for item in _decoded(packet):
+                if isinstance(item, Damaged):
+                    survey.damaged.append(item.time)
+                else:
+                    survey.frame(item, path)
+                    on_frame(len(survey.times), track.frames)
+        if survey.first is None:
+            why = "it is encrypted" if is_encrypted(path) else "none of its pictures can be decoded"
+            raise CommandError(f"{path} can't be read as a video: {why}.")
+        return _clip(path, container, track, survey, [track, *sounds])
+
+
+def _clip(
+    path: Path,
+    container: av.container.InputContainer,
+    track: av.VideoStream,
+    survey: _Survey,
+    tracks: list[av.stream.Stream],
+) -> VideoClip:
+    first, context = survey.first, track.codec_context
+    # PyAV from 19 on has rationals of its own, which lack most of a Fraction's arithmetic.
+    time_base = Fraction(track.time_base)
+    rate = Fraction(track.average_rate or track.guessed_rate or _FALLBACK_RATE)
+    begins = [each.start_time * Fraction(each.time_base) for each in tracks if each.start_time is not None]
+    start = max(Fraction(0), min(begins, default=Fraction(0)))
+    shown = in_order(survey.times)
+    if shown != survey.times and survey.decoding_times and len(survey.delays) <= 1:
+        # Such times are those of decoding, and the first frame is shown when the first packet is due.
+        early = min(time for time in shown if time is not None) - min(survey.decoding_times)
+        shown = [None if time is None else time - early for time in shown]
+    clock, step = Clock(time_base, start), round(1 / (rate * time_base))
+    times = tuple(clock(time, step) for time in shown)
+    orientation = orientation_of(first)
+    size = (first.height, first.width)
+    aspect = Fraction(track.sample_aspect_ratio or 0) or None
+    return VideoClip(
+        path=path,
+        height=size[orientation.transposed],
+        width=size[not orientation.transposed],
+        rate=rate,
+        time_base=time_base,
+        times=times,
+        matrix=colour_matrix(first),
+        orientation=orientation,
+        pixel_aspect=1 / aspect if aspect and orientation.transposed else aspect,
+        tags=(int(context.color_primaries), int(context.color_trc)),
+        start=start,
+        last=survey.last if survey.last != step else 0,
+        notes=tuple(_losses(survey, track)),
+        damage=tuple(_damage(path, container, track, survey, times, time_base)),
+    )
+
+
+def _losses(survey: _Survey, track: av.VideoStream) -> Iterator[str]:
+    """What refined pictures don't keep."""
+    frame = survey.first
+    if survey.transparent:
+        yield _OPAQUE
+    if frame.interlaced_frame:
+        yield "It is interlaced and is refined as it is, with its comb lines: deinterlace it first for a better result."
+    bits = max(component.bits for component in frame.format.components)
+    curve = _HDR.get(int(track.codec_context.color_trc))
+    if curve:
+        yield f"It is HDR ({curve}, {bits} bits): the result has {_EIGHT_BITS} bits and no mastering data."
+    elif bits > _EIGHT_BITS:
+        yield f"Its {bits} bits a colour become {_EIGHT_BITS}."
+
+
+def _damage(
+    path: Path,
+    container: av.container.InputContainer,
+    track: av.VideoStream,
+    survey: _Survey,
+    times: tuple[int, ...],
+    time_base: Fraction,
+) -> Iterator[str]:
+    """What of the pictures can't be decoded, and where; empty without evidence of damage."""
+    gaps, known = missing_frames(times), container.format.name
+    short = "matroska" in known and is_cut_off(path)
+    unread = track.frames - survey.packets if "mov" in known and track.frames else 0
+    if not (survey.damaged or survey.marked or short or unread > 0 or _both_missing(survey, times, gaps, time_base)):
+        return
+    lost = sum(count for _, count in gaps)
+    if track.frames and "mov" in known:
+        lost = max(0, track.frames - survey.unseen - len(times))
+    lost = max(lost, len(survey.damaged))
+    places = [f"{float(times[index] * time_base):.1f} s" for index, _ in gaps[:3] if index < len(times) - 1]
+    if unread > 0 or short:
+        places.append(f"from {float(times[-1] * time_base):.1f} s on")
+    what = f"{lost} of {lost + len(times)} frames can't be decoded" if lost else "some frames are damaged"
+    where = f" ({', '.join(places)})" if places else ""
+    yield f"{what}{where}; the others are refined at their own times."
+
+
+def _both_missing(survey: _Survey, times: tuple[int, ...], gaps: list[tuple[int, int]], time_base: Fraction) -> bool:
+    """Whether pictures and sound are missing at one place: a gap of one alone may be as it was recorded."""
+    begin = survey.first.pts or 0
+    for index, _ in gaps:
+        before, after = ((times[place] - times[0] + begin) * time_base for place in (index - 1, index))
+        if any(start < after and before < end for start, end in survey.silences):
+            return True
+    return False
+
+
+def is_animated(path: Path) -> bool:
+    """Whether a picture file holds several pictures."""
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a photo and its previews
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError):
+        return False
+
+
+def _pillow_kind(path: Path) -> str | None:
+    with Image.open(path) as image:
+        return image.format
+
+
+def _open_animation(path: Path, on_frame: Callable[[int, int], None]) -> AnimatedPicture:
+    times, transparent, end = [], False, Fraction(0)
+    try:
+        with Image.open(path) as image:
+            size, count = image.size, image.n_frames
+            for page in ImageSequence.Iterator(image):
+                page.load()
+                if page.size != size:
+                    raise CommandError(f"{path}: the pictures change their size at frame {len(times)}.")
+                transparent = transparent or page.mode in ("RGBA", "LA", "PA") or "transparency" in page.info
+                times.append(round(end / _MILLISECOND))
+                end += Fraction(page.info.get("duration") or 1000 / _FALLBACK_RATE) * _MILLISECOND
+                on_frame(len(times), count)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise CommandError(f"{path} can't be read as an animated picture: {error}.") from error
+    return AnimatedPicture(
+        path=path,
+        height=size[1],
+        width=size[0],
+        rate=(len(times) / end).limit_denominator(1001),
+        time_base=_MILLISECOND,
+        times=tuple(times),
+        matrix=BT709,
+        last=round(end / _MILLISECOND) - times[-1],
+        notes=(_OPAQUE,) if transparent else (),
+    )
