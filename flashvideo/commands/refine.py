@@ -98,7 +98,7 @@ def _refine_all(jobs: list[_Job], networks: Networks, settings: RefineSettings, 
             sys.stderr.write(f"{job.source.name}: {_reason(error)}\n")
         except KeyboardInterrupt:
             bars.close()
-            sys.stderr.write("\nCancelled. The same command goes on with it.\n")
+            sys.stderr.write("\nCancelled. The same command resumes the run.\n")
             return CANCELLED
         else:
             bars.close()
@@ -141,7 +141,7 @@ def _reason(error: Exception) -> str:
         return error.with_hint
     if is_out_of_memory(error):
         return (
-            "out of memory. The same command goes on with it. With a smaller --window, --tile or --vae-memory it needs "
+            "out of memory. The same command resumes the run. With a smaller --window, --tile or --vae-memory it needs "
             "less; these are other settings, so add --anew."
         )
     if isinstance(error, RuntimeError | MemoryError):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from flashvideo import atomic_files
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
 from flashvideo.frames import to_bytes, to_frames
 from flashvideo.nano import nano_state
-from flashvideo.refiner import files as refine_files
 from flashvideo.samplers import sample_stage1
 from flashvideo.t5 import T5Tokens, contexts, load_encoder
 
@@ -99,7 +99,7 @@ def test_a_draft_that_ends_early_leaves_no_file(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(refine_files.os, "fsync", fail)
+    monkeypatch.setattr(atomic_files.os, "fsync", fail)
     assert generate() == 130
     assert not list(tmp_path.glob("out*"))
 

@@ -109,6 +109,7 @@ def test_two_programs_share_a_folder_of_videos(tmp_path: Path, capsys: pytest.Ca
         make_clip(source / name)
     theirs = target / f"a.mp4{WORK_ENDING}"
     theirs.mkdir(parents=True)
+    (theirs / work_folder.MARKER).write_text("a work folder")
     (theirs / "part").write_text("theirs")
     done = target / "c.mp4"
 
@@ -171,7 +172,7 @@ def test_too_little_memory_for_one_video_is_told_and_the_next_is_done(tmp_path: 
     command = [sys.executable, "-c", limited, "refine", source, tmp_path / "out", *FAST]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "a.mp4: out of memory. The same command goes on with it." in done.stderr
+    assert "a.mp4: out of memory. The same command resumes the run." in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out" / "b.mp4").is_file()
 
@@ -194,7 +195,7 @@ def test_a_disk_that_fills_up_on_the_way_is_told(
     assert refine(clip, tmp_path / "out.mp4", *FAST) == 1
     told = capsys.readouterr().err
     assert "can't be written" in told
-    assert "The same command goes on with it." in told
+    assert "The same command resumes the run." in told
     monkeypatch.undo()
     assert refine(clip, tmp_path / "out.mp4", *FAST) == 0
 
@@ -242,7 +243,7 @@ def test_cancelling_says_how_to_go_on(
 
     monkeypatch.setattr(refine_files, "encode_segment", cancelled)
     assert refine(clip, tmp_path / "out.mp4", *FAST) == CANCELLED
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
     assert not (tmp_path / "out.mp4").exists()
     monkeypatch.setattr(refine_files, "encode_segment", encode)
     assert refine(clip, tmp_path / "out.mp4", *FAST) == 0
@@ -284,7 +285,7 @@ def test_the_strength_suits_the_model_unless_it_is_given(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strengths = []
-    monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: strengths.append(arguments[3].strength))
+    monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: strengths.append(arguments[3].strength) or ())
     nano = nano_state("stage2")
     shallow = {name: tensor for name, tensor in nano.items() if "blocks.3." not in name}
     save_file(nano, tmp_path / "nano.safetensors")
