@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ...config import latent_shape
 from ...planner.flops import Flops, decode_flops, dit_flops
-from ...planner.plan import Setting, latent_shape, make_plan
+from ...planner.plan import Setting, make_plan
 
 DRAFT_STEPS, REFINER_STEPS, CASCADE_STEPS = 50, 4, 30
 CONTEXTS = 2

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...config import TEMPORAL_FACTOR
-from ...refiner.windows import OVERLAP, WINDOW
+from ...refiner.windows import OVERLAP_FRAMES, WINDOW
 from ...vae import DECODE_CHUNK
 
 CHUNK_PERIOD = DECODE_CHUNK * TEMPORAL_FACTOR  # frames
-WINDOW_PERIOD = WINDOW - OVERLAP
+WINDOW_PERIOD = WINDOW - OVERLAP_FRAMES
 HARMONICS = (1, 2)
 
 
