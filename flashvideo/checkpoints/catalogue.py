@@ -161,30 +161,44 @@ def find_files(folders: dict[str, list[Path]]) -> list[FoundFile]:
 
 
 def _weight_files(folders: dict[str, list[Path]]) -> Iterator[Path]:
-    seen: set[Path] = set()
-    for kind in PLACES:
-        for folder in folders[kind]:
-            for place, _, names in os.walk(folder, followlinks=True):
-                for path in (Path(place) / name for name in sorted(names) if name.lower().endswith(SUFFIXES)):
-                    if path.resolve() not in seen:
-                        seen.add(path.resolve())
-                        yield path
+    seen: set[str] = set()  # real paths of files and folders: links may lead in circles
+    for folder in dict.fromkeys(folder for kind in PLACES for folder in folders[kind]):
+        for place, below, names in os.walk(folder, followlinks=True):
+            below[:] = [name for name in sorted(below) if _is_new(Path(place) / name, seen)]
+            paths = (Path(place) / name for name in sorted(names) if name.lower().endswith(SUFFIXES))
+            yield from (path for path in paths if _is_new(path, seen))
+
+
+def _is_new(path: Path, seen: set[str]) -> bool:
+    real = os.path.realpath(path)  # unlike Path.resolve, it raises nothing for a circle
+    new = real not in seen
+    seen.add(real)
+    return new
 
 
 def look_into(path: Path) -> FoundFile | None:
     """What a file is to FlashVideo, by its contents; None if it is another model's."""
     by_name = _KNOWN_NAMES.get(path.name)
-    if by_name is None and not _can_be_mapped(path):
-        return None
+    if not path.is_file():  # a pipe would be waited for
+        return None if by_name is None else FoundFile(path, by_name, "", trouble=_not_a_file(path))
     try:
+        if by_name is None and not _can_be_mapped(path):
+            return None
         weights = open_weights(path)
         if _is_t5_xxl(weights):
             return FoundFile(path, ROLES[3], f"T5-XXL ({weights.container})")
         checkpoint = open_checkpoint(path)
-    except CheckpointError as error:
-        return None if by_name is None else FoundFile(path, by_name, "", trouble=str(error))
+    except (CheckpointError, OSError) as error:
+        reason = f"it can't be read: {error.strerror}." if isinstance(error, OSError) else str(error)
+        return None if by_name is None else FoundFile(path, by_name, "", trouble=reason)
     role = _STAGE_ROLES[checkpoint.stage]
     return FoundFile(path, role, describe(checkpoint), source_sha256=weights.metadata.get(SOURCE_SHA256))
+
+
+def _not_a_file(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {path.readlink()}, which isn't there."
+    return "it is a folder, a pipe, a socket or a device, not a file."
 
 
 def _can_be_mapped(path: Path) -> bool:

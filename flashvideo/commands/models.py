@@ -23,8 +23,8 @@ from ..checkpoints.catalogue import (
 )
 from ..checkpoints.hub import Published, ask, discard_partial, download
 from ..errors import CommandError
+from .terminal import CANCELLED
 
-STOPPED = 130  # exit code of a command stopped with Ctrl+C
 _COMMAND = "python -m flashvideo models"
 
 
@@ -64,7 +64,7 @@ def _list(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
         files = [file for file in found if file.role is role]
         for file in files:
             state = "found  " if file.trouble is None else "BROKEN "
-            _say(f"  {state}  {file.path} ({file_size(file.path.stat().st_size)})")
+            _say(f"  {state}  {file.path} ({_size(file.path)})")
             _say(f"           {file.trouble or file.description}")
         if not any(file.trouble is None for file in files):
             for line in _how_to_get(role, folders[role.folder][0]):
@@ -135,7 +135,7 @@ def _download(options: argparse.Namespace, folders: dict[str, list[Path]]) -> in
             _fetch(file, published[file.name], folders[role.folder])
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. What has arrived is kept; the same command goes on from there.\n")
-        return STOPPED
+        return CANCELLED
     return 0
 
 
@@ -175,6 +175,10 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def _roles(names: Sequence[str]) -> list[Role]:
     """The roles of the named files, or all."""
     return [role for role in ROLES if not names or any(file.name in names for file in role.files)]
+
+
+def _size(path: Path) -> str:
+    return file_size(path.stat().st_size) if path.is_file() else "no file"
 
 
 def _say(line: str) -> None:

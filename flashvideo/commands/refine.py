@@ -170,7 +170,8 @@ def _settings(options: argparse.Namespace) -> RefineSettings:
 
 
 def _size(options: argparse.Namespace) -> TargetSize:
-    wanted = [name for name in ("short_side", "scale", "exact", "keep_size") if getattr(options, name)]
+    names = ("short_side", "scale", "exact", "keep_size")
+    wanted = [name for name in names if getattr(options, name) not in (None, False)]
     if len(wanted) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted)
         raise CommandError(f"{names} are two sizes: give one of them.")
@@ -179,11 +180,11 @@ def _size(options: argparse.Namespace) -> TargetSize:
         if len(sides) != 2 or not all(side.isdigit() for side in sides):
             raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {options.exact}.")
         return TargetSize("exact", width=int(sides[0]), height=int(sides[1]))
-    if options.scale:
+    if options.scale is not None:
         return TargetSize("scale", scale=options.scale)
     if options.keep_size:
         return TargetSize("keep")
-    return TargetSize("short side", short_side=options.short_side) if options.short_side else TargetSize()
+    return TargetSize("short side", short_side=options.short_side) if options.short_side is not None else TargetSize()
 
 
 def _jobs(options: argparse.Namespace) -> list[_Job]:
