@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...video_files import VIDEO_ENDINGS as _VIDEO_FILES
-from ...video_files import colour_matrix, quarter_turns, upright_pixels
+from ...video_files import colour_matrix, open_container, orientation_of, upright_pixels
 from ..errors import TrainingError
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -131,7 +131,7 @@ def _decode_video(path: Path, longest: int, fit: Fit) -> Decoded:
     frames: list[np.ndarray] = []
     rate = _FALLBACK_RATE
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_container(path) as container:
             if not container.streams.video:
                 raise UndecodableError("it holds no pictures")
             rate = float(container.streams.video[0].average_rate or rate)
@@ -156,14 +156,14 @@ def _middle(container: av.container.InputContainer, rate: float, longest: int) -
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     skipped = max(0.0, (_length(container, stream) - longest / rate) / 2)  # seconds
-    origin = float((stream.start_time or 0) * stream.time_base)
+    origin = float((stream.start_time or 0) * Fraction(stream.time_base))
     if skipped:
-        container.seek(int((origin + skipped) / stream.time_base), stream=stream)
+        container.seek(int((origin + skipped) / Fraction(stream.time_base)), stream=stream)
     count = 0
     for frame in container.decode(stream):
         if skipped and (frame.time or 0.0) - origin < skipped:
             continue
-        yield upright_pixels(frame, colour_matrix(frame), quarter_turns(frame))
+        yield upright_pixels(frame, colour_matrix(frame), orientation_of(frame))
         count += 1
         if count == longest:
             return
@@ -172,5 +172,5 @@ def _middle(container: av.container.InputContainer, rate: float, longest: int) -
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Seconds, as far as the file says; else 0."""
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * Fraction(stream.time_base))
     return float(Fraction(container.duration, av.time_base)) if container.duration else 0.0
