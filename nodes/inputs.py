@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 _LOADED = "_name"  # ends the inputs that name a file: the loaders check those themselves, and say what to put where
-_OTHERS_WORD = {"CLIP", "VAE"}  # the nodes say more about these than that they are empty
+_NODES_WORD = {"CLIP", "VAE"}  # the nodes say more about these than that they are empty
 Execute = Callable[..., io.NodeOutput]
 
 
@@ -47,7 +47,9 @@ def checked(execute: Execute) -> Execute:
 
 def _checked_value(port: Any, value: Any) -> Any:
     kind = port.io_type
-    if kind in _OTHERS_WORD or (value is None and port.optional):
+    if value is None and port.optional:
+        return getattr(port, "default", None)
+    if value is None and kind in _NODES_WORD:
         return value
     if value is None:
         raise ValueError(f"{port.id} is empty: the node that it is connected to gave nothing")
@@ -86,6 +88,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "LATENT": ("a LATENT", lambda value: isinstance(value, dict) and "samples" in value),
     "MODEL": ("a MODEL", lambda value: isinstance(value, comfy.model_patcher.ModelPatcher)),
     "CONDITIONING": ("a CONDITIONING, from FlashVideo Prompt", _is_conditioning),
+    "CLIP": ("a CLIP", lambda value: hasattr(value, "tokenize")),
     "STRING": ("a text", lambda value: isinstance(value, str)),
     "BOOLEAN": ("on or off", lambda value: isinstance(value, bool | int)),
 }

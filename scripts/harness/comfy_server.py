@@ -22,6 +22,13 @@ _START_PATIENCE_SECONDS = 240  # since the log's last line
 _STOP_PATIENCE_SECONDS = 10
 _PORT_TRIES = 3
 _PORT_TAKEN = ("address already in use", "Only one usage of each socket address")
+# On a CPU glibc gives large tensors back to the system when they are freed, and asks for new pages for the next one:
+# a fifth of the time of a VAE's decoding (docs/performance.md). With these it keeps them; other systems ignore them.
+_KEEP_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 _FOLDERS = ("custom_nodes", "input", "output", "temp", "models", "user/default")
 
 
@@ -112,10 +119,13 @@ class ComfyServer:
     def _start(self, last_try: bool) -> bool:
         """Start and wait until the server answers. False if another program took the port in between."""
         port = _free_port()
+        environment = self.bed.environment()
+        if "--cpu" in self._device_options:
+            environment = {**_KEEP_PAGES, **environment}
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(port), cwd=self.bed.comfyui, env=self.bed.environment(),
+                self._command(port), cwd=self.bed.comfyui, env=environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         written, since = 0, time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +26,12 @@ def sound(model: Any, text: dict[str, list]) -> Callable[[Any], dict[str, Any]]:
     """Arguments of a schema that pass every check, with stand-ins for what only runs look at."""
     wires = {
         **{"IMAGE": torch.zeros(1, 16, 16, 3), "LATENT": {"samples": torch.zeros(1, 16, 1, 2, 2)}, "MODEL": model},
-        **{"CONDITIONING": text["positive"], "VAE": object(), "CLIP": object(), "VIDEO": object()},
+        **{
+            "CONDITIONING": text["positive"],
+            "VAE": object(),
+            "CLIP": SimpleNamespace(tokenize=None),
+            "VIDEO": object(),
+        },
     }
 
     def arguments(schema: Any) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def wrong_values(port: Any) -> Iterator[tuple[Any, str]]:
     elif port.io_type == "COMBO" and not name.endswith("_name"):
         for value in ("the best", "", 7):
             yield value, f"{name} must be one of {port.options[0]}"
-    elif port.io_type in ("IMAGE", "LATENT", "MODEL", "CONDITIONING"):
+    elif port.io_type in ("IMAGE", "LATENT", "MODEL", "CONDITIONING", "CLIP"):
         for value in ("a word", 3, {"sample": 1}):
             yield value, f"{name} must be"
     if not port.optional and port.io_type not in ("VAE", "CLIP"):
@@ -83,6 +88,12 @@ def test_choices_that_comfyui_doesnt_check_are_checked(comfy_nodes: dict[str, An
         comfy_nodes["FlashVideoVAELoader"].execute("FlashVideo-Nano (built-in)", "3 GB")
     with pytest.raises(ValueError, match=r"^FlashVideo Fast Attention: attention must be one of exact, wide view, "):
         comfy_nodes["FlashVideoFastAttention"].execute(model, "broad view")
+
+
+def test_an_optional_input_that_gets_nothing_has_its_default(comfy_nodes: dict[str, Any]) -> None:
+    load = comfy_nodes["FlashVideoVAELoader"].execute
+    default, nothing = (load("FlashVideo-Nano (built-in)", *budget).result[0] for budget in ((), (None,)))
+    assert nothing is default
 
 
 def test_whole_numbers_may_come_as_floats(comfy_nodes: dict[str, Any]) -> None:
