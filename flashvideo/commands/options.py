@@ -82,7 +82,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer", metavar="FILE", default="", help="T5's tokenizer.json (default: ComfyUI's)")
     group.add_argument(
         "--vae-memory",
-        metavar="GB",
+        metavar="GiB",
         type=float,
         help="memory for the VAE: beyond it works in tiles, slower (default: most of a CUDA card's, else no limit)",
     )

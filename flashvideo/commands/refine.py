@@ -251,10 +251,10 @@ def _networks(options: argparse.Namespace) -> Networks:
     return Networks(dit, vae, context, device, _vae_memory(options.vae_memory, device), store)
 
 
-def _vae_memory(gigabytes: float | None, device: torch.device) -> float | None:
+def _vae_memory(gibibytes: float | None, device: torch.device) -> float | None:
     """Bytes for the VAE."""
-    if gigabytes is not None:
-        return gigabytes * 2**30
+    if gibibytes is not None:
+        return gibibytes * 2**30
     return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
