@@ -4,7 +4,7 @@
 
 Without a file or folder it runs all. Each folder of tests has a process of its own, because a process can hold one
 ComfyUI, and the library's tests none. These have several, file by file, as their tensors are too small for several
-threads.
+threads. In CI (CI=true), or with --newest, they run once more with the newest versions of the packages they use.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from xml.etree import ElementTree
 
 import lint
 import set_up
+from harness import install
 from harness.bed import ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
 FOLDERS = ("tests/library", "tests/comfy", "tests/fuzz", "tests/browser", "tests/server")
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
 _PROCESSES = 4  # of the library's tests at most; each takes up to 0.6 GB of main memory
+_NEWEST = "--newest"
+_NEWEST_NEEDS = (3, 11)
 _ONE_PROCESS = {"-s", "--pdb", "--capture=no"}  # what somebody does who looks closely
 
 
@@ -46,13 +49,17 @@ def main() -> int:
     set_up.enter(__file__)
     stop_on_terminate()
     chosen = [each for each in sys.argv[1:] if _is_place(each)]
-    options = [each for each in sys.argv[1:] if not _is_place(each)]
+    options = [each for each in sys.argv[1:] if not _is_place(each) and each != _NEWEST]
+    newest = _NEWEST in sys.argv or (os.environ.get("CI") == "true" and not chosen and not options)
     style_is_good = lint.check()
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     try:
         # Of this run alone: another one, or a server, may use its own beside it.
         with tempfile.TemporaryDirectory(prefix="tests-", dir=TEMPORARY, ignore_cleanup_errors=True) as own:
-            outcomes = [_run(folder, places, options, Path(own)) for folder, places in _places(chosen).items()]
+            places = _places(chosen)
+            outcomes = [_run(folder, places[folder], options, Path(own)) for folder in places]
+            if newest and FOLDERS[0] in places and _newest_fit():
+                outcomes.append(_run(FOLDERS[0], places[FOLDERS[0]], options, Path(own), newest=True))
     except KeyboardInterrupt:
         say("\nCancelled.")
         return 130
@@ -73,16 +80,27 @@ def _places(chosen: list[str]) -> dict[str, list[str]]:
     return {folder: places for folder, places in found.items() if places}
 
 
-def _run(folder: str, places: list[str], options: list[str], temporary: Path) -> Outcome:
-    """Run tests of one folder in a process of their own."""
-    say(f"\n{' '.join(places)}")
-    name = Path(folder).name
+def _newest_fit() -> bool:
+    """Whether the newest packages run on this Python; says so where they don't."""
+    fit = sys.version_info[:2] >= _NEWEST_NEEDS
+    if not fit:
+        say("\nThe newest packages need Python 3.11: the library's tests don't run with them here.")
+    return fit
+
+
+def _run(folder: str, places: list[str], options: list[str], temporary: Path, *, newest: bool = False) -> Outcome:
+    """Run tests of one folder in a process of their own, with the newest packages or the bed's."""
+    say(f"\n{' '.join(places)}{' with the newest packages' if newest else ''}")
+    name = f"{Path(folder).name}-newest" if newest else Path(folder).name
     report = temporary / f"{name}.xml"
     own = [f"--junitxml={report}", f"--basetemp={temporary / name}", "-q"]
     env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
     if folder == FOLDERS[0] and not _ONE_PROCESS & set(options):
         own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
         env["OMP_NUM_THREADS"] = "1"
+    if newest:
+        front = str(install.newest_packages(Path(sys.executable)))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (front, env.get("PYTHONPATH"))))
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "pytest", *places, *own, *options], cwd=ROOT, env=env)
     try:
@@ -93,7 +111,7 @@ def _run(folder: str, places: list[str], options: list[str], temporary: Path) ->
         raise
     spent = time.monotonic() - started
     chosen_none = code == _NO_TESTS_SELECTED and bool(options)
-    return _outcome(folder, report, spent, broken=code != 0 and not chosen_none)
+    return _outcome(name if newest else folder, report, spent, broken=code != 0 and not chosen_none)
 
 
 def _outcome(folder: str, report: Path, spent: float, *, broken: bool) -> Outcome:

@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .bed import BED, CONVERTER, LINT, ROOT, TEMPORARY, Bed, clean_environment, say, seconds
+from .bed import BED, CONVERTER, LINT, NEWEST_PACKAGES, ROOT, TEMPORARY, Bed, clean_environment, say, seconds
 
 HARNESS = ROOT / "scripts" / "harness"
 REQUIREMENTS = ROOT / "scripts" / "requirements"
@@ -92,12 +92,24 @@ def _test_tools() -> list[str]:
 
 def lint_tools() -> Path:
     """The Python of `.bed/lint`, which has ruff and import-linter; made if it is missing or their versions changed."""
-    listed, installed = REQUIREMENTS / "lint.txt", LINT / "lint.txt"
     python = virtual_environment(LINT)
-    if not installed.exists() or installed.read_bytes() != listed.read_bytes():
-        pip(python, "ruff and import-linter", ["--no-deps", "-r", str(listed)])
-        shutil.copyfile(listed, installed)
+    _install_listed("lint", LINT, lambda listed: pip(python, "ruff and import-linter", ["--no-deps", *listed]))
     return python
+
+
+def newest_packages(python: Path) -> Path:
+    """The folder with the newest versions of what the library uses; filled if it is missing or they changed."""
+    target = ["--no-deps", "--upgrade", "--target", str(NEWEST_PACKAGES)]
+    _install_listed("newest", NEWEST_PACKAGES, lambda listed: pip(python, "the newest packages", [*target, *listed]))
+    return NEWEST_PACKAGES
+
+
+def _install_listed(name: str, folder: Path, install: Callable[[list[str]], None]) -> None:
+    """Install a requirement file into a folder, which keeps a copy of it, unless it did so before."""
+    listed, installed = REQUIREMENTS / f"{name}.txt", folder / f"{name}.txt"
+    if not installed.exists() or installed.read_bytes() != listed.read_bytes():
+        install(["-r", str(listed)])
+        shutil.copyfile(listed, installed)
 
 
 def workflow_converter(python: Path) -> None:
