@@ -241,8 +241,8 @@ def check_video_latent(samples: Tensor, channels: int) -> None:
     """A latent to decode must be a video's, of the VAE's channels."""
     if samples.ndim != 5 or samples.shape[1] != channels or not samples.numel():
         raise ValueError(
-            f"FlashVideo's VAE decodes video latents [videos, {channels}, frames, height, width]; got "
-            f"{list(samples.shape)}, as of an image model. Take the VAE of the model that made this latent."
+            f"A latent for FlashVideo's VAE must be [batch, {channels}, frames, height, width]; got "
+            f"{list(samples.shape)}. One of an image model needs the VAE of that model."
         )
 
 

@@ -164,9 +164,9 @@ def test_latents_that_are_no_videos_are_refused_by_the_vae(
 ) -> None:
     vae = submodule("nodes.native.vae").load_vae_native(None)
     latent = {"samples": torch.zeros(shape)}
-    with pytest.raises(ValueError, match=r"FlashVideo's VAE decodes video latents \[videos, 16, frames"):
+    with pytest.raises(ValueError, match=r"FlashVideo's VAE must be \[batch, 16, frames, height, width\]; got"):
         comfy_nodes["VAEDecode"]().decode(vae, latent)
-    with pytest.raises(ValueError, match=r"FlashVideo's VAE decodes video latents \[videos, 16, frames"):
+    with pytest.raises(ValueError, match=r"FlashVideo's VAE must be \[batch, 16, frames, height, width\]; got"):
         comfy_nodes["VAEDecodeTiled"]().decode(vae, latent, 512, 64)
 
 
