@@ -87,7 +87,8 @@ def ui_graph(nodes: list[dict[str, Any]], links: list[list[Any]]) -> dict[str, A
 @pytest.mark.parametrize(("prepare", "heeded"), [("bed.stop_on_terminate()", "True"), ("pass", "False")])
 def test_what_is_started_in_the_background_heeds_ctrl_c(prepare: str, heeded: str) -> None:
     child = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    script = f"import bed, subprocess, sys; {prepare}; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = f"subprocess.run([sys.executable, '-c', {child!r}])"
+    script = f"import subprocess, sys; from harness import bed; {prepare}; {start}"
     background = ["sh", "-c", """trap '' INT; exec "$0" "$@" """, sys.executable, "-c", script]
     found = subprocess.run(background, cwd=SCRIPTS, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == heeded
@@ -95,7 +96,8 @@ def test_what_is_started_in_the_background_heeds_ctrl_c(prepare: str, heeded: st
 
 def test_the_bed_is_changed_by_one_program_at_a_time(tmp_path: Path) -> None:
     script = f"""
-import bed, pathlib, sys, time
+import pathlib, sys, time
+from harness import bed
 bed.LOCK = pathlib.Path({str(tmp_path / "lock")!r})
 with bed.alone("waiting"):
     bed.say("alone")
