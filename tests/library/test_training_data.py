@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_videos import turn_clockwise
 
-from flashvideo.training.data.folder import UnusablePart, VideoFolder, read_clip
+from flashvideo.training.data.folder import UnusablePart, UnusableVideo, VideoFolder, read_clip
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.scenes.backgrounds import View, draw_background
 from flashvideo.training.scenes.captions import caption, parse_prompt
@@ -264,6 +265,50 @@ class TestFolder:
             (tmp_path / "more" / f"{number}.mp4").unlink()
         assert seen("train") == seen("validation") == {"0"}
         assert "learnt from, and judged by" in caplog.text
+
+    def test_pictures_are_clips_of_one_frame(self, tmp_path: Path) -> None:
+        for number, ending in enumerate(("png", "jpg", "webp")):
+            picture = Image.fromarray(np.full((40, 60, 3), 40 + 60 * number, np.uint8))
+            picture.save(tmp_path / f"{ending}.{ending}")
+        _write_video(tmp_path / "video.mp4", frames=14)
+        for path in list(tmp_path.iterdir()):
+            path.with_suffix(".txt").write_text(path.stem, encoding="utf-8")
+        seen = {}
+        for split in SPLITS[:2]:
+            stills = VideoFolder(tmp_path, 32, 48, 1, seed=1, split=split)
+            for video, text in map(stills.sample, range(40)):
+                assert video.shape == (3, 1, 32, 48)
+                seen[text] = round(float((video.mean() + 1) * 127.5))
+        levels = [seen[ending] for ending in ("png", "jpg", "webp")]
+        assert levels == pytest.approx([40, 100, 160], abs=2)
+        assert "video" in seen
+        clips = VideoFolder(tmp_path, 32, 48, 5, seed=1)
+        assert {clips.sample(index)[1] for index in range(10)} == {"video"}
+        assert clips.skipped == 0
+
+    def test_only_pictures_make_no_longer_clips(self, tmp_path: Path) -> None:
+        Image.new("RGB", (60, 40)).save(tmp_path / "one.png")
+        (tmp_path / "one.txt").write_text("", encoding="utf-8")
+        with pytest.raises(TrainingError, match="holds no videos"):
+            VideoFolder(tmp_path, 32, 48, 5, seed=1)
+
+    def test_animated_pictures_are_videos(self, tmp_path: Path) -> None:
+        frames = [Image.fromarray(np.full((40, 60, 3), 8 * index, np.uint8)) for index in range(30)]
+        frames[0].save(
+            tmp_path / "ramp.webp", save_all=True, append_images=frames[1:], duration=1000 / 24, lossless=True
+        )
+        (tmp_path / "ramp.txt").write_text("a ramp", encoding="utf-8")
+        for index in range(5):
+            video, text = VideoFolder(tmp_path, 32, 48, 5, seed=1).sample(index)
+            levels = (video.mean((0, 2, 3)) + 1) * 127.5
+            assert text == "a ramp"
+            assert torch.allclose(levels.diff(), torch.full((4,), 24.0), atol=8.1)  # milliseconds are whole
+        assert len(read_clip(tmp_path / "ramp.webp", 5, 24)) == 5
+        with pytest.raises(UnusableVideo, match=r"it is too short: 1\.\d+ s of 5\.\d+ s"):
+            read_clip(tmp_path / "ramp.webp", 41, 8)
+        (tmp_path / "noise.webp").write_bytes(b"RIFF")
+        with pytest.raises(UnusableVideo, match="it can't be read as a picture"):
+            read_clip(tmp_path / "noise.webp", 5, 8)
 
     def test_its_content_is_known_by_a_hash(self, tmp_path: Path) -> None:
         for name in ("one", "two"):

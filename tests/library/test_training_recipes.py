@@ -24,10 +24,13 @@ from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_FOLDER
 from flashvideo.t5 import T5Tokens, load_encoder
 from flashvideo.training.config import LoopSettings
+from flashvideo.training.data.clip_library import ClipLibrary, Sizes
+from flashvideo.training.data.decoding import Decoded
 from flashvideo.training.data.latents import SHARD, ClipSettings, LatentCache, ScenePieces
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.checkpointing import BEST, LAST, load_state
 from flashvideo.training.loop.metrics import MetricsFile, psnr
+from flashvideo.training.randomness import generator_for
 from flashvideo.training.tasks.lora import add_lora, lora_state, merged_state
 from flashvideo.training.tasks.losses import Network, stage1_loss
 from flashvideo.training.tasks.networks import NetworkSettings, as_called, attention_products, make_network
@@ -274,6 +277,40 @@ def test_stage_one_learns_layouts_that_no_file_keeps(models: Path, tokenizer: Pa
     assert load_dit(models / "stage1.safetensors", stage=1).config.stage == 1
 
 
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """A library of three clips and three photographs, of which i.mp4 and i.png are held out."""
+    library = ClipLibrary.create(tmp_path / "real", Sizes(384, 1024, 300))
+    for number, name in enumerate(("a.mp4", "b.mp4", "i.mp4", "a.png", "b.png", "i.png")):
+        shape = (7 if name.endswith("mp4") else 1, 80, 120, 3)
+        frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator_for(number)).numpy()
+        library.add(name, str(number), Decoded(frames, 15.0), source="test", licence="MIT")
+    library.caption([{"a.mp4": "a red circle moves left"}])
+    return library.folder
+
+
+def test_stages_learn_from_drawn_scenes_real_clips_and_moving_photographs_at_once(
+    models: Path, real: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    mixed = f'{CLIPS.replace("clips = 2", "clips = 12", 1)}source = "mixed"\nreal = "{real.as_posix()}"\n'
+    shown = {
+        "vae": models / "vae.safetensors",
+        "text": models / "text_encoder.safetensors",
+        "cache": tmp_path / "cache",
+    }
+    recipes = {
+        "stage1": head("unused", **shown) + "layout_weight = 0.5\n" + STAGE1.replace(CLIPS, mixed),
+        "stage2": head("unused", **shown) + STAGE2.replace(CLIPS, mixed),
+    }
+    for kind, recipe in recipes.items():
+        train(kind, recipe, tmp_path, "--steps", "2", "--tokenizer", str(tokenizer))
+        train(kind, recipe, tmp_path, "--resume", "--tokenizer", str(tokenizer))
+        rows = MetricsFile(tmp_path / kind / "metrics.jsonl").rows()
+        assert rows[-1]["step"] == 3
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+        assert any("layout" in row for row in rows) == (kind == "stage1")
+
+
 @pytest.mark.parametrize(("patch", "seen"), [(1, 3), (2, 3), (2, 1)])
 def test_a_layouts_cells_are_those_under_its_tokens(patch: int, seen: int) -> None:
     rows, columns, cells = 2, 3, 2 * patch
@@ -292,6 +329,14 @@ def test_a_layouts_cells_are_those_under_its_tokens(patch: int, seen: int) -> No
     least = -(tokens * tokens.log() + (1 - tokens) * (1 - tokens).log()).mean()
     assert head(tokens.logit()[None], layout).item() == pytest.approx(least.item(), rel=1e-5)
     assert head(tokens.logit()[None].roll(1, dims=1), layout).item() > 1.1 * least.item()
+    # A clip whose layout isn't known changes nothing, and alone gives nothing to learn.
+    unknown = torch.full_like(layout, torch.nan)
+    both = tokens.logit()[None].repeat(2, 1, 1)
+    assert head(both, torch.cat((unknown, layout))).item() == pytest.approx(least.item(), rel=1e-5)
+    nothing = head(both[:1], unknown)
+    nothing.backward()
+    assert nothing.item() == 0
+    assert not head.read.weight.grad.any()
 
 
 @pytest.mark.parametrize("clips", [{"scene": (64, 96)}, {"folder": "videos"}])

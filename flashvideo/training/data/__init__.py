@@ -1,1 +1,1 @@
-"""What trainings learn from: videos, latents, degradations."""
+"""What trainings learn from: videos, fetched clips, moving photographs, latents, degradations."""

@@ -1,9 +1,9 @@
 """A folder of real videos with captions as training data: clip.mp4 and, beside it, clip.txt (UTF-8).
 
-Clips are cut at random times and places, at the wanted rate and size, and depend on nothing but the files, the seed
-and the index. About every tenth video, chosen by its name, is kept for validation. A video that is smaller or shorter
-than the clips, or can't be read, as its caption, is left out, and so is a damaged part of one: a warning names the
-file, and training goes on as long as there is another one.
+Pictures are clips of one frame, and animated ones are videos. Clips are cut at random times and places, at the wanted
+rate and size, and depend on nothing but the files, the seed and the index. About every tenth video, chosen by its name,
+is kept for validation. A video that is smaller or shorter than the clips, or can't be read, as its caption, is left
+out, and so is a damaged part of one: a warning names the file, and training goes on as long as there is another one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from torch import Tensor
 from ...video_files import colour_matrix, open_container, orientation_of, picture_track, upright_pixels
 from ..errors import TrainingError
 from ..scenes.rendering import FRAME_RATE
+from .decoding import PICTURE_ENDINGS, UndecodableError, picture_count, picture_frames
 
 VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+ENDINGS = VIDEO_ENDINGS + PICTURE_ENDINGS
 HELD_OUT = 10  # one video of so many is never learnt from
 _EPSILON = 1e-4  # seconds: containers round times
 _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")  # Matroska's tag of a stream, hours, minutes and seconds
@@ -69,7 +71,7 @@ class VideoFolder:
         self._damaged: dict[Path, str] = {}
         if not self.folder.is_dir():
             raise TrainingError(f"{self.folder}: there is no such folder of videos.")
-        videos = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)
+        videos = sorted(path for path in self.folder.rglob("*") if self._may_be_cut(path))
         self._captions = {path: text for path in videos if (text := self._read_caption(path)) is not None}
         if not self._captions:
             raise TrainingError(self._nothing_left())
@@ -86,6 +88,16 @@ class VideoFolder:
         files = [(self._name(path), path.stat(), self._captions[path]) for path in self._videos]
         content = [(name, stat.st_size, stat.st_mtime_ns, caption) for name, stat, caption in files]
         return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def _may_be_cut(self, path: Path) -> bool:
+        """Whether a file is a video; for clips of one frame, a picture is enough."""
+        ending = path.suffix.lower()
+        if ending not in PICTURE_ENDINGS:
+            return ending in VIDEO_ENDINGS
+        try:
+            return self.frames == 1 or picture_count(path) > 1
+        except UndecodableError:
+            return True  # told as others that can't be read
 
     def _name(self, video: Path) -> str:
         return video.relative_to(self.folder).as_posix()
@@ -134,7 +146,7 @@ class VideoFolder:
         scale = min(rows / self.height, columns / self.width)
         tall, wide = max(1, round(self.height * scale)), max(1, round(self.width * scale))
         top, left = round(down * (rows - tall)), round(across * (columns - wide))
-        part = torch.from_numpy(np.ascontiguousarray(frame[top : top + tall, left : left + wide]))
+        part = torch.from_numpy(np.array(frame[top : top + tall, left : left + wide]))
         part = part.permute(2, 0, 1)[None].float() / 127.5 - 1
         part = F.interpolate(part, (self.height, self.width), mode="bicubic", antialias=True, align_corners=False)
         return part[0].clamp(-1, 1)
@@ -163,7 +175,8 @@ class VideoFolder:
     def _nothing_left(self) -> str:
         problems = {**self.problems, **self._damaged}
         if not problems:
-            return f"{self.folder} holds no videos ({', '.join(VIDEO_ENDINGS)})."
+            kind = "videos" if self.frames > 1 else "videos or pictures"
+            return f"{self.folder} holds no {kind} ({', '.join(ENDINGS if self.frames == 1 else VIDEO_ENDINGS)})."
         path, why = list(problems.items())[-1]
         which = f"of its {len(problems)} videos"
         if path in self._captions and self.split != "train":
@@ -183,6 +196,8 @@ def read_clip(
     At each moment the frame that is shown then. What `fit` makes of each frame is kept. Raises UnusableVideo for what
     isn't a video or is too short, and UnusablePart for what is damaged at this place.
     """
+    if path.suffix.lower() in PICTURE_ENDINGS:
+        return _cut_pictures(path, frames, rate, when, fit)
     try:
         with open_container(path) as container:
             if picture_track(container) is None:
@@ -190,6 +205,21 @@ def read_clip(
             return _cut(container, frames, rate, when, fit)
     except (av.FFmpegError, OSError) as problem:
         raise UnusableVideo(f"it can't be read as a video ({problem.strerror or problem})") from problem
+
+
+def _cut_pictures(path: Path, frames: int, rate: float, when: float, fit: Callable[[np.ndarray], Any]) -> list[Any]:
+    """As `read_clip`, of a picture or an animated one."""
+    try:
+        shown = [(fit(pixels), seconds) for pixels, seconds in picture_frames(path)]
+    except UndecodableError as problem:
+        raise UnusableVideo(str(problem)) from problem
+    ends = np.cumsum([seconds for _, seconds in shown])
+    needed = (frames - 1) / rate + ends[-1] / len(shown)
+    if ends[-1] + _EPSILON < needed:
+        raise UnusableVideo(f"it is too short: {ends[-1]:.2f} s of {needed:.2f} s")
+    moments = when * max(0.0, ends[-1] - needed) + np.arange(frames) / rate
+    places = np.searchsorted(ends, moments + _EPSILON, side="right").clip(max=len(shown) - 1)
+    return [shown[place][0] for place in places.tolist()]
 
 
 def _cut(

@@ -23,10 +23,11 @@ from ...frames import TargetSize, finish, prepare, resize, to_frames, to_video
 from ..errors import TrainingError
 from ..loop.checkpointing import whole_file
 from ..randomness import generator_for, randint
-from ..scenes.stream import VERSION as SCENES
+from ..scenes.stream import VERSION as SCENES_VERSION
 from ..scenes.stream import SceneStream
 from .folder import VideoFolder
 from .frozen_vae import FrozenVAE
+from .sources import MIXED, SCENES, Clips, Footage, Mixture, digest_of_source
 
 SHARD = 32  # clips in a file
 DTYPE = torch.float16
@@ -37,19 +38,20 @@ MakeClip = Callable[[int], tuple[Mapping[str, Tensor], str]]
 
 
 @dataclass(frozen=True)
-class ClipSettings:
-    """Which clips are learnt from: procedural scenes, or a folder of videos with captions."""
+class ClipSettings(Footage):
+    """Which clips are learnt from: those of the footage's source, or a folder of videos with captions."""
 
     height: int
     width: int
     frames: int  # 4n + 1
     clips: int
     validation_clips: int = 8
-    folder: str = ""  # of videos; empty for procedural scenes
+    folder: str = ""  # of videos; empty for the footage's source
     scene: tuple[int, int] = (0, 0)  # height and width that scenes are drawn at; the clip is a piece of it, (0, 0) all
 
     def __post_init__(self) -> None:
         """Refuse sizes that the networks don't take."""
+        super().__post_init__()
         if self.height % PIXEL_MULTIPLE or self.width % PIXEL_MULTIPLE or not is_video_length(self.frames):
             size = f"{self.width}x{self.height}, {self.frames} frames"
             raise TrainingError(f"Clips must have sides of multiples of {PIXEL_MULTIPLE} and 4n+1 frames; got {size}.")
@@ -57,14 +59,30 @@ class ClipSettings:
             raise TrainingError("There must be at least one clip to learn from, and one to validate with.")
         if self.folder and any(self.scene):
             raise TrainingError("`scene` is for drawn scenes; clips from a folder are cut from its videos.")
+        if self.folder and self.source != SCENES:
+            raise TrainingError(f'`folder` and source = "{self.source}" name different clips: drop one of them.')
 
-    def open(self, split: str, seed: int) -> Source:
+    @property
+    def has_layouts(self) -> bool:
+        """Whether some clips are whole drawn scenes, of which is known where their subjects are."""
+        return self.source in (SCENES, MIXED) and not self.folder and not any(self.scene)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells latents of these clips from others: how real clips are cut, only where there are any."""
+        values = dataclasses.asdict(self)
+        footage = {field.name: values.pop(field.name) for field in dataclasses.fields(Footage)}
+        return (*values.values(), *(() if self.source == SCENES else (footage,)))
+
+    def open(self, split: str, seed: int) -> Clips:
         """Return the clips of "train" or "validation"."""
+        size = self.height, self.width, self.frames
         if self.folder:
-            return VideoFolder(self.folder, self.height, self.width, self.frames, seed, split=split)
+            return VideoFolder(self.folder, *size, seed, split=split)
+        scenes: Clips = SceneStream(split, *size, seed)
         if any(self.scene):
-            return ScenePieces(SceneStream(split, *self.scene, self.frames, seed), self.height, self.width)
-        return SceneStream(split, self.height, self.width, self.frames, seed)
+            scenes = ScenePieces(SceneStream(split, *self.scene, self.frames, seed), self.height, self.width)
+        return self.open_footage(scenes, split, *size, seed)
 
 
 @dataclass(frozen=True)
@@ -96,19 +114,26 @@ class ScenePieces:
         return video[..., top : top + self.height, left : left + self.width]
 
 
-Source = SceneStream | ScenePieces | VideoFolder  # what clips come from; all have `sample(index)`
+def content_of(source: Clips) -> tuple[str, ...]:
+    """What clips depend on beside settings: the files that they are cut from."""
+    digest = digest_of_source(source)
+    return (digest,) if digest else ()
 
 
-def content_of(source: Source) -> tuple[str, ...]:
-    """What clips depend on beside settings: a folder's files."""
-    return (source.digest,) if isinstance(source, VideoFolder) else ()
-
-
-def sample_uncut(source: Source, index: int) -> tuple[Tensor, str, Callable[[Tensor], Tensor]]:
+def sample_uncut(source: Clips, index: int) -> tuple[Tensor, str, Callable[[Tensor], Tensor]]:
     """The whole video that clip `index` is of, [3, T, H, W]; its caption; and what cuts the clip from such a video."""
+    if isinstance(source, Mixture):
+        source = source.of(index)
     if isinstance(source, ScenePieces):
         return *source.scenes.sample(index), lambda video: source.cut(video, index)
     return *source.sample(index), lambda video: video
+
+
+def layout_of(source: Clips, index: int, cells: int) -> Tensor | None:
+    """Where the subjects of clip `index` are, as `SceneStream.layout` says; None if it isn't a whole drawn scene."""
+    if isinstance(source, Mixture):
+        source = source.of(index)
+    return source.layout(index, cells) if isinstance(source, SceneStream) else None
 
 
 class LatentCache(Dataset):
@@ -190,9 +215,15 @@ def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
     """Return the folder of latents that this VAE's encoder and these settings give; others get another folder."""
     if not vae.is_file():
         raise TrainingError(f"{vae}: there is no such VAE. Train it first: python -m flashvideo train vae.")
-    plain = [dataclasses.astuple(each) if dataclasses.is_dataclass(each) else each for each in settings]
-    key = repr((encoder_digest(vae), SCENES, plain))
+    plain = [_plain(each) for each in settings]
+    key = repr((encoder_digest(vae), SCENES_VERSION, plain))
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _plain(setting: Any) -> Any:
+    if isinstance(setting, ClipSettings):
+        return setting.identity
+    return dataclasses.astuple(setting) if dataclasses.is_dataclass(setting) else setting
 
 
 def encoder_digest(vae: Path) -> str:

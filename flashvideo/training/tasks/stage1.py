@@ -18,12 +18,20 @@ from ...schedule import TRAIN_STEPS
 from ...t5 import T5Encoder, T5Tokens, load_encoder
 from ..config import LoopSettings
 from ..data.frozen_vae import FrozenVAE
-from ..data.latents import ClipSettings, LatentCache, cache_folder, check_lengths, content_of, draw_length
+from ..data.latents import (
+    ClipSettings,
+    LatentCache,
+    cache_folder,
+    check_lengths,
+    content_of,
+    draw_length,
+    layout_of,
+)
+from ..data.sources import Clips
 from ..errors import TrainingError
 from ..loop.checkpointing import export_weights
 from ..loop.metrics import sheet
 from ..randomness import generator_for, normal_like
-from ..scenes.stream import SceneStream
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .networks import (
     FrozenText,
@@ -88,7 +96,7 @@ class Stage1Settings:
     tokenizer: str = ""
     caption_dropout: float = CAPTION_DROPOUT
     timestep_power: float = 1.0  # below 1, noisy timesteps are drawn more often: there the layout is decided
-    layout_weight: float = 0.0  # of the layout's loss; procedural scenes only
+    layout_weight: float = 0.0  # of the layout's loss; it is of the whole drawn scenes among the clips
     short_text: ShortText = field(default_factory=ShortText)
     short_clips: ShortClips = field(default_factory=ShortClips)
     network: NetworkSettings = field(default_factory=NetworkSettings)
@@ -98,7 +106,7 @@ class Stage1Settings:
         """Refuse a power that draws no timesteps."""
         if self.timestep_power <= 0:
             raise TrainingError(f"timestep_power must be above 0; got {self.timestep_power}.")
-        if self.layout_weight and (self.clips.folder or any(self.clips.scene)):
+        if self.layout_weight and not self.clips.has_layouts:
             raise TrainingError("layout_weight must be 0 for clips that aren't whole procedural scenes.")
 
 
@@ -121,26 +129,28 @@ class Layout(nn.Module):
     def forward(self, tokens: Tensor, layout: Tensor) -> Tensor:
         """Binary cross entropy of tokens [B, T' * rows * columns, hidden] to a layout [B, T, H / 4, W / 4].
 
-        The layout may be of a longer clip.
+        The layout may be of a longer clip. Clips whose layout isn't known (NaN) don't count.
         """
         # The first latent frame is of one frame, the others of four each.
         later = layout[:, 1:].unflatten(1, (-1, TEMPORAL_FACTOR)).mean(2)
         frames = torch.cat((layout[:, :1], later), dim=1)
         cells = frames.unflatten(-1, (-1, self.side)).unflatten(2, (-1, self.side))
         wanted = cells.transpose(3, 4).flatten(4).flatten(1, 3)[:, : tokens.shape[1]]  # [B, T' * rows * columns, ...]
-        return F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted)
+        known = ~wanted.isnan()
+        losses = F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted.nan_to_num(), reduction="none")
+        return (losses * known).sum() / known.sum().clamp(min=1)
 
 
 class DraftData(Dataset):
     """data[i]: latents in raw scale and their captions, as tokens if the text encoder learns, else as contexts.
 
-    With `scenes`, their layouts too.
+    With `source`, where the clips come from, the layouts of drawn scenes too; those of other clips are NaN.
     """
 
     def __init__(
-        self, cache: LatentCache, batch: int, seed: int, tokens: T5Tokens | None, scenes: SceneStream | None = None
+        self, cache: LatentCache, batch: int, seed: int, tokens: T5Tokens | None, source: Clips | None = None
     ) -> None:
-        self.cache, self.batch, self.seed, self.tokens, self.scenes = cache, batch, seed, tokens, scenes
+        self.cache, self.batch, self.seed, self.tokens, self.source = cache, batch, seed, tokens, source
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Draw batch `index`."""
@@ -148,9 +158,17 @@ class DraftData(Dataset):
         batch = self.cache.batch(clips)
         if self.tokens is not None:
             batch["tokens"] = self.tokens([self.cache.caption(clip) for clip in clips])
-        if self.scenes is not None:
-            batch["layout"] = torch.stack([self.scenes.layout(clip, LAYOUT_CELL) for clip in clips])
+        if self.source is not None:
+            batch["layout"] = torch.stack([self._layout(clip, batch["latent"]) for clip in clips])
         return batch
+
+    def _layout(self, clip: int, latents: Tensor) -> Tensor:
+        layout = layout_of(self.source, clip, LAYOUT_CELL)
+        if layout is not None:
+            return layout
+        frames, rows, columns = latents.shape[2:]
+        cells = SPATIAL_FACTOR // LAYOUT_CELL
+        return torch.full((TEMPORAL_FACTOR * (frames - 1) + 1, rows * cells, columns * cells), torch.nan)
 
 
 class Stage1Task:
@@ -177,8 +195,8 @@ class Stage1Task:
             self.model["text"] = self._encoder().to(device)
         if settings.layout_weight:
             self.model["layout"] = Layout(dit.config.hidden_size, dit.config.patch_size).to(device)
-        scenes = settings.clips.open("train", settings.seed) if settings.layout_weight else None
-        self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, scenes)
+        source = settings.clips.open("train", settings.seed) if settings.layout_weight else None
+        self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, source)
         self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
 
     def _encoder(self) -> T5Encoder:

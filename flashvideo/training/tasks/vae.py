@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from ...nano import PREVIEW_METADATA
 from ...vae import VideoVAE
 from ...vae.layers import SpatialNorm
 from ..config import LoopSettings
+from ..data.latents import ScenePieces
+from ..data.sources import SCENES, Clips, Footage
 from ..errors import TrainingError
 from ..loop.checkpointing import BEST, export_weights, load_state
 from ..loop.metrics import psnr, sheet
@@ -67,14 +69,18 @@ class VAENumbers:
 
 @dataclass(frozen=True)
 class Crop:
-    """One kind of training batch: `clips` scenes rendered at a size, `crops` pieces cut from each."""
+    """One kind of training batch: `clips` scenes rendered at a size, `crops` pieces cut from each.
 
-    render: tuple[int, int]  # height, width
+    Of another source than scenes, a batch is `clips` x `crops` clips of the pieces' size.
+    """
+
+    render: tuple[int, int]  # height, width of drawn scenes
     size: tuple[int, int]  # height, width of a piece, multiples of 8
     frames: int  # 4n + 1
     clips: int
     crops: int = 1
     weight: float = 1.0  # how often, relative to the others
+    source: str = ""  # goes before the footage's own
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class ValidationClip:
     size: tuple[int, int]
     frames: int
     clips: int
+    source: str = ""  # goes before the footage's own
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,15 @@ class VAESettings:
     start: str = ""
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
+    clips: Footage = field(default_factory=Footage)  # where clips come from
 
     def __post_init__(self) -> None:
-        """Refuse noise on latents that are still being learnt: there is no telling how much of it would be left."""
+        """Refuse noise on latents that are still being learnt: there is no telling how much of it would be left.
+
+        And sources that can't be opened.
+        """
+        for each in (*self.crops, *self.validation):
+            self.clips.check_source(each.source or self.clips.source)
         if self.latent_noise and not self.decoder_only:
             raise TrainingError("latent_noise is for a decoder that learns alone: add decoder_only = true.")
 
@@ -119,17 +132,31 @@ class VAESettings:
 class CropData(Dataset):
     """data[i] is a batch of crops [B, 3, T, H, W], all of one kind."""
 
-    def __init__(self, crops: tuple[Crop, ...], seed: int) -> None:
+    def __init__(self, crops: tuple[Crop, ...], seed: int, footage: Footage | None = None) -> None:
         self.crops, self.seed = crops, seed
         self.weights = torch.tensor([crop.weight for crop in crops])
-        self.streams = [SceneStream("train", *crop.render, crop.frames, seed) for crop in crops]
-        self.stride = max(crop.clips for crop in crops)
+        footage = footage or Footage()
+        self.drawn = [(crop.source or footage.source) == SCENES for crop in crops]
+        self.streams = [self._open(crop, footage) for crop in crops]
+        pieces = (crop.clips * (1 if drawn else crop.crops) for crop, drawn in zip(crops, self.drawn, strict=True))
+        self.stride = max(pieces)
+
+    def _open(self, crop: Crop, footage: Footage) -> Clips:
+        scenes = SceneStream("train", *crop.render, crop.frames, self.seed)
+        if (crop.source or footage.source) == SCENES:
+            return scenes
+        pieces = ScenePieces(scenes, *crop.size)
+        return footage.open_footage(pieces, "train", *crop.size, crop.frames, self.seed, crop.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Render batch `index`."""
+        """Make batch `index`."""
         generator = generator_for(self.seed, "crop", index)
         kind = int(torch.multinomial(self.weights, 1, generator=generator))
         crop = self.crops[kind]
+        if not self.drawn[kind]:
+            first = index * self.stride
+            numbers = range(first, first + crop.clips * crop.crops)
+            return torch.stack([self.streams[kind].sample(number)[0] for number in numbers])
         pieces = []
         for clip in range(crop.clips):
             video, _ = self.streams[kind].sample(index * self.stride + clip)
@@ -168,7 +195,7 @@ class VAETask:
         self.description = _describe(settings.model)
         self._exported = False  # whether it starts from weights whose latents have a deviation of one already
         initialise(self.model, settings.seed)
-        self.data = CropData(settings.crops, settings.seed)
+        self.data = CropData(settings.crops, settings.seed, settings.clips)
         if settings.start:
             self._start_from(Path(settings.start))
         self.model.encoder.requires_grad_(not settings.decoder_only)
@@ -248,7 +275,9 @@ class VAETask:
 
     def _clips(self, kind: ValidationClip) -> list[Tensor]:
         if kind.name not in self._held_out:
-            stream = SceneStream("validation", *kind.size, kind.frames, VALIDATION_SEED)
+            size = (*kind.size, kind.frames)
+            scenes = SceneStream("validation", *size, VALIDATION_SEED)
+            stream = self.settings.clips.open_footage(scenes, "validation", *size, VALIDATION_SEED, kind.source)
             self._held_out[kind.name] = [stream.sample(index)[0][None] for index in range(kind.clips)]
         return self._held_out[kind.name]
 
