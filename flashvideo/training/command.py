@@ -155,7 +155,7 @@ def _train_nano(options: argparse.Namespace) -> int:
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
         return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
-    return _exit_code(nano.rebuild(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
+    return _exit_code(nano.train_all(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
 
 
 def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:

@@ -73,7 +73,7 @@ class Opener(Protocol):
 Command = Callable[[Sequence[Part], float | None], list[str]]
 
 
-def rebuild(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
+def train_all(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
     """Train what isn't done yet, for at most so many minutes; put the four files into `folder` when all is done.
 
     Returns a signal's number if one ended it. Raises TrainingError where a training can't go on.
