@@ -12,7 +12,7 @@ from ..flashvideo.compare import LAYOUTS, compare
 from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
-from .native.notices import tell
+from .native.notices import warn
 
 _DEFAULT_SIZE = TargetSize()
 
@@ -117,7 +117,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
         summary, *repairs = prepared.notes
         logging.info("%s: %s", cls.NAME, summary)
         if repairs:
-            tell("\n".join(f"{cls.NAME}: {repair}" for repair in repairs), own_id(cls))
+            warn("\n".join(f"{cls.NAME}: {repair}" for repair in repairs), own_id(cls))
         return io.NodeOutput(prepared.frames, prepared.reference, ui=ui.PreviewText("\n".join(prepared.notes)))
 
 

@@ -18,7 +18,7 @@ from .common import CATEGORY, found_as, named, own_id
 from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames
 from .inputs import checked
 from .native.long_video import refine_long_video
-from .native.notices import note, tell
+from .native.notices import note, warn
 from .native.vae import FlashVideoVAE
 from .stage2 import MAX_WINDOW, FlashVideoLatentDegradation, FlashVideoStage2Refiner, chosen_strength
 
@@ -108,7 +108,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     settings,
                     unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
                     finished=Path(folder_paths.get_temp_directory()),
-                    warn=lambda text: tell(f"{cls.NAME}: {text}", own_id(cls)),
+                    warn=lambda text: warn(f"{cls.NAME}: {text}", own_id(cls)),
                     note=lambda text: note(f"{cls.NAME}: {text}", own_id(cls)),
                 )
             except CommandError as error:

@@ -25,7 +25,7 @@ from .native.degradation import (
     was_degraded,
 )
 from .native.multidiffusion import with_tiles, with_windows
-from .native.notices import note, tell
+from .native.notices import note, warn
 from .native.sampling import auto_latent_strength
 from .native.stages import latent_noise, refiner_settings, run_stage2
 
@@ -139,7 +139,7 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     "Remove one of the two degradation nodes"
                 )
             if looks_like_noise(samples):
-                tell(NOISE_LIKE, own_id(cls))
+                warn(NOISE_LIKE, own_id(cls))
             chosen = chosen_strength(strength)
             noise = latent_noise(samples.shape, seed, check_batch(latent)).to(samples)
             degraded = degrade(latent, noise, auto_latent_strength(samples) if chosen is None else chosen)

@@ -12,10 +12,10 @@ from .weights import CheckpointError, short, some
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_NORM_GROUPS = 32
-NORM_GROUPS_METADATA = "flashvideo.norm_groups"  # in a VAE's file, whose shapes don't tell it
+NORM_GROUPS_METADATA = "flashvideo.norm_groups"  # in a VAE's file; its shapes don't show it
 MAX_LAYERS = 512  # of any kind: more are a mistake or an attack, and building takes about 65 KB and 2 ms each
 MAX_BLOCKS = 32  # of the VAE, in a level; the official one has 4
-EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # what stage II has and stage I hasn't
+EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # only stage II has these
 
 
 def dit_config(shapes: Shapes) -> DiTConfig:
@@ -111,14 +111,14 @@ def layer_count(numbers: Collection[int], what: str = "it", most: int = MAX_LAYE
 
 
 class _Sizes:
-    """Looks sizes up in shapes, and remembers the tensors that should have told one and aren't there."""
+    """Looks sizes up in shapes, and records the tensors that are needed for one and missing."""
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
         self.missing: list[str] = []
 
     def __call__(self, name: str, axis: int) -> int:
-        """Size of an axis of the tensor `name`; a * in it stands for the first number that is there."""
+        """Size of an axis of the tensor `name`; a * in it matches the first number that is found."""
         pattern = re.compile(re.escape(name).replace(r"\*", r"\d+"))
         shape = next((self.shapes[key] for key in self.shapes if pattern.fullmatch(key)), ())
         if axis < len(shape) and shape[axis] > 0:
@@ -136,4 +136,4 @@ class _Sizes:
 
     def raise_if_missing(self) -> None:
         if self.missing:
-            raise CheckpointError(f"weights that tell its size are missing or malformed: {some(self.missing)}.")
+            raise CheckpointError(f"weights that show its size are missing or malformed: {some(self.missing)}.")

@@ -114,7 +114,7 @@ def comfyui_folder(named: Path | None) -> Path:
     for folder in (place.expanduser().absolute(), place.expanduser().absolute() / "ComfyUI"):
         if (folder / "models").is_dir():
             return folder
-    raise CommandError(f"{place} is no ComfyUI folder: there is no folder `models` in it.")
+    raise CommandError(f"{place} is not a ComfyUI folder: it has no folder `models`.")
 
 
 def model_folders(comfyui: Path, extra_paths: Path | None = None) -> dict[str, list[Path]]:
@@ -155,7 +155,7 @@ def _extra_folders(config: Path) -> Iterator[tuple[str, Path, bool]]:
 
 
 def find_files(folders: dict[str, list[Path]]) -> list[FoundFile]:
-    """What FlashVideo can use in these folders, and what has one of its names and can't be used."""
+    """The files in these folders that FlashVideo can use, and those that have one of its names but can't be used."""
     found = (look_into(path) for path in _weight_files(folders))
     return [file for file in found if file is not None]
 

@@ -25,7 +25,7 @@ from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
 
 LAYOUT_VERSION = "1"  # of the converted files' names
-WINDOW = 512 * 2**20  # bytes of the source to read before its pages are let go of
+WINDOW = 512 * 2**20  # bytes of the source to read before its pages are freed
 DTYPES = {
     "keep": None,
     "bf16": torch.bfloat16,
@@ -39,7 +39,7 @@ _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 @dataclass(frozen=True)
 class _Item:
-    """A source tensor and where what it becomes stands in the new file."""
+    """A source tensor, and the offset of its result in the new file."""
 
     source: Source
     dtypes: tuple[torch.dtype, ...]  # of its parts
@@ -95,7 +95,7 @@ def check_converted_target(source: Path, target: Path, force: bool) -> None:
 
 
 def _layout(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[_Item]:
-    """What to write in which order: the widest data types first, so that every tensor stands aligned."""
+    """What to write, in order: the widest data types first, so that every tensor is aligned."""
     items = []
     for source in checkpoint.plan.sources:
         dtypes = tuple(_target_dtype(checkpoint, source, part.name, dtype) for part in source.parts)
@@ -107,10 +107,10 @@ def _layout(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[_Item]:
 def _target_dtype(checkpoint: Checkpoint, source: Source, name: str, dtype: torch.dtype | None) -> torch.dtype:
     if dtype == torch.float8_e4m3fn and not (name.startswith("blocks.") and len(checkpoint.shapes[name]) == 2):
         return torch.bfloat16
-    kept = dtype or checkpoint.dtype(source)
-    if kept not in _DTYPE_NAMES:
-        raise CheckpointError(f"{checkpoint.weights.label}: {source.key} has a data type that can't be kept.")
-    return kept
+    stored = dtype or checkpoint.dtype(source)
+    if stored not in _DTYPE_NAMES:
+        raise CheckpointError(f"{checkpoint.weights.label}: {source.key} has a data type that can't be stored.")
+    return stored
 
 
 def _header(checkpoint: Checkpoint, items: list[_Item], metadata: dict[str, str]) -> bytes:

@@ -1,4 +1,4 @@
-"""What a file that is no FlashVideo model seems to be, from its key names and shapes, in the user's words."""
+"""What a file of another model seems to be, from its key names and shapes, in the user's words."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from .weights import some
 
-# What a kind is called, and patterns that all occur among its names. The first line that fits counts, so the narrower
-# kind stands above the wider.
+# The name of a kind, and patterns that all occur among its key names. The first match counts, so a narrower kind comes
+# before a wider one.
 _KINDS: tuple[tuple[str, ...], ...] = (
     ("a LoRA: load it with a LoRA loader, on top of a model", r"lora_(?:A|B|up|down|a|b)\b|\.lora\.|\.(?:hada|lokr)_"),
     ("the optimizer state of a training run", r"(?:^|\.)(?:exp_avg|optimizer|optimizer_states?|param_groups)(?:\.|$)"),

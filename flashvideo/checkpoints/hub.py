@@ -1,6 +1,6 @@
-"""Hugging Face, for the one command that an artist may ask to use it: sizes, checksums, downloads.
+"""Hugging Face, for the one command that uses it: sizes, checksums, downloads.
 
-Nothing else in the pack reaches for the network, and huggingface_hub is imported only here, when needed.
+Nothing else in the pack uses the network, and huggingface_hub is imported only here, when needed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..errors import CommandError
 from ..progress import Progress
 from .catalogue import ModelFile
 
-PARTIAL = ".{}.download"  # folder beside the target that holds what has arrived of it
+PARTIAL = ".{}.download"  # folder beside the target for an unfinished download
 
 
 @dataclass(frozen=True)
 class Published:
-    """What Hugging Face says of a file: its size in bytes, and its SHA-256 if it is stored as a large file."""
+    """Hugging Face's data of a file: its size in bytes, and its SHA-256 if it is stored as a large file."""
 
     size: int
     sha256: str | None
@@ -33,27 +33,27 @@ class Published:
 def ask(files: Sequence[ModelFile]) -> dict[str, Published]:
     """Size and checksum of published files, by ModelFile.name.
 
-    Raises CommandError if Hugging Face can't be asked, or a file isn't there any more.
+    Raises CommandError if Hugging Face can't be reached, or no longer has a file.
     """
     hub = _hub()
     published: dict[str, Published] = {}
     for repository in dict.fromkeys(file.repository for file in files):
         wanted = {file.file: file.name for file in files if file.repository == repository}
-        with _reaching(repository):
+        with _connected(repository):
             entries = hub.HfApi(endpoint=_endpoint()).get_paths_info(repository, list(wanted))
         for entry in entries:
             published[wanted[entry.path]] = Published(entry.size, entry.lfs.sha256 if entry.lfs else None)
     gone = [f"{file.file} in {file.repository}" for file in files if file.name not in published]
     if gone:
-        raise CommandError(f"Hugging Face has no file {', '.join(gone)} any more.")
+        raise CommandError(f"Hugging Face no longer has {', '.join(gone)}.")
     return published
 
 
 def download(file: ModelFile, published: Published, target: Path, progress: Progress) -> None:
     """Download a file; `target` appears only when it is complete and has the published checksum.
 
-    What has arrived when it is interrupted stays in a folder beside `target`, and the next call goes on from there.
-    Raises CommandError if it doesn't fit on the disk, can't be fetched, or arrives damaged.
+    An interrupted download stays in a folder beside `target`, and the next call resumes it. Raises CommandError if it
+    doesn't fit on the disk, can't be fetched, or arrives damaged.
     """
     hub = _hub()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def download(file: ModelFile, published: Published, target: Path, progress: Prog
     here = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     check_regular(target)
     check_space(target.parent, published.size - here, target.name)
-    with _reaching(file.repository, "What has arrived is kept; the same command goes on from there."):
+    with _connected(file.repository, "The same command resumes the download."):
         arrived = Path(hub.hf_hub_download(file.repository, file.file, local_dir=partial, endpoint=_endpoint()))
     if arrived.stat().st_size != published.size or (published.sha256 and published.sha256 != sha256(arrived, progress)):
         discard_partial(target)
@@ -71,7 +71,7 @@ def download(file: ModelFile, published: Published, target: Path, progress: Prog
 
 
 def discard_partial(target: Path) -> None:
-    """Delete what has arrived of a download, if huggingface_hub's own notes in the folder say that it is one."""
+    """Delete an unfinished download, if the folder has huggingface_hub's own records."""
     partial = target.with_name(PARTIAL.format(target.name))
     if not partial.is_symlink() and (partial / ".cache" / "huggingface").is_dir():
         shutil.rmtree(partial)
@@ -79,7 +79,7 @@ def discard_partial(target: Path) -> None:
 
 def _hub() -> ModuleType:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # The plain way: the faster one (Xet) starts a file anew when it was interrupted.
+    # Not Xet, which is faster but starts an interrupted file from the beginning.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
         import huggingface_hub
@@ -96,8 +96,8 @@ def _endpoint() -> str | None:
 
 
 @contextmanager
-def _reaching(repository: str, advice: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub, and the HTTP library below it (requests or httpx), raise into a message."""
+def _connected(repository: str, advice: str = "") -> Iterator[None]:
+    """Turn errors of huggingface_hub, and of the HTTP library below it (requests or httpx), into a message."""
     below = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     failures = (OSError, ValueError, *(library.HTTPError for library in below if library))
     try:

@@ -15,7 +15,7 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Part:
-    """A converted tensor: the rows `chunks`, in this order, of a source whose rows are cut into `of` equal chunks."""
+    """A converted tensor: the rows `chunks`, in this order, of a source split into `of` equal chunks."""
 
     name: str
     chunks: tuple[int, ...] = (0,)
@@ -49,7 +49,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of every key of a file: each stands in exactly one of the four."""
+    """What happens to every key of a file: each is in exactly one of the four."""
 
     sources: tuple[Source, ...]
     unused: tuple[str, ...]  # belong to the model but play no part in it
@@ -133,7 +133,7 @@ _UNUSED = {
     "dit": re.compile(r"transformer\.position_embeddings\.|mixins\.pos_embed\.|patch_embed\.pos_embedding$"),
     "vae": re.compile(r"loss"),
 }
-# Empty tensors that ComfyUI saves beside a model, to tell how it samples.
+# Empty tensors that ComfyUI saves with a model to mark how it samples.
 _SAMPLING_MARK = re.compile(r"v_pred|ztsnr|edm_vpred\.sigma_(?:min|max)")
 # Other models of the official training engine and of all-in-one checkpoints, ComfyUI's Save Checkpoint's among them.
 _FOREIGN = re.compile(

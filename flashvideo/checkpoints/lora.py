@@ -1,6 +1,6 @@
 """CogVideoX LoRAs as diffusers, Kohya's scripts and LyCORIS name them, in the names that ComfyUI looks for.
 
-ComfyUI maps such names for the models that it knows, and passes over what it can't place: stage I is not among them.
+ComfyUI maps such names for the models that it knows, which stage I is not, and ignores other names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PARTS = re.compile(
 # Kohya's scripts and LyCORIS write every dot of a layer's name as _.
 _OUTSIDE = {name: name for name in ("patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")}
 _UNDERSCORED = {old.replace(".", "_"): new for old, new in (DIT_DIFFUSERS | _OUTSIDE).items()}
-_ADAPTER = "lora_adapter_metadata"  # where newer diffusers keep the adapters' strength, as JSON
+_ADAPTER = "lora_adapter_metadata"  # where newer diffusers store the adapters' strength, as JSON
 _MATRIX = re.compile(r"(?P<layer>.+?)\.(?P<part>lora_(?:A|B|down|up|mid)|hada_\w+|lokr_\w+)(?:\.default)?(?:\.weight)?")
 
 
@@ -49,7 +49,7 @@ def read_lora(source: Path) -> dict[str, Tensor]:
     if needs_renaming(weights.shapes):
         return _in_comfyuis_names(weights)
     if unknown := [name for name in weights.shapes if _BLOCKS in name]:
-        raise CheckpointError(f"{weights.label} names its layers in a way that isn't known: {some(unknown)}.")
+        raise CheckpointError(f"{weights.label} has unknown layer names: {some(unknown)}.")
     return {name: weights.read(name).clone() for name in weights.shapes}
 
 
@@ -80,7 +80,7 @@ def check_fit(lora: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]])
         if layer not in layers:
             raise CheckpointError(f"it was made for another model: this one has no layer {layer}.")
         if any(matrix.ndim < 2 for matrix in parts.values()):
-            raise CheckpointError(f"it is damaged: {layer} holds something else than matrices.")
+            raise CheckpointError(f"it is damaged: {layer} has parts that are not matrices.")
         try:
             added = _added(parts)
         except KeyError as error:
@@ -140,7 +140,7 @@ def _layer(name: str) -> str:
 
 
 def _alphas(weights: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By what each layer's adapter is multiplied, in ranks, where the metadata say so. Raises CheckpointError."""
+    """Each layer's alpha, where the metadata have one. Raises CheckpointError."""
     try:
         found = json.loads(weights.metadata.get(_ADAPTER, "{}"))
         settings = {key.rpartition(".")[2]: value for key, value in found.items() if value}
@@ -149,7 +149,7 @@ def _alphas(weights: Weights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise CheckpointError(f"{weights.label}: its metadata can't be read ({short(error)}).") from error
     if len(alphas) > 1 or settings.get("alpha_pattern"):
         raise CheckpointError(f"{weights.label} gives its layers several strengths, and that isn't supported.")
-    # What is multiplied with the alpha over the rank's root becomes the same with the alpha over the rank.
+    # rsLoRA scales by alpha / sqrt(rank), others by alpha / rank: alpha * sqrt(rank) gives the same with the latter.
     return {
         f"{_layer(name)}.alpha": torch.tensor(alpha * (len(down) ** 0.5 if settings.get("use_rslora") else 1.0))
         for name, down in state.items()

@@ -1,8 +1,8 @@
 """Read FlashVideo's networks from any file that holds them.
 
-Layouts, told apart by key names and shapes: the official stage1.pt and stage2.pt (LoRA matrices split or merged)
+Layouts, recognised by key names and shapes: the official stage1.pt and stage2.pt (LoRA matrices split or merged)
 and 3d-vae.pt, converted safetensors, and diffusers' CogVideoX. The architecture follows from the shapes, so any
-depth and width loads. A file that doesn't fit is refused with one message that says how.
+depth and width loads. A file that doesn't fit is refused with one message that says why.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Checkpoint:
 
     @property
     def quantised(self) -> bool:
-        """Whether scale factors stand beside the weights, or the weights are no floating-point numbers."""
+        """Whether there are scale factors for the weights, or weights that are not floating-point numbers."""
         dtypes = (self.weights.dtypes[source.key] for source in self.plan.sources)
         return any(QUANTISATION.search(name) for name in self.shapes) or any(
             dtype is None or not dtype.is_floating_point for dtype in dtypes
@@ -141,7 +141,7 @@ def _config(weights: Weights, layout: Layout, shapes: Shapes) -> DiTConfig | VAE
 
 
 def _refuse_relatives(checkpoint: Checkpoint, stage: str) -> None:
-    """Refuse CogVideoX's other models, and a stage II without what makes it one."""
+    """Refuse CogVideoX's other models, and a stage II without its two embeddings."""
     config, label = checkpoint.config, checkpoint.weights.label
     if not isinstance(config, DiTConfig):
         return
@@ -167,9 +167,9 @@ def _refuse_relatives(checkpoint: Checkpoint, stage: str) -> None:
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
     if checkpoint.quantised:
         raise CheckpointError(
-            f"{checkpoint.weights.label} is quantised: its numbers mean something only by scale factors, which "
-            "FlashVideo's loaders don't read. Take the file that it was made of. Load FlashVideo Model makes a model "
-            "as small by itself: weight_dtype fp8_e4m3fn."
+            f"{checkpoint.weights.label} is quantised: its numbers need scale factors, which FlashVideo's loaders "
+            "don't read. Use the file that it was made from. Load FlashVideo Model makes a model equally small: "
+            "weight_dtype fp8_e4m3fn."
         )
 
 
@@ -238,7 +238,7 @@ def _lora_trouble(weights: Weights, source: Source) -> str | None:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """A file's stage, size and layout in words."""
+    """A file's stage, size and layout, for a message."""
     config = checkpoint.config
     if isinstance(config, DiTConfig):
         size = f"{config.num_layers} layers of {config.hidden_size}"

@@ -1,4 +1,4 @@
-"""What T5 v1.1 encoder a file holds, from the shapes of its weights; and what it holds instead, for a message."""
+"""The T5 v1.1 encoder in a file, from the shapes of its weights; for other files, what they seem to be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T5_VOCABULARY = 32128
 UMT5_VOCABULARY = 256384
 BYT5_VOCABULARIES = (384, 1510)
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
-ADVICE = "Take t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
+ADVICE = "Use t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
 
 
 def t5_config(weights: Weights) -> T5Config:
@@ -24,7 +24,7 @@ def t5_config(weights: Weights) -> T5Config:
     first = "encoder.block.0.layer.{}".format
     attention, feed_forward = first("0.SelfAttention.q.weight"), first("1.DenseReluDense.wi_0.weight")
     if embeddings is None or attention not in shapes:
-        raise CheckpointError(f"{label} is no T5 text encoder: it seems to be {_no_t5(shapes)}. {ADVICE}")
+        raise CheckpointError(f"{label} is not a T5 text encoder: it seems to be {_no_t5(shapes)}. {ADVICE}")
     if foreign := _other_t5(shapes, embeddings[0] if embeddings else 0):
         raise CheckpointError(f"{label} seems to be {foreign}, which FlashVideo can't read. {ADVICE}")
     bias = first("0.SelfAttention.relative_attention_bias.weight")
@@ -44,7 +44,7 @@ def t5_config(weights: Weights) -> T5Config:
 
 
 def _no_t5(shapes: Shapes) -> str:
-    """What a file that is no T5 seems to be."""
+    """What a file without a T5 seems to be."""
     if layout := find_layout(shapes):
         return "FlashVideo's VAE" if layout.kind == "vae" else "a FlashVideo or CogVideoX diffusion model"
     if any("vision_model." in name or name.startswith("visual.") for name in shapes):

@@ -1,8 +1,8 @@
 """Weight files opened safely and read one tensor at a time: safetensors, PyTorch archives, state dicts in memory.
 
-A file is known by its first bytes, never by its name. PyTorch files are only ever read with `weights_only=True`;
+A file is recognised by its first bytes, never by its name. PyTorch files are always read with `weights_only=True`;
 one that would run code is refused. Archives and safetensors are memory-mapped, so that opening a large file is
-instant and reading it costs one tensor at a time; `Weights.release` lets go of the pages read so far.
+instant and reading it takes the memory of one tensor; `Weights.release` frees the pages that were read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Scale factors that quantised files hold beside the weights.
+# Scale factors that quantised files hold besides the weights.
 QUANTISATION = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$")
 SHOWN_KEYS = 4  # of a list of keys in a message
 SHOWN_LETTERS = 120  # of a name or of another library's message
 # Beyond what any real model has: the largest known header has 0.3 MB and 2,500 tensors, and ComfyUI may add a graph.
 MAX_HEADER = 8 * 2**20  # bytes
 MAX_PICKLE, MAX_READS = 2**20, 400_000  # of a PyTorch file's table of contents: bytes, or calls in an old file
-MAX_SCANNED = 2**19  # bytes of a refused pickle that are looked through for the names of code
+MAX_SCANNED = 2**19  # bytes of a refused pickle that are searched for the names of code
 MAX_TENSORS, MAX_NAME, MAX_NAMES, MAX_AXES = 2**14, 512, 2**20, 8  # of names, letters: of one, and of all
 # Where training scripts put the weights in what they save, the official ones first.
 WEIGHT_KEYS = ("module", "state_dict", "model", "model_state_dict", "ema")
@@ -51,21 +51,21 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# First bytes, in lower case and without leading space, of what people have in place of a model.
+# First bytes, in lower case and without leading space, of files that users take for a model.
 _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
         (b"version https://git-lfs",),
-        "is a git-lfs pointer, a few lines that stand for the real file. Run `git lfs pull`, or download it.",
+        "is a git-lfs pointer, not the model itself. Run `git lfs pull`, or download the file.",
     ),
     (
         (b"<!doctype", b"<html", b"<?xml", b"<head"),
         "is a web page, not a model: the download link led to a page (a login, perhaps). Download it again.",
     ),
     ((b"gguf",), "is a GGUF file: use the loader of a GGUF node pack."),
-    ((b"{",), "is a JSON text file, not a model: take the .safetensors or .pt file that belongs to it."),
+    ((b"{",), "is a JSON text file, not a model: use the .safetensors or .pt file that belongs to it."),
     (
         (b"rar!", b"7z\xbc\xaf", b"\x1f\x8b"),
-        "is a compressed archive: unpack it, and take the model file from inside.",
+        "is a compressed archive: unpack it, and use the model file inside.",
     ),
 )
 _MISLEADING = (".safetensors",)  # endings by which newer PyTorches would read another kind of file
@@ -136,9 +136,9 @@ class Weights:
 
 
 def open_weights(source: str | Path | Mapping[str, Any]) -> Weights:
-    """Open a checkpoint: a path, or a state dict that may stand under "module" or "state_dict".
+    """Open a checkpoint: a path, or a state dict, which may be under a key such as "module" or "state_dict".
 
-    A `StateDict` keeps its metadata. Raises CheckpointError if it is no weight file, is damaged, or carries code.
+    A `StateDict` keeps its metadata. Raises CheckpointError if it isn't a weight file, is damaged, or contains code.
     """
     if isinstance(source, Mapping):
         tensors = _find_tensors(source, "The state dict")
@@ -171,13 +171,13 @@ def _open_safetensors(path: Path, size: int) -> Weights:
     metadata = header.pop("__metadata__", {})
     _check_names(path.name, header)
     if not (_is_metadata(metadata) and all(map(_is_entry, header.values()))):
-        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header makes no sense.")
+        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header is invalid.")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
     dtypes = {name: SAFETENSORS_DTYPES.get(entry["dtype"]) for name, entry in header.items()}
     if start + end != size:
         raise CheckpointError(
-            f"{path.name} is damaged or incomplete: {size:,} bytes long, and its header speaks of {start + end:,}. "
+            f"{path.name} is damaged or incomplete: {size:,} bytes long, but its header says {start + end:,}. "
             "Download or convert it again."
         )
 
@@ -201,7 +201,7 @@ def _is_metadata(value: object) -> bool:
 
 
 def _is_entry(value: object) -> bool:
-    """Whether a header's entry says a data type, a shape and a place, as far as that can be told of one alone."""
+    """Whether an entry of a header is valid by itself: a data type, a shape and an offset that fit together."""
     if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
         return False
     shape, place = numbers = value.get("shape"), value.get("data_offsets")
@@ -242,7 +242,7 @@ def read_safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path.name} is a damaged safetensors file: its header isn't readable.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header makes no sense.")
+        raise CheckpointError(f"{path.name} is a damaged safetensors file: its header is invalid.")
     return header, 8 + length
 
 
@@ -255,7 +255,7 @@ def _open_torch(path: Path) -> Weights:
         return _find_tensors(_load_torch(path, archive), path.name)
 
     tensors = reopen()
-    if not archive or path.suffix.lower() in _MISLEADING:  # can't be mapped: read once, kept
+    if not archive or path.suffix.lower() in _MISLEADING:  # can't be mapped: stays in memory
         return _from_tensors(path.name, "PyTorch file of the old kind", tensors, lambda: tensors)
     return _from_tensors(path.name, "PyTorch archive", tensors, reopen)
 
@@ -270,10 +270,10 @@ def _load_torch(path: Path, archive: bool) -> object:
     except _DAMAGE as error:
         if code := _code_in_pickle(path, archive):
             raise CheckpointError(
-                f"{path.name} carries code ({some(sorted(code))}) that loading would run, so it was not "
-                "loaded. Only take this model as safetensors, or as a .pt file that holds nothing but weights."
+                f"{path.name} contains code ({some(sorted(code))}) that loading would run, so it was not "
+                "loaded. Use this model only as safetensors, or as a .pt file that holds nothing but weights."
             ) from error
-        raise CheckpointError(f"{path.name} is damaged or incomplete, or no model file at all.") from error
+        raise CheckpointError(f"{path.name} is damaged or incomplete, or not a model file.") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -284,16 +284,16 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{path.name} is damaged or incomplete: its table of contents isn't readable.") from error
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise CheckpointError(f"{path.name} is a TorchScript program, which carries code; it was not opened.")
+        raise CheckpointError(f"{path.name} is a TorchScript program, which contains code; it was not opened.")
     if len(entries) > 4 * MAX_TENSORS or any(
         entry.filename.endswith("data.pkl") and max(entry.file_size, entry.compress_size) > MAX_PICKLE
         for entry in entries
     ):
-        raise CheckpointError(f"{path.name} is damaged, or no model file: its table of contents is larger than any's.")
+        raise CheckpointError(f"{path.name} is damaged, or not a model file: its table of contents is too large.")
 
 
 class _Counted:
-    """A file that can't be read in more pieces than the largest model's table takes: a pickle reads byte by byte."""
+    """A file with a limited number of reads, since a damaged pickle may be read byte by byte without end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._left = file, MAX_READS
@@ -317,11 +317,11 @@ class _Counted:
     def _count(self) -> None:
         self._left -= 1
         if self._left < 0:
-            raise pickle.UnpicklingError("no model's table of contents is so long")
+            raise pickle.UnpicklingError("the table of contents is too long")
 
 
 def _code_in_pickle(path: Path, archive: bool) -> set[str]:
-    """Names outside PyTorch's own that a pickle would import. Disassembles it, and runs none of it."""
+    """Names outside PyTorch's own that a pickle would import. It is disassembled, not run."""
     if not archive:
         with path.open("rb") as file:
             return set(_imports(io.BytesIO(file.read(MAX_SCANNED))))
@@ -350,7 +350,7 @@ def _imports(file: BinaryIO) -> Iterator[str]:
 
 
 def _find_tensors(loaded: object, label: str) -> dict[str, Tensor]:
-    """The state dict in what a file holds, which may be the file itself or stand under a key."""
+    """The state dict that a file holds, either directly or under a key."""
     if isinstance(loaded, Tensor):
         raise CheckpointError(f"{label} holds a single tensor, not a model.")
     if not isinstance(loaded, Mapping):

@@ -1,4 +1,4 @@
-"""Which attention the networks use: exact, or approximate by what stands in a MODEL's transformer options."""
+"""Which attention the networks use: exact, or the approximation that a MODEL's transformer options name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def with_attention_windows(model: comfy.model_patcher.ModelPatcher, tiles: Grid)
     clone.model_options["transformer_options"][ATTENTION_TILES] = tiles
 
     def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """Let ComfyUI make room for a window's keys and values beside the whole sequence's, by a wider picture."""
+        """Let ComfyUI reserve memory for a window's keys and values too, by a wider picture."""
         *shape, columns = noise_shape
         columns = math.ceil(columns * (1 + 2 * share(tiles) / LAYER_SEQUENCES))
         return executor(model, [*shape, columns], *args, **kwargs)
@@ -61,5 +61,5 @@ def with_sage(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.Mo
 
 
 def sage(_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """In place of the attention function that ComfyUI has chosen."""
+    """SageAttention, called instead of the attention function that ComfyUI chose."""
     return get_attention_function(SAGE)(*args, **kwargs)

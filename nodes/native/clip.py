@@ -1,4 +1,4 @@
-"""T5 as a native ComfyUI CLIP the way FlashVideo was trained with it: 226 tokens, padding included and attended to."""
+"""T5 as a native ComfyUI CLIP, as FlashVideo was trained with it: 226 tokens, padding included and attended to."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tokenizer226(T5XXLTokenizer):
         super().__init__(
             embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, min_length=TEXT_TOKENS
         )
-        self.tokenizer.model_max_length = sys.maxsize  # no warning of "indexing errors": `shorten` sees to the length
+        self.tokenizer.model_max_length = sys.maxsize  # no warning of "indexing errors": `shorten` limits the length
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> list[list[tuple]]:
         """Tokens of a prompt with their weights, in one section."""
@@ -81,7 +81,7 @@ class FlashVideoTextModel(sd1_clip.SD1ClipModel):
 
 
 def shorten(tokens: list[tuple]) -> list[tuple]:
-    """Cut a section of tokens to 226 as the official code does, keeping T5's end token; says in the log if it cut."""
+    """Cut a section of tokens to 226 as the official code does, keeping T5's end token; logs if it cut."""
     dropped = len(tokens) - TEXT_TOKENS
     if dropped <= 0:
         return tokens
@@ -109,7 +109,8 @@ def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> com
     state, _ = convert_old_quants(state, model_prefix="", metadata=weights.metadata)
 
     def loaded(**options: Any) -> FlashVideoTextModel:
-        # At once: ComfyUI may move the model before it returns the CLIP, and a quantised layer is empty until then.
+        # Here, because ComfyUI may move the model before it returns the CLIP, and a quantised layer is empty until
+        # its weights are loaded.
         model = FlashVideoTextModel(**options)
         model.load_sd(state)
         return model
@@ -146,8 +147,8 @@ def _model_options(label: str, config: T5Config, state: dict[str, Tensor]) -> di
     quantisation = {option: detected[name] for name, option in _QUANTISATION.items() if name in detected}
     if not quantisation and (scales := [name for name in state if _is_scale(name)]):
         raise CheckpointError(
-            f"{label} is quantised in a way that this version of ComfyUI can't read ({some(scales)}). Update ComfyUI, "
-            "or take t5xxl_fp16.safetensors"
+            f"{label} is quantised, in a format that this version of ComfyUI can't read ({some(scales)}). Update "
+            "ComfyUI, or use t5xxl_fp16.safetensors"
         )
     device = comfy.model_management.text_encoder_device()
     dtype = comfy.model_management.text_encoder_dtype(device)

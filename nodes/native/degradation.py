@@ -1,10 +1,10 @@
-"""A latent is degraded exactly once, whichever way the graph is wired.
+"""A latent is degraded exactly once, however the graph is wired.
 
 ComfyUI's nodes rebuild LATENTs: some copy the dictionary with other samples in it, some make a new one, and samplers
 see nothing but the samples. So a degraded latent is recognised by its numbers: this process remembers a key for each
-place of what it has degraded. Cropping, flipping, repeating, batching, saving and loading keep them; a sampler, an
-upscale or a blend makes other numbers, and the result counts as what it is. When a sampler starts, the guard below
-compares what is known with the noise that is about to be added.
+position of what it has degraded. Cropping, flipping, repeating, batching, saving and loading keep the keys; a sampler,
+an upscale or a blend makes other numbers, and its result doesn't count as degraded. When a sampler starts, the guard
+below compares what is known with the noise that is about to be added.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ...flashvideo.degradation import degrade_latent
-from .idle_patches import tell_idle_patches
-from .notices import tell
+from .idle_patches import warn_of_idle_patches
+from .notices import warn
 from .out_of_memory import explained
 from .sampling import AutoRefinerSampling, RefinerSampling, auto_latent_strength
 from .schedule_guard import check_conditions, check_spread, running_node
 
 MARK = "flashvideo_degradation"
-SAMPLER_ADVICE = "Take euler with scheduler simple, the official way, or more steps."
+SAMPLER_ADVICE = "Use euler with scheduler simple, as the official code does, or more steps."
 # Timesteps: at or above the first a run starts from the fully degraded latent; none starts above the second.
 FULL_NOISE, BEYOND_NOISE = 999, 1001
-_KEY_CHANNELS = 4  # of 16 bits make one whole number, which no other place of a video shares
-_KEY_DTYPES = (torch.float16, torch.bfloat16)  # a latent that was kept in either is known again
-_PROBES = 4096  # places of a video that are looked up
-_MOST_KEYS = 2**15  # of one latent; of a larger one, those that a multiple of some power of two divides
+_KEY_CHANNELS = 4  # of 16 bits make one whole number, unique among the positions of a video
+_KEY_DTYPES = (torch.float16, torch.bfloat16)  # a latent that was stored in either is recognised
+_PROBES = 4096  # positions of a video that are looked up
+_MOST_KEYS = 2**15  # of one latent; of a larger one, those that a power of two divides, by their own bits
 _REMEMBERED = 64  # latents: at most 32 MB
-_ALL, _NONE = 0.9, 0.1  # of a video's places: from one on it is known, up to the other it is not
+_ALL, _NONE = 0.9, 0.1  # shares of a video's positions: known from the first on, not known up to the second
 _NOISE_LIKE = 0.15  # correlation of neighbours below which a latent looks like noise; pictures have 0.5 and more
 
 
@@ -48,14 +48,14 @@ NOISE_LIKE = (
 
 @dataclass(frozen=True)
 class _Degraded:
-    """A degraded latent: its strength, and its places' keys in each data type, of which one in `step` is kept."""
+    """A degraded latent: its strength, and the keys of its positions in each data type; one in `step` is stored."""
 
     strength: int
     keys: dict[torch.dtype, Tensor]
     step: int
 
     def is_same(self, other: _Degraded) -> bool:
-        """Whether it is the same latent, degraded in the same way."""
+        """Whether it is the same latent, degraded with the same noise and strength."""
         same = self.strength == other.strength and self.step == other.step
         return same and all(torch.equal(self.keys[dtype], other.keys[dtype]) for dtype in _KEY_DTYPES)
 
@@ -64,13 +64,13 @@ _remembered: list[_Degraded] = []  # the newest last
 
 
 def _keys(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    """One whole number for each place of samples [B, C, ...], [B, N]."""
+    """One whole number for each position of samples [B, C, ...], [B, N]."""
     values = samples[:, :_KEY_CHANNELS].movedim(1, -1).to("cpu", torch.float32).to(dtype)
     return values.contiguous().view(torch.int64).flatten(1)
 
 
-def _is_kept(keys: Tensor, step: int) -> Tensor:
-    """Which keys are among the one in `step` that is kept, by their own bits: the same wherever they stand."""
+def _is_stored(keys: Tensor, step: int) -> Tensor:
+    """Which keys are stored, one in `step`. Their own bits decide, so that it doesn't depend on their position."""
     mixed = keys ^ (keys >> 16) ^ (keys >> 32) ^ (keys >> 48)
     return (mixed & (step - 1)) == 0
 
@@ -82,7 +82,7 @@ def _remember(samples: Tensor, strength: int) -> _Degraded:
     keys = {}
     for dtype in _KEY_DTYPES:
         each = _keys(samples, dtype).flatten()
-        keys[dtype] = each[_is_kept(each, step)]
+        keys[dtype] = each[_is_stored(each, step)]
     made = _Degraded(strength, keys, step)
     made = next((each for each in _remembered if each.is_same(made)), made)
     _recall(made)
@@ -90,7 +90,7 @@ def _remember(samples: Tensor, strength: int) -> _Degraded:
 
 
 def _recall(degraded: _Degraded) -> None:
-    """Put a latent at the newest place; the oldest is forgotten."""
+    """Make a latent the newest one; the oldest is forgotten."""
     _remembered[:] = [each for each in _remembered if each is not degraded][1 - _REMEMBERED :] + [degraded]
 
 
@@ -129,7 +129,7 @@ def degradation_of(latent: dict[str, Any]) -> int | None:
 
 
 def was_degraded(latent: dict[str, Any]) -> bool:
-    """Whether a LATENT was degraded at some time, whatever has become of it since."""
+    """Whether a LATENT was degraded at some time, even if it was changed since."""
     return MARK in latent
 
 
@@ -156,13 +156,13 @@ def known_strength(samples: Tensor, where: str = "") -> int | None:
 
 
 def _video_strengths(video: Tensor) -> dict[int, float]:
-    """The shares of a video's places that are known, by their strength."""
+    """The shares of a video's positions that are known, by their strength."""
     found: dict[int, float] = {}
     for dtype in _KEY_DTYPES:
         shares: dict[int, float] = {}
         keys = _keys(video, dtype).flatten()
         for strength, step in {(each.strength, each.step) for each in _remembered}:
-            probes = keys if step == 1 else keys[_is_kept(keys, step)]
+            probes = keys if step == 1 else keys[_is_stored(keys, step)]
             probes = probes[:: max(1, len(probes) // _PROBES)]
             known = torch.zeros(len(probes), dtype=torch.bool)
             for each in _remembered:
@@ -177,7 +177,7 @@ def _video_strengths(video: Tensor) -> dict[int, float]:
 
 
 def _is_enlarged(video: Tensor) -> bool:
-    """Whether a degraded video [C, T, H, W] was enlarged by repeating places: noise never repeats itself."""
+    """Whether a degraded video [C, T, H, W] was enlarged by repeating pixels or frames: noise never repeats itself."""
     for axis in (1, 2, 3):
         if video.shape[axis] > 1:
             first, second = video.narrow(axis, 0, video.shape[axis] - 1), video.narrow(axis, 1, video.shape[axis] - 1)
@@ -199,7 +199,7 @@ def looks_like_noise(samples: Tensor) -> bool:
 def check_unmasked(mask: Tensor | None, where: str = "") -> None:
     """A degraded latent is refined as a whole: outside of a mask nothing would take its noise away.
 
-    A white mask, which lets all through, is none.
+    A white mask covers everything and counts as no mask.
     """
     if mask is not None and bool((mask < 1).any()):
         raise ValueError(
@@ -221,13 +221,12 @@ def guard_degradation(
 ) -> Tensor:
     """ComfyUI wrapper around a sampler run of stage II.
 
-    A latent that was degraded before passes through as the start of the flow; one that was not gets the
-    sampler's noise. Raises ValueError where a graph would degrade twice or never, or tells the network another
-    strength than the latent's.
+    A latent that was degraded before is the start of the flow; one that was not gets the sampler's noise. Raises
+    ValueError where a graph would degrade twice or never, or gives the network another strength than the latent's.
     """
     guider = executor.class_obj
     check_conditions(guider)
-    tell_idle_patches(guider.model_options)
+    warn_of_idle_patches(guider.model_options)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     if not isinstance(sampling, RefinerSampling):
         raise ValueError(
@@ -256,7 +255,7 @@ def guard_degradation(
                 "Latent: then give it to FlashVideo Stage II Refiner, whose degraded_strength says how far."
             )
         if adds_noise and denoise_mask is None and looks_like_noise(latent_image):
-            tell(NOISE_LIKE, running_node())
+            warn(NOISE_LIKE, running_node())
         with explained(guider.model_patcher, latent_image, stage=2):
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
@@ -295,7 +294,7 @@ def _at_strength(
 
 
 def check_degraded_start(strength: int, expected: int, *, adds_noise: bool, starts_full: bool) -> None:
-    """Refuse to sample from a degraded latent in any way but from itself, at its own strength."""
+    """Refuse a run that would not start from the degraded latent itself, at its own strength."""
     if adds_noise:
         raise ValueError(
             "FlashVideo stage II: this latent would be degraded twice, by FlashVideo Latent Degradation and by the "

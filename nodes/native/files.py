@@ -1,4 +1,4 @@
-"""Where the loaders take models from: ComfyUI's model folders, or the miniature that comes with the pack."""
+"""Where the loaders find models: ComfyUI's model folders, or the miniature that comes with the pack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comfy_api.latest import ui
 
 from ...flashvideo.checkpoints.catalogue import what_goes_into
 from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
-from .notices import tell
+from .notices import warn
 
 BUILT_IN = "FlashVideo-Nano (built-in)"  # saved workflows hold this name: it never changes
 
@@ -65,8 +65,8 @@ def _missing(folder: str, name: str) -> str:
 def shared(path: Path | None, build: Callable[[], Loaded], *settings: Hashable) -> Loaded:
     """What `build` makes of a file, or the object that another node has made of the same file with these settings.
 
-    `path` None stands for the built-in model; `settings` tell apart what `build` would make differently. A file that
-    was replaced on disk counts as another one.
+    `path` None means the built-in model; `settings` are all that the result of `build` depends on besides the file. A
+    file that was replaced on disk counts as another one.
     """
     key = (build.__module__, *_identity(path), *settings)
     found = _loaded.get(key)
@@ -84,11 +84,11 @@ def _identity(path: Path | None) -> tuple[Hashable, ...]:
 
 
 def notice(path: Path | None, node_id: str | None) -> ui.PreviewText | None:
-    """Say in the log and on the node that the built-in model is untrained, where that is what was chosen.
+    """Warn in the log and on the node if the built-in model was chosen and is untrained.
 
-    Returns what the node's output shall carry for clients that read the history instead of showing the graph.
+    Returns the same text for the node's output, for clients that read the history instead of showing the graph.
     """
     if path is not None or nano_is_trained():
         return None
-    tell(NANO_NOTICE, node_id)
+    warn(NANO_NOTICE, node_id)
     return ui.PreviewText(NANO_NOTICE)

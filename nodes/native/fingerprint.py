@@ -1,4 +1,4 @@
-"""What tells a loaded network from any other, across restarts: its weights, what patches them, and what it is told."""
+"""A fingerprint of a loaded network that holds across restarts: its weights, patches, options and inputs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor, nn
 
 DIGEST_BYTES = 12
-WHOLE = 2**20  # tensors of up to so many numbers are read whole
-# What says nothing of a patch's settings, or changes from run to run.
+WHOLE = 2**20  # tensors of up to so many numbers are hashed whole
+# Holds no settings of a patch, or changes from run to run.
 _NOT_TAKEN_APART = (type, ModuleType, comfy.model_base.BaseModel)
-_COMPILED = "OptimizedModule"  # torch.compile's, whose module is slow to import
-_COMPILING = "torch.compile"  # by that name ComfyUI keeps the wrapper that compiles; its settings are options
-_NO_SETTINGS = {"__dict__", "__weakref__"}  # what slots are named beside attributes
-_RUNNING = {"_skip_adding"}  # what hooks remember of the run at hand
-DEPTH = 32  # of objects within objects: a patch's settings lie near the surface
+_COMPILED = "OptimizedModule"  # a class of torch.compile, compared by name because its module is slow to import
+_COMPILING = "torch.compile"  # ComfyUI's name for the wrapper that compiles; its settings are options
+_NO_SETTINGS = {"__dict__", "__weakref__"}  # slots that are no attributes
+_RUNNING = {"_skip_adding"}  # state of the current run in hooks
+DEPTH = 32  # of objects within objects: a patch's settings are near the top
 _PLAIN = (str, bytes, int, float, complex, range, slice, torch.dtype, torch.device)
-PROBES = 256  # of a larger one so many are: no two trainings share them
+PROBES = 256  # numbers that are hashed of a larger one: two trainings never share them
 
 
 def fingerprint(*values: object) -> str:
     """A short text that changes when anything in `values` does: numbers, texts, tensors and collections of these.
 
-    Of functions the name counts, and what they were made with: a patch's settings, as a rule. Of other objects the
-    class and all they hold.
+    Functions count by name and by what they hold (defaults, closures, arguments), which are a patch's settings as a
+    rule. Other objects count by class and attributes.
     """
     return _digest(values, _Pieces())
 
@@ -50,8 +50,8 @@ def weights_fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
     replaced = {name: each for name, each in patcher.object_patches.items() if name != "model_sampling"}
     hooks = list(getattr(patcher, "hook_patches", {}).values())
     wrappers = [{key: each for key, each in of.items() if key != _COMPILING} for of in patcher.wrappers.values()]
-    told = (weights, patcher.patches, patcher.model_options, replaced, hooks, wrappers)
-    return _digest(told, _Pieces(patcher.model.named_modules()))
+    state = (weights, patcher.patches, patcher.model_options, replaced, hooks, wrappers)
+    return _digest(state, _Pieces(patcher.model.named_modules()))
 
 
 def _digest(values: Iterable[object], pieces: _Pieces) -> str:
@@ -62,15 +62,15 @@ def _digest(values: Iterable[object], pieces: _Pieces) -> str:
 
 
 class _Pieces:
-    """Takes values apart, each object once: what holds itself comes to an end.
+    """Splits values into bytes, each object once, so that circular references end.
 
-    Of the modules `known` the names count alone: what runs changes them, and their weights are counted elsewhere.
+    The modules in `known` count by name only: a run changes them, and their weights are hashed elsewhere.
     """
 
     def __init__(self, known: Iterable[tuple[str, nn.Module]] = ()) -> None:
-        self._seen: dict[int, tuple[int, object]] = {}  # by id; kept, or another object could get the same
+        self._seen: dict[int, tuple[int, object]] = {}  # by id; holds the object, or another could get its id
         self._known = {id(module): name for name, module in known}
-        self._inside: set[int] = set()  # collections that are being taken apart
+        self._inside: set[int] = set()  # collections that are being split
         self._depth = 0
 
     def of(self, value: Any) -> Iterator[bytes]:
@@ -115,7 +115,7 @@ class _Pieces:
             yield self._known[id(value)].encode()
         elif isinstance(value, comfy.model_patcher.ModelPatcher):
             yield from self.of(value.patches)
-        elif isinstance(value, comfy.hooks.HookKeyframeGroup):  # remembers where the run at hand is
+        elif isinstance(value, comfy.hooks.HookKeyframeGroup):  # also holds the position in the current run
             yield from self.of([(each.strength, each.start_percent, each.guarantee_steps) for each in value.keyframes])
         elif self._depth < DEPTH and not isinstance(value, _NOT_TAKEN_APART) and type(value).__name__ != _COMPILED:
             self._depth += 1
@@ -126,7 +126,7 @@ class _Pieces:
 
 
 def _order(value: Any) -> str:
-    """By what the members of a set are taken apart: the same in every run."""
+    """Sort key of a set's members, the same in every run."""
     return f"{type(value).__qualname__} {value if isinstance(value, _PLAIN) else ''}"
 
 
@@ -137,7 +137,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _made_with(value: Any) -> Iterator[Any]:
-    """What a function, a method or a partial call holds beside its code."""
+    """What a function, a method or a partial call holds besides its code."""
     for name in ("__self__", "__func__", "__defaults__", "__kwdefaults__", "func", "args", "keywords"):
         yield getattr(value, name, None)
     for cell in getattr(value, "__closure__", None) or ():

@@ -1,7 +1,7 @@
 """Long videos from file to file: the library's streamed refiner with ComfyUI's own networks in it.
 
-ComfyUI loads the networks, patches them and makes room for them; each evaluation of stage II is a sampling of its own
-as far as ComfyUI can tell, so that guidance, LoRAs, hooks and every other patch work as in a KSampler.
+ComfyUI loads the networks, patches them and makes room for them. For ComfyUI each evaluation of stage II is a sampler
+run of its own, so that guidance, LoRAs, hooks and every other patch work as in a KSampler.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _BAR_STEPS = 1000
 
 
 class _Evaluation(comfy.samplers.Sampler):
-    """In a sampler's place: one evaluation of the guided network, whose clean latent is kept as it comes."""
+    """A sampler that evaluates the guided network once and stores the clean latent unchanged."""
 
     def __init__(self, sigma: Tensor) -> None:
         self.sigma = sigma
@@ -79,7 +79,7 @@ class GuidedRefiner:
         self._latents = torch.empty(0, device=device)
 
     def parameters(self) -> Iterator[Tensor]:
-        """Something that tells device and precision of latents."""
+        """A tensor with the device and precision of latents."""
         yield self._latents
 
     def to(self, _device: torch.device) -> GuidedRefiner:
@@ -129,9 +129,9 @@ class LoadedVAE:
         return self._vae.first_stage_model.parameters()
 
     def to(self, device: torch.device) -> LoadedVAE:
-        """Have ComfyUI load it where it runs; where it rests meanwhile is ComfyUI's decision, too."""
+        """Have ComfyUI load it on its device; ComfyUI also decides where it stays while unused."""
         if device == self._vae.device:
-            # Whole: its layers can't fetch weights that were left behind.
+            # Whole: its layers can't fetch weights that stayed in main memory.
             comfy.model_management.load_models_gpu(
                 [self._vae.patcher], memory_required=self._needed, force_full_load=True
             )
@@ -151,11 +151,11 @@ def refine_long_video(
     warn: Callable[[str], None],
     note: Callable[[str], None],
 ) -> Path:
-    """Refine a VIDEO to a file in the folder `finished`; if it was made before, it is there at once.
+    """Refine a VIDEO to a file in the folder `finished`; a file that was made before is returned at once.
 
-    Work is kept in the folder `unfinished` until all is done, and a call with the same arguments goes on with it, in
+    Work is stored in the folder `unfinished` until all is done, and a call with the same arguments resumes it, in
     another process, too. `warn` gets what a user should know before the work starts, `note` the strength if it is
-    auto. Raises CommandError for what can't be done, and ValueError for a size that can't be.
+    auto. Raises CommandError for what can't be done, and ValueError for an invalid size.
     """
     for folder in (unfinished, finished):
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def refine_long_video(
         loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
         networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
         options = FileOptions(work=unfinished / key, about=about, warn=warn, note=note)
-        # The network is guided already: the library's cfg 1 stands for a single evaluation.
+        # The network is guided already: with cfg 1 the library evaluates it once a step.
         refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
     if copied:
         source.unlink(missing_ok=True)
@@ -202,14 +202,14 @@ def vae_budget(vae: FlashVideoVAE) -> float | None:
 
 
 def vae_store(vae: FlashVideoVAE) -> float | None:
-    """Bytes that the VAE's tiles may leave in main memory; None where the work is done there."""
+    """Bytes that the VAE's tiles may store in main memory; None where the VAE runs there."""
     if comfy.model_management.is_device_cpu(vae.device):
         return None
     return STORE_SHARE * comfy.model_management.get_total_memory(torch.device("cpu"))
 
 
 def _vae_bytes(vae: FlashVideoVAE, video: Any, settings: RefineSettings, budget: float | None) -> float:
-    """What the VAE will need beside its weights."""
+    """Bytes that the VAE needs besides its weights."""
     width, height = video.get_dimensions()
     _, *padded = padded_shape(1, *settings.size.resolve(height, width))
     frames, latents = CHUNKS

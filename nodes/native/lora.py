@@ -23,7 +23,7 @@ def add_lora(model: comfy.model_patcher.ModelPatcher, path: Path, strength: floa
         raise CheckpointError(f"{path.name} can't be used: {error}") from None
     patches = comfy.lora.load_lora(lora, names, log_missing=False)
     if not patches:
-        raise CheckpointError(f"{path.name} can't be used: it is no LoRA, or one for another model.")
+        raise CheckpointError(f"{path.name} can't be used: it isn't a LoRA, or is made for another model.")
     used = set().union(*(getattr(patch, "loaded_keys", lora) for patch in patches.values()))
     if unused := sorted(lora.keys() - used):
         raise CheckpointError(f"{path.name} can't be used: no layer of this model takes {some(unused)}.")

@@ -93,7 +93,7 @@ class NativeDiT(FlashVideoDiT):
         operations: Any = None,
         **_sizes: int,
     ) -> None:
-        """`_sizes` are those that ComfyUI's nodes look for in a model's settings; they stand in `config` too."""
+        """`_sizes` are only there for ComfyUI's nodes, which read them in a model's settings; `config` has them too."""
         super().__init__(config, device=device, dtype=dtype, operations=operations)
         self.dtype = dtype
         self.in_channels = config.in_channels  # where ComfyUI's RenormCFG looks for it
@@ -189,7 +189,7 @@ class FlashVideoStage1(FlashVideoModel):
 
 
 class FlashVideoStage2(FlashVideoModel):
-    """Stage II, the refiner. What it is told of the degradation comes from where the noise comes from."""
+    """Stage II, the refiner. The network's degradation strength comes from the model sampling, as the noise does."""
 
     def __init__(self, model_config: StageConfig) -> None:
         super().__init__(model_config, comfy.model_base.ModelType.FLOW)
@@ -203,7 +203,7 @@ class FlashVideoStage2(FlashVideoModel):
 
 
 class StageConfig(comfy.supported_models_base.BASE):
-    """How ComfyUI shall run one stage."""
+    """How ComfyUI runs one stage."""
 
     unet_extra_config: ClassVar[dict[str, Any]] = {}
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float32]

@@ -1,4 +1,4 @@
-"""MODELs that see a latent in pieces, windows of time or tiles of the picture, that are blended at every evaluation."""
+"""MODELs that evaluate a latent in pieces (windows of time or tiles of the picture) and blend them at every step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def with_windows(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of a stage-II MODEL that refines longer latents in windows of time; see `flashvideo.refiner.windows`.
 
-    `window` and `overlap` are in frames; `window` 0 leaves the model as it is. Raises ValueError for numbers that
-    can't be. A latent that fits one window takes the ordinary way.
+    `window` and `overlap` are in frames; `window` 0 leaves the model as it is. Raises ValueError for invalid numbers.
+    A latent that fits one window is evaluated whole.
     """
     if not window:
         return model.clone()
@@ -44,7 +44,7 @@ def with_windows(
 def with_tiles(model: comfy.model_patcher.ModelPatcher, tile: int) -> comfy.model_patcher.ModelPatcher:
     """A clone of a stage-II MODEL that sees large pictures in tiles; see `flashvideo.refiner.tiles`.
 
-    `tile` is in pixels. Raises ValueError for one that can't be. A picture that fits one tile takes the ordinary way.
+    `tile` is in pixels. Raises ValueError for an invalid size. A picture that fits one tile is evaluated whole.
     """
     plan_tiles(2, 2, tile)
     return _in_pieces(model, TILES, (tile,), lambda _time, _frames, *sides: plan_tiles(*sides, tile))
@@ -73,7 +73,7 @@ def _in_pieces(
     clone.set_model_unet_function_wrapper(InPieces(inner, kind, settings, plan))
 
     def reserve(executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """Let ComfyUI make room for one piece and for what samplers hold of the whole latent, by a wider piece."""
+        """Let ComfyUI reserve memory for one piece and the samplers' copies of the latent, by a wider piece."""
         whole = torch.empty(tuple(noise_shape), device="meta")
         *piece, columns = whole[plan(0.0, *noise_shape[2:])[0].at].shape
         room = model.model.memory_required
@@ -84,7 +84,7 @@ def _in_pieces(
 
     preparing = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
     clone.add_wrapper_with_key(preparing, f"flashvideo_{kind}", reserve)
-    # What a view's keys take is a piece's: it asks for its room after the pieces.
+    # The memory for a view's keys depends on the piece, so its wrapper must run after the pieces' wrapper.
     for view in clone.get_wrappers(preparing, ATTENTION_TILES):
         clone.remove_wrappers_with_key(preparing, ATTENTION_TILES)
         clone.add_wrapper_with_key(preparing, ATTENTION_TILES, view)
@@ -106,8 +106,8 @@ class InPieces:
         if len(pieces) == 1:
             return self._evaluate(apply_model, args)
 
-        # ComfyUI asks for clean latents and not for velocities. One follows linearly from the other, and the weights
-        # sum to one, so that blending either is the same.
+        # ComfyUI expects clean latents, not velocities. One is linear in the other, and the blending weights sum to
+        # one, so that blending either gives the same result.
         def clean(piece: Piece) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
             conditions = {name: _cut(value, latent, piece) for name, value in args["c"].items()}
@@ -122,6 +122,6 @@ class InPieces:
 
 
 def _cut(condition: Any, latent: Tensor, piece: Piece) -> Any:
-    """What a piece gets of a condition: its part of one that lies on the latent, else all of it."""
+    """A piece's part of a condition that has the latent's shape; any other condition as a whole."""
     fits = isinstance(condition, Tensor) and condition.ndim == 5 and condition.shape[2:] == latent.shape[2:]
     return condition[piece.at] if fits else condition

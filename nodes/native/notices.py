@@ -1,4 +1,4 @@
-"""What a user should know while a graph runs."""
+"""Messages to the user while a graph runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from server import PromptServer
 
 
-def tell(text: str, node_id: str | None) -> None:
+def warn(text: str, node_id: str | None) -> None:
     """Warn in the log and on the node."""
     logging.warning(text)
     _show(text, node_id)

@@ -1,4 +1,4 @@
-"""What a run was about when memory ran out, in place of ComfyUI's tip about the batch size alone."""
+"""Out-of-memory errors that name size, window and tiles; ComfyUI's own tip names the batch size only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .multidiffusion import TILES, WINDOWS, settings_of
 
 @contextmanager
 def explained(model: comfy.model_patcher.ModelPatcher, latent: Tensor, stage: int) -> Iterator[None]:
-    """Add size, window and tiles of the run, and what to do, to an error that says that there was no more memory."""
+    """Add size, window and tiles of the run, and advice, to an out-of-memory error."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        told = str(error).splitlines()[0] if str(error) else "no memory left"
-        raise type(error)(f"{_explanation(model, latent, stage)} ({told})") from error
+        reason = str(error).splitlines()[0] if str(error) else "no memory left"
+        raise type(error)(f"{_explanation(model, latent, stage)} ({reason})") from error
 
 
 def _explanation(model: comfy.model_patcher.ModelPatcher, latent: Tensor, stage: int) -> str:

@@ -21,7 +21,7 @@ SMALLEST_SIGNAL = 4.8973451890853435e-08**0.5
 
 
 def signal_to_sigma(signal: Tensor) -> Tensor:
-    """sigma = sqrt(1 - s^2) / s, with s kept above zero."""
+    """sigma = sqrt(1 - s^2) / s, with s clamped above zero."""
     signal = signal.clamp(min=SMALLEST_SIGNAL)
     return (1 - signal**2).clamp(min=0).sqrt() / signal
 
@@ -53,9 +53,9 @@ class Stage1Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sam
 class Stage1ExactSampling(torch.nn.Module):
     """Stage I as the official sampler runs it: the latent stays variance preserving.
 
-    The first step's signal is exactly zero, which no finite sigma says; so the official trajectory is followed in its
-    own variables. A sigma only names the step that it is nearest to: the sigmas are those of `Stage1Sampling`, so that
-    patches made for it before, and conditioning, know which part of the run they hold for.
+    The first step's signal is exactly zero, which no finite sigma can express, so the official trajectory is computed
+    in its own variables. A sigma only selects the nearest step. The sigmas are those of `Stage1Sampling`, so that
+    conditioning, and patches that were made for it, apply to the right part of the run.
     """
 
     def __init__(self, steps: int) -> None:
@@ -77,7 +77,7 @@ class Stage1ExactSampling(torch.nn.Module):
         return self.sigmas[-1]
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What the network is told."""
+        """The network's timestep."""
         return self.timesteps.to(sigma.device)[self._step(sigma)].view(sigma.shape)
 
     def sigma(self, timestep: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Stage1ExactSampling(torch.nn.Module):
         return (self.sigmas.to(sigma.device)[:, None] - sigma.flatten()).abs().argmin(dim=0)
 
     def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
-        """The network sees the latent as it is; a copy, since others may write to what they get."""
+        """The network sees the latent unchanged; a copy, since other nodes may write to their input."""
         return noise.clone()
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Stage1ExactSampling(torch.nn.Module):
 
 
 def refiner_weights(strength: int) -> tuple[float, float]:
-    """Weights of signal and noise where stage II begins; that of the signal is kept above zero at strength 999."""
+    """Weights of signal and noise where stage II begins; the signal's is clamped above zero at strength 999."""
     signal, noise = degradation_weights(strength)
     return max(signal, SMALLEST_SIGNAL), noise
 
@@ -137,7 +137,7 @@ class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
     With a, b the weights of signal and noise at the degradation strength, the path is
     x(p) = (1 - p (1 - a)) latent + p b noise: the latent itself at p = 0, the official start at p = 1, in between for
     a lower refine strength. ComfyUI's samplers take a sample for latent + sigma noise, and those that add noise at
-    every step rely on it; so they get x(p) divided by the weight of its latent. Euler's steps are the same either way.
+    every step rely on it; so they get x(p) divided by the weight of its latent. Euler's steps don't change by that.
     """
 
     def __init__(self, degradation_step: int = DEGRADATION_STEP, shift: float = STAGE2_SHIFT) -> None:
@@ -145,13 +145,13 @@ class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
         self.degradation_step = int(degradation_step)
         self.signal_weight, self.noise_weight = refiner_weights(self.degradation_step)
         self.set_parameters(shift=shift)
-        # Schedulers that end at the smallest sigma jump there from the step before, and multistep samplers go astray
-        # over a jump too large. So the table's end is moved up, as far as 50 steps of `simple` leave it alone.
+        # Schedulers that end at the smallest sigma jump to it from the step before, and multistep samplers fail when
+        # the jump is too large. So the table's end is moved up, but not where 50 steps of `simple` would notice.
         steps = torch.arange(1, LAST_STEPS + 1) * (1 - LOWEST_STEP / LAST_STEPS) + LOWEST_STEP
         self.sigmas[:LAST_STEPS] = self.sigma(steps)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """What the network is told, 1000 where the flow begins."""
+        """The network's timestep, 1000 where the flow begins."""
         return sigma_to_flow(sigma, self.degradation_step) * self.multiplier
 
     def sigma(self, timestep: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""What is refused or warned of before a run: schedules, samplers and guiders that can't give a right picture.
+"""Checks before a run: schedules, samplers and guiders that can't give a correct picture are refused or warned of.
 
-Samplers, schedulers and numbers of steps can be combined in a thousand ways, and some of these end in a picture that is
-far too weak or far too strong, whichever network is asked. So the run is made first with a few numbers in the place of
-the latent and with the best possible network for them: clean latents that are standard normal numbers. At the end their
-spread must be 1. That takes some milliseconds.
+Some combinations of sampler, scheduler and steps give a picture that is far too weak or far too strong, with any
+network. So each run is first simulated with few numbers and an ideal network, for which clean latents are standard
+normal numbers. At the end their standard deviation must be 1. That takes some milliseconds.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from .idle_patches import tell_idle_patches
-from .notices import tell
+from .idle_patches import warn_of_idle_patches
+from .notices import warn
 from .out_of_memory import explained
 from .sampling import Stage1ExactSampling, Stage1Sampling
 
 STAGE1 = "FlashVideo stage I"
-STAGE1_ADVICE = "Take FlashVideo Stage I Sampler, or dpmpp_2m_sde with FlashVideo Stage I Scheduler or simple."
+STAGE1_ADVICE = "Use FlashVideo Stage I Sampler, or dpmpp_2m_sde with FlashVideo Stage I Scheduler or simple."
 NOT_FINITE = "holds numbers that are not finite (NaN); look at its weights, such as (word:1.2), and at the text encoder"
 DYNAMIC = "flashvideo_dynamic_cfg"  # an attribute of FlashVideo's own guidance
 SHAPE = (1, 16, 1, 16, 16)  # enough numbers for a spread to two digits
-RIGHT = 0.7, 1.3  # spreads that are passed in silence
-USABLE = 0.1, 2.5  # beyond them nothing is left of the picture
-AS_WEAK = 0.95  # of what the official way gives with as few steps: then it is the steps
+RIGHT = 0.7, 1.3  # spreads without a warning
+USABLE = 0.1, 2.5  # outside of them nothing is left of the picture
+AS_WEAK = 0.95  # of the official sampler's spread with as few steps: then the steps are the cause
 
 
 class _Ideal:
-    """In the place of ComfyUI's guider: gives the mean of the clean latents that a sample may have come from."""
+    """Replaces ComfyUI's guider: returns the mean of the clean latents that a sample may come from."""
 
     def __init__(self, sampling: Any) -> None:
         patcher = SimpleNamespace(get_model_object=lambda _name: sampling, model_sampling=sampling)
@@ -52,7 +51,7 @@ class _Ideal:
 
 
 def spread(sampler: Any, sigmas: Tensor, sampling: Any) -> float | None:
-    """How far what a sampler makes of ideal predictions is spread, of 1; None where that can't be told."""
+    """Standard deviation of a sampler's result with ideal predictions, ideally 1; None where it can't be computed."""
     if type(sampler) is not comfy.samplers.KSAMPLER or len(sigmas) < 2:
         return None
     sigmas = sigmas.to("cpu", torch.float32)
@@ -81,11 +80,11 @@ def check_spread(sampler: Any, sigmas: Tensor, sampling: Any, stage: str, advice
     )
     if not USABLE[0] <= found <= USABLE[1]:
         raise ValueError(text)
-    tell(text, running_node())
+    warn(text, running_node())
 
 
 def _is_only_few_steps(found: float, sigmas: Tensor, sampling: Any) -> bool:
-    """Whether a result is too weak, but as it must be with so few steps, which is the user's choice."""
+    """Whether a result is too weak only because the user chose so few steps."""
     if not found < RIGHT[0]:
         return False
     steps = len(sigmas) - 1
@@ -113,7 +112,7 @@ def guard_stage1(
     """ComfyUI wrapper around a sampler run of stage I. Raises ValueError for what would spoil the draft."""
     guider = executor.class_obj
     check_conditions(guider)
-    tell_idle_patches(guider.model_options)
+    warn_of_idle_patches(guider.model_options)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     if not isinstance(sampling, Stage1Sampling | Stage1ExactSampling):
         raise ValueError(
@@ -148,7 +147,7 @@ def check_guider(guider: Any) -> None:
             "CFG out."
         )
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
-        tell(
+        warn(
             f"{STAGE1}: FlashVideo Dynamic CFG has no effect with this guider, which decides itself how strongly the "
             "prompt is followed. Take CFGGuider.",
             running_node(),

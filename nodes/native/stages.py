@@ -19,9 +19,9 @@ from ...flashvideo.schedule import stage2_times
 from .sampling import AutoRefinerSampling, RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
 from .schedule_guard import DYNAMIC
 
-# A guidance scale other than 1, which ComfyUI would take as leave to skip the unconditional branch.
+# A guidance scale other than 1: at 1 ComfyUI skips the unconditional branch.
 ANY_SCALE = 2.0
-_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2^64: its multiples lie as far apart as can be (Knuth)
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2^64: its multiples are spread evenly (Knuth)
 
 
 def with_dynamic_cfg(
@@ -48,7 +48,7 @@ def is_guided_otherwise(model: comfy.model_patcher.ModelPatcher) -> bool:
 
 
 def _as_elsewhere(guide: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str, Any]], Tensor]:
-    """Another node's guidance for a latent as ComfyUI's samplers have it, which is the clean one and sigma times noise.
+    """Another node's guidance, on a latent as ComfyUI's samplers define it: the clean latent plus sigma times noise.
 
     Stage I's exact run keeps the latent's variance at 1 instead.
     """
@@ -65,7 +65,7 @@ def _as_elsewhere(guide: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[s
 def latent_noise(shape: torch.Size, seed: int, numbers: Sequence[int] | None = None) -> Tensor:
     """Standard normal noise [B, C, T, H, W], as ComfyUI's samplers draw it; the same for every device.
 
-    `numbers` tells which videos of a larger batch these are (a LATENT's batch_index); by default the first B.
+    `numbers` are the videos' positions in a larger batch (a LATENT's batch_index); by default the first B.
     """
     numbers = range(shape[0]) if numbers is None else numbers
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -93,7 +93,7 @@ def seeded_noise(shape: torch.Size, seed: int, numbers: Sequence[int] | None = N
 
 
 def _stream_seed(seed: int, number: int) -> int:
-    """The seed of a batch's video; far from the seeds that people choose, but for the first video, whose is theirs."""
+    """The seed of a video in a batch: the user's for the first, far from what users choose for the others."""
     return (seed + number * _GOLDEN_RATIO) % 2**64
 
 

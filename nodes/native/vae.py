@@ -44,8 +44,8 @@ _NO_WEIGHTS = "No VAE weights detected"  # part of comfy.sd.VAE's warning about 
 class NativeVideoVAE(VideoVAE):
     """The network as ComfyUI calls it: within a memory budget, with progress and cancel at every chunk of a tile.
 
-    Whole pictures where they fit, else tiles, which give the same numbers to rounding. `budget` is in bytes; without
-    it, whatever ComfyUI says is free.
+    Whole pictures where they fit, else tiles, which give the same numbers to rounding. `budget` is in bytes; None
+    means the free memory that ComfyUI reports.
     """
 
     def __init__(self, config: VAEConfig, *, device: torch.device, budget: float | None, **factory: Any) -> None:
@@ -73,9 +73,9 @@ class NativeVideoVAE(VideoVAE):
         return self._within_memory(self.encoder, size, needed, side, whole, tiled)  # tiles take clips one by one
 
     def decode(self, latent: Tensor, side: int | None = None) -> Tensor:
-        """[B, 16, n + 1, h, w] in raw scale to [B, 3, 4n + 1, 8h, 8w], about [-1, 1], where ComfyUI keeps results.
+        """[B, 16, n + 1, h, w] in raw scale to [B, 3, 4n + 1, 8h, 8w], about [-1, 1], on ComfyUI's result device.
 
-        `side` asks for tiles of at most so many latent pixels a side.
+        `side` limits tiles to so many latent pixels a side.
         """
         on_step = report_steps()
 
@@ -114,7 +114,7 @@ class NativeVideoVAE(VideoVAE):
                     raise
                 side = max(1, max(size[1:]) // 2)
             # Outside of the except block, or the exception would keep the tensors of the first try alive.
-            logging.warning("The VAE ran out of memory and goes on in smaller tiles; the result is the same.")
+            logging.warning("The VAE ran out of memory and continues in smaller tiles; the result is the same.")
             comfy.model_management.soft_empty_cache()
             plan = plan_within(network, size, self.dtype, **limits, side=side)
         if plan.device_bytes > budget:
@@ -144,7 +144,7 @@ class FlashVideoVAE(comfy.sd.VAE):
 
     def __init__(self, network: NativeVideoVAE, dtype: torch.dtype, device: torch.device) -> None:
         with _silent(_NO_WEIGHTS):
-            super().__init__(sd={})  # every default, whichever this version of ComfyUI has, and no network
+            super().__init__(sd={})  # the defaults of the installed ComfyUI, and no network
         config = network.config
         self.first_stage_model = network
         self.latent_channels = config.latent_channels
@@ -274,7 +274,7 @@ def load_vae_native(path: Path | None, budget: float | None = None) -> FlashVide
     layers = {"dtype": dtype, "operations": comfy.ops.disable_weight_init}
     with torch.device("meta"):
         network = NativeVideoVAE(config, device=device, budget=budget, **layers)
-    # Copied, so that nothing changes under a loaded VAE when its file is replaced.
+    # Copied, so that a loaded VAE doesn't change when its file is replaced.
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     network.load_state_dict(weights, assign=True)
     return FlashVideoVAE(network.eval().requires_grad_(False), dtype, device)
@@ -290,7 +290,7 @@ def _latents(frames: int) -> int:
 
 @contextmanager
 def _silent(text: str) -> Iterator[None]:
-    """Drop a log message that holds this text: ComfyUI has no quieter way to make a VAE of another architecture."""
+    """Drop log messages that contain this text: ComfyUI always warns about a VAE of another architecture."""
 
     def keep(record: logging.LogRecord) -> bool:
         return text not in str(record.msg)

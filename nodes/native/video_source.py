@@ -30,7 +30,7 @@ _ANY_SIDE, _ANY_RATE = 16, Fraction(24)  # of pictures that don't matter
 def source_file(video: Any, folder: Path) -> tuple[Path, bool]:
     """The file behind a VIDEO, and whether it is a copy: one in memory or of a part of a file goes into `folder`.
 
-    The pictures of a copy are exact. Its name tells its contents, so that it isn't written twice.
+    The pictures of a copy are exact. Its name is a hash of its contents, so that it isn't written twice.
     """
     trim = getattr(video, "get_active_trim_window", None)  # newer than 0.3.75
     if isinstance(video, InputImpl.VideoFromFile) and not (trim and any(trim())):
@@ -48,11 +48,11 @@ def source_file(video: Any, folder: Path) -> tuple[Path, bool]:
 
 
 def sound_suffix(path: Path) -> str:
-    """The ending of a file that takes the sound of the one at `path` as it is, .mp4 if it can be.
+    """The suffix of a file that can hold the sound of the one at `path` without encoding it again; .mp4 if possible.
 
     Raises CommandError if there is none.
     """
-    # Whether sound fits doesn't depend on the pictures, so that they needn't be read for this.
+    # Whether sound fits doesn't depend on the pictures, so they are not read.
     clip = VideoClip(path, _ANY_SIDE, _ANY_SIDE, _ANY_RATE, 1 / _ANY_RATE, times=(0,), matrix=1)
     form = VideoFormat(clip, _ANY_SIDE, _ANY_SIDE)
     try:

@@ -263,7 +263,7 @@ def test_a_published_cogvideox_lora_finds_its_layers(
         ({"diffusion_model.blocks.0.q.lora_B.weight": torch.ones(128, 4)}, "it is damaged: .* lacks 'lora_A'"),
         ({"diffusion_model.blocks.0.q.lora_B.weight": torch.ones(())}, "it is damaged: .* holds something else"),
         ({"transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": torch.ones(4)}, "isn't known: .*lora_B.bias"),
-        ({"an_image_model.weight": torch.ones(4, 4)}, "it is no LoRA, or one for another model"),
+        ({"an_image_model.weight": torch.ones(4, 4)}, "it isn't a LoRA, or is made for another model"),
         (
             {
                 "diffusion_model.blocks.0.q.lora_A.weight": torch.ones(4, 128),

@@ -262,7 +262,7 @@ def test_an_unknown_quantisation_is_refused_and_not_misread(load: Callable, stat
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     save_file({**state, f"{name}_scale": torch.ones(1)}, folder / "x.safetensors")
     with pytest.raises(
-        ValueError, match=r"x\.safetensors is quantised in a way that this version of ComfyUI can't read"
+        ValueError, match=r"x\.safetensors is quantised, in a format that this version of ComfyUI can't read"
     ):
         load(folder / "x.safetensors")
 

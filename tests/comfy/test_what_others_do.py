@@ -120,7 +120,7 @@ def test_patches_that_do_nothing_are_named(
     sample: Callable[..., Tensor],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    submodule("nodes.native.idle_patches")._said.clear()
+    submodule("nodes.native.idle_patches")._reported.clear()
     patch, name = IDLE[kind]
     try:
         patched = patch(comfy_nodes, draft_model)

@@ -266,7 +266,7 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     assert code == 1 and "is another file" in said and target.read_bytes() == refiner
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(
+def test_an_interrupted_download_resumes(
     comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = bytes(range(256)) * 100_000  # huggingface_hub writes pieces of 10 MB
@@ -275,7 +275,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(
     target = comfyui / "models" / "vae" / "3d-vae.pt"
     code, said = answer(capsys, "download", "vae")
     if code == 1:  # newer versions of huggingface_hub go on by themselves
-        assert "the same command goes on from there" in said and not target.exists()
+        assert "The same command resumes the download" in said and not target.exists()
         code, said = answer(capsys, "download", "vae")
     assert code == 0 and target.read_bytes() == content
     assert any(part and not part.startswith("bytes=0-") for method, _, part in hub.asked if method == "GET")

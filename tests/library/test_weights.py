@@ -30,7 +30,7 @@ def official(stage: int) -> dict[str, Tensor]:
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (b'{"weight_map": {}}', "is a JSON text file"),
         (b"GGUF\x03\0\0\0", "is a GGUF file"),
-        (b"hello, this is no model", "damaged or incomplete, or no model file at all"),
+        (b"hello, this is no model", "damaged or incomplete, or not a model file"),
     ],
 )
 def test_a_file_that_is_no_checkpoint(content: bytes, message: str, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_file_that_carries_code_is_refused_and_not_run(container: str, tmp_pat
     else:
         torch.save(content, buffer, _use_new_zipfile_serialization=container == "archive")
     (tmp_path / "stage2.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError, match=r"^stage2\.pt carries code \(\w+\.mkdir\)"):
+    with pytest.raises(CheckpointError, match=r"^stage2\.pt contains code \(\w+\.mkdir\)"):
         load_dit(tmp_path / "stage2.pt")
     assert not (tmp_path / "owned").exists()
     pickle.loads(pickle.dumps(Payload(tmp_path / "owned")))
