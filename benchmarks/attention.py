@@ -85,7 +85,7 @@ class Method:
             pieces = plan_tiles(patch * rows, patch * columns, tile_of(grid))
             seen = [TEXT_TOKENS + frames * piece.weight.numel() // patch**2 for piece in pieces]
             return sum(tokens**2 for tokens in seen) / (TEXT_TOKENS + math.prod(grid)) ** 2
-        return 1.0 if self.tiles is None else WindowAttention(TEXT_TOKENS, grid, self.tiles).kept
+        return 1.0 if self.tiles is None else WindowAttention(TEXT_TOKENS, grid, self.tiles).computed_share
 
     def shape(self, grid: Grid) -> str:
         """How the grid is cut, in words."""

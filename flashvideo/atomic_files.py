@@ -1,8 +1,8 @@
-"""Files that are complete or not there, folders that one program holds at a time, and the space that is left.
+"""Atomic writes, folder locks and checks of free space.
 
-The only place that writes a final name. A file is written under a new name in the target's folder, which is created
-exclusively, so that no other file can be hit, and takes the target's name when it is complete and on the disk. A
-target is a regular file or nothing: links, devices, pipes and folders are refused.
+The only module that writes a final name. A file is written under a new name in the target's folder, which is created
+exclusively, so that no other file is overwritten, and gets the target's name when it is complete and on the disk. A
+target is a regular file or doesn't exist: links, devices, pipes and folders are refused.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ class WriteError(CommandError):
 
 @contextmanager
 def whole_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Give an empty file in the folder of `target` to be written, which takes the name of `target` at the end.
+    """Yield the path of an empty file beside `target` to write to; it is renamed to `target` at the end.
 
-    It is removed if the context ends with an error. With `replace` false, a target that is there at the end stays.
-    Raises WriteError if `target` is, or has become, something else than a regular file or, without `replace`, anything;
-    and OSError.
+    It is removed if the context ends with an error. Raises OSError, and WriteError if `target` is not a regular file,
+    now or at the end, or with `replace` false if it exists at the end; then it stays.
     """
     check_regular(target)
     part = _new_part(target)
@@ -67,13 +66,13 @@ def whole_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_whole(target: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
-    """Let `write` write a file that takes the name of `target` at the end, as `whole_file` does."""
+    """Write a file with `write` that is renamed to `target` at the end; see `whole_file`."""
     with whole_file(target, replace=replace) as part:
         write(part)
 
 
 def place_whole(part: Path, target: Path, *, replace: bool = True) -> None:
-    """Give a complete file on the same disk the name of `target`, as `whole_file` does at its end."""
+    """Rename a complete file on the same disk to `target`, as `whole_file` does at its end."""
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     check_regular(target)
@@ -107,7 +106,7 @@ def _place_new(part: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name last through a power failure, where the system can."""
+    """Make a new name survive a power failure, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -117,7 +116,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_regular(target: Path) -> None:
-    """Raise WriteError if `target` is something else than a regular file or nothing."""
+    """Raise WriteError if `target` exists and is not a regular file."""
     try:
         mode = target.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -150,7 +149,7 @@ def check_space(folder: Path, needed: int, what: str, hint: str = "") -> None:
 
 
 def file_size(nbytes: float) -> str:
-    """A file's size in words: units of 1000, as disks and web pages count."""
+    """A file's size as text: units of 1000, as disks and web pages count."""
     for unit, size, digits in (("GB", 1e9, 1), ("MB", 1e6, 0), ("kB", 1e3, 0)):
         if nbytes >= size:
             return f"{nbytes / size:.{digits}f} {unit}"
@@ -181,13 +180,13 @@ def sha256(path: Path, progress: Progress) -> str:
 
 
 class InUseError(CommandError):
-    """Another program is at work in the folder."""
+    """Another program uses the folder."""
 
 
 def lock_folder(path: Path) -> FileLock:
-    """Hold an existing folder until the lock's `release()`, or the end of the program. Raises InUseError.
+    """Lock an existing folder until the lock's `release()`, or the end of the program. Raises InUseError.
 
-    Where the disk has no locks, as some network drives, a warning is logged and the folder isn't held.
+    Where the disk has no locks, as some network drives, a warning is logged and the folder isn't locked.
     """
     lock = FileLock(path / LOCK, timeout=0)
     try:
@@ -203,7 +202,7 @@ def lock_folder(path: Path) -> FileLock:
 
 @contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Hold an existing folder as `lock_folder` does, as long as the context lasts."""
+    """Lock an existing folder as `lock_folder` does, as long as the context lasts."""
     lock = lock_folder(path)
     try:
         yield

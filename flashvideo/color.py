@@ -1,24 +1,24 @@
-"""The colours of a refined clip brought back to its reference's.
+"""Matches the colours of a refined clip to its reference.
 
-A clip is [T, H, W, 3] in [0, 1], a frame [H, W, 3]. Everything works on sRGB values as they are coded, not on linear
-light: the networks that shift the colours see coded values, so that their casts are gains and offsets there; equal
-steps look about equally big; and the spread of linear light says little about anything but the highlights.
+A clip is [T, H, W, 3] in [0, 1], a frame [H, W, 3]. Everything works on coded sRGB values, not on linear light: the
+networks that shift the colours see coded values, so that colour casts are gains and offsets there; equal steps look
+about equally large; and the variance of linear light depends mostly on the highlights.
 
-Two ways, and one rule for both: nothing that is measured on a single frame may steer that frame's colours. Matching
-each frame's mean and spread to its reference does, and pumps when a bright thing enters the picture.
+There are two methods, with one rule for both: statistics of a single frame never decide that frame's colours. Methods
+that match each frame's mean and deviation to its reference break this rule, and flicker when a bright object enters.
 
 - "wavelet": the refined picture's low band is replaced by the reference's: result = refined + L(reference - refined),
   after the wavelet colour fix of StableSR (Wang et al. 2023, `wavelet_color_fix`), but with one clean spline step in
   place of five blurs. L is the same linear operator for every frame. It is an average (weights of at least zero that
   sum to one), symmetric, with eigenvalues in [0, 1]; so each frame's mean colour becomes the reference's, the
   correction changes from frame to frame by no more than refined and reference do, and on a steady reference the result
-  flickers no more than the refined clip did; brightness and broad areas stand as still as the reference. The correction
+  flickers no more than the refined clip did; brightness and large areas are as steady as the reference. The correction
   is not averaged over time: that would keep the refiner's own flicker and its steps between windows, and leave trails
-  behind whatever moves. Detail keeps the contrast that the refiner gave it: a strong gain leaves fringes at hard edges.
+  behind moving objects. Detail keeps the refiner's contrast: a strong gain leaves fringes at hard edges.
 - "adain": each channel gets the reference's mean and standard deviation (Huang and Belongie 2017, equation 8), both
-  taken over the whole clip: one gain and one offset for all frames. It scales detail along with the rest and can't
-  print the reference's shapes into a picture that moved away from them, but sees only what is the same everywhere, and
-  can't undo what mixes the channels (a turned hue).
+  taken over the whole clip: one gain and one offset for all frames. It scales detail too, and can't copy the
+  reference's shapes into a picture that moved away from them. But it corrects only casts that are the same everywhere,
+  and none that mix the channels (a rotated hue).
 
 Memory: the result, and a few buffers of one frame's size.
 """
@@ -35,17 +35,17 @@ from .progress import Progress, no_progress
 
 KNOT_SPACING = 16  # pixels between the knots of the low band's spline
 CROSSOVER = 70  # pixels: half of a pattern this long is low band; sinc(KNOT_SPACING / length)^8 = 1/2
-_MAX_GAIN = 4.0  # of adain: a bigger one, or less than its inverse, is no cast but a clip without contrast
+_MAX_GAIN = 4.0  # of adain: a larger one, or less than its inverse, means a clip without contrast, not a colour cast
 _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
 
 
 class LowBand:
-    """The low band L of pictures of one size: what a cubic spline with a knot about every 16 pixels can follow.
+    """The low band L of pictures of one size: a cubic spline with a knot about every 16 pixels.
 
     Each axis has the basis B [side, knots] of cubic B-splines, the scaling functions of the spline wavelets (Unser,
-    Aldroubi, Eden 1993). A knot's value is the average under its spline, and the splines put the picture together
-    again: L = B diag(1 / B'1) B'. The knots are spread so that both borders carry one and the picture is mirrored
-    there, which keeps the weights' sums at one up to the last pixel, for any side from 1. Its response to a pattern of
+    Aldroubi, Eden 1993). A knot's value is the average under its spline, and the picture is the sum of the splines:
+    L = B diag(1 / B'1) B'. Both borders have a knot, and the picture is mirrored there, so that the weights sum to one
+    up to the last pixel, for any side from 1. Its response to a pattern of
     wavelength w is sinc(16 / w)^8: 0.5 at 70 pixels, 0.98 at 400, 0.002 at 25.
     """
 
@@ -72,7 +72,7 @@ class ColorStatistics(NamedTuple):
 
 
 class WaveletMatch:
-    """The "wavelet" way for frames of one size, one frame at a time."""
+    """The "wavelet" method for frames of one size, one frame at a time."""
 
     def __init__(self, height: int, width: int, device: torch.device | str = "cpu") -> None:
         self._low_band = LowBand(height, width, device)
@@ -86,7 +86,7 @@ class WaveletMatch:
 
 
 class AdainMatch:
-    """The "adain" way, one frame at a time, with the statistics of the whole clips."""
+    """The "adain" method, one frame at a time, with the statistics of the whole clips."""
 
     def __init__(
         self, refined: ColorStatistics, reference: ColorStatistics, device: torch.device | str = "cpu"
@@ -116,15 +116,15 @@ def frame_statistics(frame: Tensor) -> Tensor:
 def clip_statistics(parts: Tensor) -> ColorStatistics:
     """Statistics of a clip from the `frame_statistics` of its frames, [T, 2, 3]."""
     variance, mean = parts.unbind(1)  # [T, 3] each
-    # Frames are equally big, so that the clip's variance is that within the frames plus that of their means.
+    # Frames have one size, so the clip's variance is the mean variance within frames plus the variance of their means.
     return ColorStatistics(mean.mean(0), (variance.mean(0) + mean.var(0, correction=0)).sqrt())
 
 
 def adain_transform(refined: ColorStatistics, reference: ColorStatistics) -> tuple[Tensor, Tensor]:
     """(gain, offset), [3] each, so that refined * gain + offset has the reference's mean and standard deviation.
 
-    A channel without contrast keeps gain 1; no gain is above 4 or below 1/4, so that a flat clip's noise doesn't
-    become a picture and a flat reference doesn't wipe one out. The mean is met all the same.
+    A channel without contrast keeps gain 1; no gain is above 4 or below 1/4, so that a flat clip's noise isn't
+    amplified and a flat reference doesn't remove the picture. The mean always matches.
     """
     gain = reference.deviation / refined.deviation.clamp_min(_FLAT)
     gain = torch.where(refined.deviation > _FLAT, gain, 1.0).clamp(1 / _MAX_GAIN, _MAX_GAIN)

@@ -1,10 +1,9 @@
-"""Frames before and after the refiner: enlarge, pad to what the networks take, crop back to the pixel.
+"""Frames before and after the refiner: upscale, pad to the networks' sizes, crop back to the pixel.
 
-Frames are [T, H, W, 3] in [0, 1], as ComfyUI's IMAGE; a video is [1, 3, T, H, W] in [-1, 1]. The refiner takes sides
-that are multiples of 16 and 4n + 1 frames. The reference implementation drops what is over (1080 rows become 1072);
-here the picture is extended to the right, to the bottom and at the end instead, always by repeating its last column,
-row or frame. So the top left of the first frames is the picture itself, and cropping back needs nothing but the
-wanted shape.
+Frames are [T, H, W, 3] in [0, 1], as ComfyUI's IMAGE; a video is [1, 3, T, H, W] in [-1, 1]. The refiner needs sides
+that are multiples of 16 and 4n + 1 frames. The reference implementation crops the rest (1080 rows become 1072); here
+the picture is padded at the right, at the bottom and at the end, by repeating its last column, row or frame. So the
+picture stays in the top left corner, and cropping back needs only the original shape.
 """
 
 from __future__ import annotations
@@ -62,9 +61,9 @@ class TargetSize:
         """The size for an input of `height` x `width` pixels. Resolve it once and hand the result down.
 
         "short side" and "scale" keep the aspect ratio as far as even sides can (to the nearest, halves up), because
-        video files hold colours at half size. "exact" and "keep" give what was asked for, odd sides included; "exact"
-        stretches. Raises ValueError for an unknown mode, a scale that is no positive number, and a side below 1 or
-        above MAX_SIDE.
+        video files store colours at half size. "exact" and "keep" give exactly the named size, also with odd sides;
+        "exact" stretches. Raises ValueError for an unknown mode, a scale that is not a positive number, and a side
+        below 1 or above MAX_SIDE.
         """
         if self.mode == "short side":
             short = min(height, width)
@@ -88,7 +87,7 @@ class TargetSize:
 
 
 def odd_size_notice(size: PictureSize) -> str:
-    """A sentence for who asked for a size with an odd side; empty for even sides."""
+    """A warning for a size with an odd side; empty for even sides."""
     if size.even:
         return ""
     return (
@@ -99,11 +98,11 @@ def odd_size_notice(size: PictureSize) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` hands on.
+    """The result of `prepare`.
 
     frames: [T', H', W', 3], sides multiples of 16 and 4n + 1 frames.
     reference: [T, H, W, 3], the same without the padding (a view of `frames`, so that it costs no memory).
-    notes: sentences for the user: what became of size and length, what was repaired in the input, and odd sides.
+    notes: sentences for the user: the new size and length, what was repaired in the input, and odd sides.
     """
 
     frames: Tensor
@@ -114,7 +113,7 @@ class Prepared:
 def prepare(
     frames: Tensor, size: TargetSize, resample: str = "bilinear", *, progress: Progress | None = None
 ) -> Prepared:
-    """Enlarge frames [T, H, W, 3] by `size` and pad them for the refiner. The input is not modified.
+    """Resize frames [T, H, W, 3] to `size` and pad them for the refiner. The input is not modified.
 
     The reference implementation resizes bilinearly. Raises ValueError as `clean`, `TargetSize.resolve` and `resize` do.
     """
@@ -155,9 +154,8 @@ def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, prog
     """Crop refined frames [T', H', W', 3] to the exact frames and size of `reference` [T, H, W, 3], match the colours.
 
     `frames` must have the shape that `prepare` gave with this reference (or the reference's own). `color_match` is one
-    of COLOR_MATCHES: "none" crops and no more, and the result is a view where no pixel had to be repaired; for the
-    others see `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and as `clean`
-    does.
+    of COLOR_MATCHES: "none" only crops, and the result is a view if no pixel had to be repaired; for the others see
+    `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and as `clean` does.
     """
     if color_match not in COLOR_MATCHES:
         raise ValueError(f"color_match must be one of {', '.join(COLOR_MATCHES)}; got {color_match!r}.")
@@ -178,9 +176,9 @@ def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, prog
 
 
 def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]]:
-    """Frames [T, H, W, 3 or 4] as float32 RGB in [0, 1], and a sentence for each thing that had to be repaired.
+    """Frames [T, H, W, 3 or 4] as float32 RGB in [0, 1], and a sentence for each repair.
 
-    Clean float32 frames come back as they are, without a copy. uint8 is read as 0..255, half precision is widened, an
+    Clean float32 frames are returned without a copy. uint8 is read as 0..255, half precision is widened, an
     alpha channel is dropped, values outside [0, 1] are clamped. Raises ValueError for any other shape or type, for no
     frames and for NaN or infinite pixels; `name` is what the message calls the frames.
     """
@@ -188,7 +186,7 @@ def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]
     notes = []
     if frames.shape[-1] == 4:
         frames = frames[..., :3]
-        notes.append(f"{name} had an alpha channel; it was dropped and the colours were kept.")
+        notes.append(f"{name} had an alpha channel; it was dropped, and the colours stay.")
     if frames.dtype == torch.uint8:
         return frames.float().div_(255), tuple(notes)
     if not frames.is_floating_point():

@@ -1,7 +1,7 @@
 """FlashVideo-Nano: a miniature of all four networks, small enough to come with the pack, so that graphs run anywhere.
 
-The networks are the official ones with other numbers. Weights are read from models/nano beside this package; where
-they aren't there, untrained ones are made from a seed: they run through every graph, and paint coloured noise.
+The networks are the official ones in smaller sizes. Weights are read from models/nano beside this package; if they are
+missing, untrained ones are made from a seed: they run through every graph, and give coloured noise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NANO_NOTICE = (
 )
 
 
-# Standard deviations of untrained weights, in units of 1 / sqrt(inputs); the first name that occurs in a key counts.
+# Standard deviations of untrained weights, in units of 1 / sqrt(inputs); the first name that a key contains counts.
 _GAINS: tuple[tuple[str, float], ...] = (
     # SiLU of a normal variable has a root mean square of 0.596: this makes the latents of any picture about 1.
     ("encoder.conv_out.", 1 / 0.596),
@@ -69,7 +69,7 @@ def nano_state(part: str, folder: Path = NANO_FOLDER) -> StateDict:
 def nano_preview(folder: Path = NANO_FOLDER) -> Tensor | None:
     """Linear map from Nano's latents in raw scale to colours in [-1, 1], for previews; None if it is untrained.
 
-    [17, 3]: red, green and blue of each channel, and in the last row of a latent of zeros.
+    [17, 3]: red, green and blue for each channel; the last row is the bias.
     """
     if not nano_is_trained(folder):
         return None
@@ -92,7 +92,7 @@ def _build(part: str, seed: int) -> dict[str, Tensor]:
 
 def _initial(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 1:
-        # Of vectors, only norms' weights and what scales them start at one.
+        # Of the vectors, only norms' weights and their scales start at one.
         ones = key.endswith(".weight") or ".conv_y." in key
         return torch.ones(shape) if ones else torch.zeros(shape)
     gain = next((gain for name, gain in _GAINS if name in key), 1.0)

@@ -1,9 +1,9 @@
-"""Windowed attention, an approximation of the exact one: a place in the video attends to what is around it.
+"""Windowed attention, an approximation: a position in the video attends only to its neighbourhood.
 
 Boxes of latent frames, rows and columns tile the video. Text attends to everything and everything to the text, exactly.
-The queries of a tile attend to their tile and its next neighbours, NEIGHBOURS along each axis: at the border they are
-the nearest ones, so that no place sees less than the others. Needs no training, and no kernel of its own: a tile's
-attention is a dense call on fewer keys. After sliding tile attention (arXiv 2502.04507).
+The queries of a tile attend to their tile and its next neighbours, NEIGHBOURS along each axis: at the border these are
+the nearest tiles, so that every position sees equally much. It works without training and without a custom kernel: a
+tile's attention is a dense call on fewer keys. After sliding tile attention (arXiv 2502.04507).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ VIEWS: dict[str, Grid] = {"wide": (1, 4, 4), "medium": (1, 5, 5), "narrow": (1, 
 
 
 def share(tiles: Grid) -> float:
-    """The share of the video that each place of it sees."""
+    """The share of the video that each position sees."""
     return math.prod(min(1.0, NEIGHBOURS / parts) for parts in tiles)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that lie next to each other in the sequence and attend to the same ones: the `keys`, run by run."""
+    """Consecutive tokens of the sequence that attend to the same tokens: the `keys`, as runs."""
 
     queries: slice
     keys: tuple[slice, ...]
 
 
 class WindowAttention:
-    """Attention for `FlashVideoDiT.forward`, which needs the `order`, too: tiles are wholes in the sequence.
+    """Attention for `FlashVideoDiT.forward`, which also needs the `order`: a tile's tokens are consecutive.
 
-    It stands for one size of video, and for exact attention where no axis has more than NEIGHBOURS tiles.
+    An object is for one size of video. It is exact where no axis has more than NEIGHBOURS tiles.
     """
 
     def __init__(self, text: int, grid: Grid, tiles: Grid, dense: Attention = attention_sdpa) -> None:
@@ -55,7 +55,7 @@ class WindowAttention:
         self._dense = dense
 
     @property
-    def kept(self) -> float:
+    def computed_share(self) -> float:
         """The share of exact attention's pairs, and so of its operations, that is computed."""
         pairs = sum(_length(span.queries) * sum(map(_length, span.keys)) for span in self.spans)
         return pairs / self.spans[-1].queries.stop ** 2
@@ -63,7 +63,7 @@ class WindowAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, start: int = 0) -> Tensor:
         """[B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads * head_dim].
 
-        Holds one window's keys and values at a time beside what it is given.
+        Holds one window's keys and values at a time besides its inputs.
         """
         stop, attended = start + q.shape[2], []
         for span in self.spans:
@@ -75,7 +75,7 @@ class WindowAttention:
 
 
 def _cuts(size: int, parts: int) -> list[slice]:
-    """Cut an axis into parts that are equally long, to one; no more than it has places."""
+    """Cut an axis into parts whose lengths differ by one at most; no more parts than positions."""
     parts = min(parts, size)
     return [slice(index * size // parts, (index + 1) * size // parts) for index in range(parts)]
 
@@ -100,7 +100,7 @@ def _spans(text: int, volumes: Sequence[int], counts: Grid) -> list[Span]:
 
 
 def _joined(runs: Sequence[slice]) -> tuple[slice, ...]:
-    """Make one of runs that follow on each other."""
+    """Join adjacent runs."""
     joined = [runs[0]]
     for run in runs[1:]:
         if run.start == joined[-1].stop:
@@ -118,5 +118,5 @@ def _gather(x: Tensor, runs: tuple[slice, ...]) -> Tensor:
     """Runs of the tokens of [B, heads, N, head_dim]: a view if it is one run."""
     if len(runs) == 1:
         return x[:, :, runs[0]]
-    tokens = x.transpose(1, 2)  # as it lies in memory: a run is copied in one go
+    tokens = x.transpose(1, 2)  # the order in memory: a run is one copy
     return torch.cat([tokens[:, run] for run in runs], dim=1).transpose(1, 2)

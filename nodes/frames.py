@@ -110,7 +110,7 @@ class FlashVideoPrepareFrames(io.ComfyNode):
         height: int,
         resample: str,
     ) -> io.NodeOutput:
-        """Prepare the frames and tell what became of their size and length."""
+        """Prepare the frames and report their new size and length."""
         target = TargetSize(size, short_side, scale, width, height)
         with named(cls.NAME):
             prepared = prepare(images, target, resample, progress=comfy.utils.ProgressBar(1).update_absolute)

@@ -1,6 +1,6 @@
-"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: a config, and a loop or an export.
+"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: runs or exports the training of a config.
 
-`train fetch` puts real clips where these find them.
+`train fetch` downloads the real clips that these learn from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..devices import open_device
 from .errors import TrainingError
 
 WHOLE = "nano"  # all four, each with its config
-FETCH = "fetch"  # no training: what some learn from
+FETCH = "fetch"  # not a training: fetches clips
 SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
@@ -44,7 +44,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--only", metavar="PARTS", help="of nano: these trainings alone, such as vae_decoder,stage2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the folder's last checkpoint")
     parser.add_argument("--steps", type=_count, metavar="N", help="do at most N steps now (the schedule stays)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes, with a checkpoint")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -100,14 +100,14 @@ def _train(options: argparse.Namespace) -> int:
     try:
         trainer = Trainer(_task(options.kind, settings, options), settings.loop, folder)
         ended_by = trainer.train(Limits(options.steps, options.minutes), resume=options.resume)
-    except KeyboardInterrupt:  # while clips were encoded, or asked for twice
+    except KeyboardInterrupt:  # while clips were encoded, or Ctrl+C twice
         sys.stderr.write(
-            "\nStopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "
-            "them; with --resume, if there was a checkpoint.\n"
+            "\nStopped at once. Stored clips and checkpoints stay, and the same command resumes from them; add "
+            "--resume if there was a checkpoint.\n"
         )
         return _exit_code(signal.SIGINT)
     done = trainer.step == settings.loop.steps
-    rest = "done" if done else "--resume goes on"
+    rest = "done" if done else "--resume continues"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
     return _exit_code(ended_by)
 
@@ -121,7 +121,7 @@ def _fetch(options: argparse.Namespace) -> int:
     try:
         fetch(options.source, options.to or LIBRARY, options.caption)
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. What was fetched and decoded is kept; the same command goes on from there.\n")
+        sys.stderr.write("\nStopped. The same command resumes from what was fetched and decoded.\n")
         return _exit_code(signal.SIGINT)
     return 0
 
@@ -132,7 +132,7 @@ def _train_nano(options: argparse.Namespace) -> int:
 
     for name, value in (("--steps", options.steps), ("--out", options.out)):
         if value is not None:
-            raise TrainingError(f"{name} is for one network. train nano goes on by itself; --minutes limits it.")
+            raise TrainingError(f"{name} is for one network. train nano resumes by itself; --minutes limits it.")
     configs = options.config or nano.CONFIGS
 
     class Configs:
@@ -170,7 +170,7 @@ def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
 
 
 def _task(kind: str, settings: Any, options: argparse.Namespace) -> Any:
-    """What the loop trains, on the device that was asked for."""
+    """The task that the loop trains, on the device of the options."""
     import torch
 
     module_name, _, task_name = KINDS[kind]

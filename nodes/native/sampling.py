@@ -177,7 +177,7 @@ class RefinerSampling(comfy.model_sampling.ModelSamplingDiscreteFlow):
         return latent_image + per_sample(sigma, noise.ndim) * noise
 
     def inverse_noise_scaling(self, sigma: Tensor, latent: Tensor) -> Tensor:
-        """A run that is continued without noise goes on where it was."""
+        """A run that continues another one without new noise."""
         return latent.clone()
 
 

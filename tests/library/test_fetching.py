@@ -186,7 +186,7 @@ class TestFetch:
 
         monkeypatch.setattr(fetching, "decode", decode)
         assert fetch(SOURCE, to=tmp_path / "real") == 130
-        assert "the same command goes on from there" in capsys.readouterr().err
+        assert "The same command resumes from what was fetched" in capsys.readouterr().err
         assert {clip.name for clip in ClipLibrary.open(tmp_path / "real").clips.values()} == {"0.webp", "1.webp"}
         wheel.unlink()
         monkeypatch.setattr(fetching, "decode", lambda path, *rest: decoded.append(path.name) or real(path, *rest))
@@ -356,7 +356,7 @@ class TestDebian:
     ) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         assert fetch("debian:mate-backgrounds", to=tmp_path / "real") == 1
-        assert "needs apt-get and dpkg-deb, which only Debian and its relatives have" in capsys.readouterr().err
+        assert "needs apt-get and dpkg-deb, which only Debian-based systems have" in capsys.readouterr().err
 
 
 def _debian_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -181,7 +181,7 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
 ) -> None:
     runs, weights = tmp_path / "runs", tmp_path / "weights"
     assert train_nano("--minutes", "0") == 0
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes the training" in capsys.readouterr().out
     assert [path.name for path in runs.iterdir()] == ["text"]
     assert train_nano() == 0
     assert f"{weights}: FlashVideo-Nano is complete" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_it_is_masked_attention(tiles: Grid, text: int) -> None:
     mask = window_mask(text, GRID, tiles)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
     torch.testing.assert_close(result, expected[:, order], rtol=0, atol=TOLERANCE)
-    assert windows.kept == pytest.approx(float(mask.float().mean()))
+    assert windows.computed_share == pytest.approx(float(mask.float().mean()))
 
 
 @pytest.mark.parametrize("tiles", list(product((1, 2, 3), repeat=3)))
@@ -75,7 +75,7 @@ def test_windows_over_everything_are_exact_and_copy_nothing(tiles: Grid) -> None
     order = in_tiles(windows, TEXT)
     q, k, v = (x[:, :, order] for x in (q, k, v))
     torch.testing.assert_close(windows(q, k, v, 3), attention_sdpa(q, k, v, 3), rtol=0, atol=TOLERANCE)
-    assert windows.kept == 1
+    assert windows.computed_share == 1
     assert all(len(span.keys) == 1 for span in windows.spans)
 
 
@@ -113,7 +113,7 @@ def test_every_place_sees_the_same_number_of_tiles(tiles: Grid) -> None:
 def test_shares_of_the_views() -> None:
     """On a picture that the tiles divide, without text, the share is the definition's."""
     for tiles in VIEWS.values():
-        exact = WindowAttention(0, tiles, tiles).kept
+        exact = WindowAttention(0, tiles, tiles).computed_share
         assert exact == pytest.approx(share(tiles))
     assert [round(100 * share(tiles)) for tiles in VIEWS.values()] == [56, 36, 18]
 

@@ -17,7 +17,7 @@ KINDS = ("pan", "zoom", "turn", "all")
 _FINEST_STEPS = 32  # a frame, in which motion is added up
 _WIDEST_ZOOM = math.log(3.0)  # from a clip's first frame to its last
 _WIDEST_TURN = math.radians(120)
-_EDGE = 0.5  # heights from the middle: where the speed of zooms and turns is told
+_EDGE = 0.5  # heights from the middle: where the speed of zooms and turns is measured
 _BEND = math.radians(70)  # a pan's direction changes by at most so much, to either side
 _SWELL = 0.35  # by how much of its mean a speed rises and falls
 FASTEST = 1 + _SWELL  # times its mean
@@ -94,7 +94,7 @@ def follow(motion: Motion, times: Tensor, frame: float) -> Path:
     step = end / steps
     middle = (torch.arange(steps, dtype=torch.float64) + 0.5) * step
     phase = 2 * math.pi * middle / end
-    pace = 1 + _SWELL * torch.sin(phase + motion.swell)  # whose mean is 1
+    pace = 1 + _SWELL * torch.sin(phase + motion.swell)  # its mean is 1
     log_zoom = _summed(pace * motion.zoom / _EDGE, step)
     angle = _summed(pace * motion.turn / _EDGE, step)
     log_zoom = log_zoom - log_zoom.min()

@@ -25,7 +25,7 @@ from .held_out import TRAIN, split_of
 
 INDEX, SOURCES, FRAMES = "index.json", "sources.json", "clips"
 VERSION = 1
-_THUMBNAIL = 32  # pixels: what cuts are looked for in
+_THUMBNAIL = 32  # pixels: size at which cuts are detected
 # At a cut thumbnails differ by so many levels of 255 (root mean square) at least, and by more than the changes around
 # do: 1.7 times the second largest of the three before and the three after, and 5 levels. Found on fast generated clips.
 _CUT, _TIMES, _MORE, _AROUND = 25.0, 1.7, 5.0, 3
@@ -33,7 +33,7 @@ _CUT, _TIMES, _MORE, _AROUND = 25.0, 1.7, 5.0, 3
 
 @dataclass(frozen=True)
 class Clip:
-    """What the index says of a clip. A still is a clip of one frame, whose rate is 0."""
+    """A clip's entry in the index. A still is a clip of one frame with rate 0."""
 
     name: str  # base name of the file that it was read from, as in its package
     sha256: str  # of that file
@@ -70,12 +70,12 @@ class SourceRecord:
     file: str  # that was fetched; empty for a folder
     sha256: str  # of that file
     licence: str
-    captions: Mapping[str, str] = field(default_factory=dict)  # that it brings, by names of clips
+    captions: Mapping[str, str] = field(default_factory=dict)  # of the source, by names of clips
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large pictures are kept."""
+    """The largest sizes that are stored."""
 
     clip_side: int  # pixels of the shorter side of clips, at most
     still_side: int  # and of stills
@@ -109,7 +109,7 @@ class ClipLibrary:
 
     @classmethod
     def create(cls, folder: Path, sizes: Sizes) -> ClipLibrary:
-        """Open a folder's library, or begin one. Raises TrainingError if there is one of other sizes."""
+        """Open a folder's library, or create one. Raises TrainingError if there is one of other sizes."""
         if not (folder / INDEX).is_file():
             return cls(folder, sizes, (), ())
         library = cls.open(folder)
@@ -137,7 +137,7 @@ class ClipLibrary:
         return path.is_file() and path.stat().st_size > clip.nbytes
 
     def add(self, name: str, sha256: str, decoded: Decoded, *, source: str, licence: str) -> Clip:
-        """Keep a file's frames."""
+        """Store a file's frames."""
         count, height, width, _ = decoded.frames.shape
         cuts = find_cuts(decoded.frames)
         clip = Clip(name, sha256, count, height, width, round(decoded.rate, 3), source, licence, cuts)
@@ -147,14 +147,14 @@ class ClipLibrary:
         return clip
 
     def also_called(self, sha256: str, name: str) -> None:
-        """Note that a file is here under another name, too: one that is never trained on goes before others."""
+        """Add another name of a stored file. A name that is never trained on has priority."""
         clip = self.clips[sha256]
         if clip.split == TRAIN and split_of(name) != TRAIN:
             self.clips[sha256] = dataclasses.replace(clip, name=name)
             self.write_index()
 
     def record(self, record: SourceRecord) -> None:
-        """Note that a source is completely here."""
+        """Record a source that is complete."""
         self.sources[record.source] = record
         plain = [dataclasses.asdict(each) for each in self.sources.values()]
         _write_json(self.folder / SOURCES, {"version": VERSION, "sources": plain})

@@ -21,7 +21,7 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".t
 VIDEO_ENDINGS = tuple(ending for ending in _VIDEO_FILES if ending not in PICTURE_ENDINGS)
 ENDINGS = PICTURE_ENDINGS + VIDEO_ENDINGS
 
-_MATTE = (255, 255, 255)  # behind what is transparent
+_MATTE = (255, 255, 255)  # behind transparent pixels
 _FALLBACK_RATE = 8.0  # frames a second, where a video doesn't say
 _FALLBACK_SECONDS = 0.1  # that a frame of an animation stays, where it doesn't say: what browsers do
 
@@ -30,7 +30,7 @@ _PILLOW_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.Decompressio
 
 _log = logging.getLogger(__name__)
 
-# Makes what is kept of a frame [H, W, 3] uint8.
+# Transforms a frame [H, W, 3] uint8 before it is stored.
 Fit = Callable[[np.ndarray], np.ndarray]
 
 

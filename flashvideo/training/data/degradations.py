@@ -76,7 +76,7 @@ def resize_frames(video: Tensor, height: int, width: int, resampler: str) -> Ten
 
 
 def shrink_and_enlarge(video: Tensor, factor: float) -> Tensor:
-    """Lose what [3, T, H, W] has and a `factor` times smaller clip hasn't: the official weak degradation.
+    """Remove the detail that a `factor` times smaller clip [3, T, H, W] can't hold: the official weak degradation.
 
     Bilinear and antialiased, down to floor(side / factor) and back up. On the way down the coordinates follow
     `factor` itself, not the quotient of the whole sides, so a factor that doesn't divide them stretches the clip, by
@@ -335,7 +335,7 @@ class PixelDegradation:
 
 @dataclass(frozen=True)
 class LatentDegradation:
-    """Noise of a random strength on each latent of a batch; the network is told how strong."""
+    """Noise of a random strength on each latent of a batch; the strength is an input of the network."""
 
     steps: tuple[int, int] = (600, 750)  # both included; the official code's later range
     power: float = 1.0  # of the uniform number that picks the step; above 1, weak noise is drawn more often

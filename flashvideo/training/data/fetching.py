@@ -1,6 +1,6 @@
-"""`python -m flashvideo train fetch`: puts what the user names into a library of clips, and tells its licence first.
+"""`python -m flashvideo train fetch`: adds the user's sources to a library of clips, and shows their licences first.
 
-May be stopped at any time: what has arrived and what is decoded stays, and the same command goes on from there.
+It can be stopped at any time: what was fetched and decoded stays, and the same command resumes from there.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .held_out import TRAIN, UNUSED
 from .packages import Package, Source, parse_source
 
 LIBRARY = Path("runs/nano/real")
-# Clips stay as they are up to this size: compressed ones are shrunk when they are used, by a factor that is drawn anew
-# for each sample. Photographs move, and need room around the picture.
+# Clips up to this size are stored unchanged: when samples are cut, each is shrunk by a random factor. Photographs are
+# stored larger, because a camera moves over them.
 SIZES = Sizes(clip_side=384, still_side=1024, longest=300)
 _DOWNLOADS = "downloads"
-_GIVEN = "captions"  # of the user's caption file, among the sources
-_PLAIN = 2.0  # levels of 255 (standard deviation): stills with less are empty, such as white stripes on nothing
+_GIVEN = "captions"  # the user's caption file, as one of the sources
+_PLAIN = 2.0  # levels of 255 (standard deviation): stills with less are empty
 _SMALLEST = 96  # pixels of the shorter side; smaller pictures are icons
 
 
 def fetch(texts: Sequence[str], folder: Path, caption_file: Path | None = None, sizes: Sizes = SIZES) -> ClipLibrary:
     """Put all clips of the sources into the library of a folder, and write captions where they are known.
 
-    Raises TrainingError for a source or caption file that can't be read, before anything is fetched where that can be
-    told; InUseError if another program fills the folder.
+    Raises TrainingError for a source or caption file that can't be read, if possible before anything is fetched;
+    InUseError if another program fills the folder.
     """
     sources = [parse_source(text) for text in texts]
     given = read_caption_file(caption_file) if caption_file else None
@@ -54,7 +54,7 @@ def fetch(texts: Sequence[str], folder: Path, caption_file: Path | None = None, 
 
 
 def _tidy(downloads: Path) -> None:
-    """Remove what a run left that was killed."""
+    """Remove what a killed run left behind."""
     for pattern in ("arriving-*", "unpacked-*"):
         for path in downloads.glob(pattern):
             shutil.rmtree(path)
@@ -115,7 +115,7 @@ def _sidecar(path: Path) -> str:
 
 
 def _write_captions(library: ClipLibrary) -> None:
-    """The user's captions go before all others, whenever they were given."""
+    """The user's captions have priority over all others."""
     users = library.sources.get(_GIVEN)
     others = [record.captions for name, record in library.sources.items() if name != _GIVEN]
     library.caption([users.captions if users else {}, *others])

@@ -1,9 +1,9 @@
 """A folder of real videos with captions as training data: clip.mp4 and, beside it, clip.txt (UTF-8).
 
-Pictures are clips of one frame, and animated ones are videos. Clips are cut at random times and places, at the wanted
-rate and size, and depend on nothing but the files, the seed and the index. About every tenth video, chosen by its name,
-is kept for validation. A video that is smaller or shorter than the clips, or can't be read, as its caption, is left
-out, and so is a damaged part of one: a warning names the file, and training goes on as long as there is another one.
+Pictures are clips of one frame, and animated ones are videos. Clips are cut at random times and positions, at the given
+rate and size, and depend only on the files, the seed and the index. About every tenth video, chosen by its name, is for
+validation. A video is left out if it is smaller or shorter than the clips, or if it or its caption can't be read.
+Damaged parts are left out, too. A warning names the file, and training continues as long as another one is usable.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UnusableVideo(ValueError):
 
 
 class UnusablePart(UnusableVideo):
-    """A video that no clip can be cut from at this place; elsewhere perhaps."""
+    """A video that no clip can be cut from at this time; at other times perhaps."""
 
 
 class VideoFolder:
@@ -97,7 +97,7 @@ class VideoFolder:
         try:
             return self.frames == 1 or picture_count(path) > 1
         except UndecodableError:
-            return True  # told as others that can't be read
+            return True  # reported later, with others that can't be read
 
     def _name(self, video: Path) -> str:
         return video.relative_to(self.folder).as_posix()
@@ -109,11 +109,11 @@ class VideoFolder:
             if self.split != "train":
                 _log.warning("%s holds a single video: it is learnt from, and judged by, too.", self.folder)
             return videos
-        # Each by its own name, so that a folder that grows doesn't make a video that was learnt from a judge.
-        lots = {path: _lot(self._name(path)) for path in videos}
-        held_out = {path for path, lot in lots.items() if lot % HELD_OUT == 0}
+        # By name, so that new files in a folder don't move videos from training to validation.
+        numbers = {path: _name_number(self._name(path)) for path in videos}
+        held_out = {path for path, number in numbers.items() if number % HELD_OUT == 0}
         if len(held_out) in (0, len(videos)):
-            held_out = {min(videos, key=lots.__getitem__)}
+            held_out = {min(videos, key=numbers.__getitem__)}
         return [path for path in videos if (path in held_out) == (self.split != "train")]
 
     def sample(self, index: int) -> tuple[Tensor, str]:
@@ -121,7 +121,7 @@ class VideoFolder:
         draw = random.Random(f"{self.seed} {index}")
         tried: set[Path] = set()
         while True:
-            # Drawn from all videos, broken ones too: a clip doesn't depend on which of them were found broken before.
+            # Drawn from all videos, also broken ones, so that a clip doesn't depend on which were found broken before.
             path = draw.choice(self._videos)
             when, across, down = draw.random(), draw.random(), draw.random()
             if path not in self.problems:
@@ -130,7 +130,7 @@ class VideoFolder:
                     pictures = read_clip(path, self.frames, self.rate, when, fit)
                     return torch.stack(pictures, 1), self._captions[path]
                 except UnusablePart as problem:
-                    self._tell_damage(path, str(problem))
+                    self._report_damage(path, str(problem))
                 except UnusableVideo as problem:
                     self._leave_out(path, str(problem))
             tried.add(path)
@@ -167,7 +167,7 @@ class VideoFolder:
         self.problems[video] = why
         _log.warning("%s is left out: %s. (%d left out so far)", video, why, len(self.problems))
 
-    def _tell_damage(self, video: Path, why: str) -> None:
+    def _report_damage(self, video: Path, why: str) -> None:
         if video not in self._damaged:
             _log.warning("%s: a clip can't be cut from a part of it: %s. Its other parts are used.", video, why)
         self._damaged[video] = why
@@ -180,7 +180,7 @@ class VideoFolder:
         path, why = list(problems.items())[-1]
         which = f"of its {len(problems)} videos"
         if path in self._captions and self.split != "train":
-            which = f"of the {len(self._videos)} videos that it keeps for validation (one of {HELD_OUT}, by name)"
+            which = f"of the {len(self._videos)} videos for validation (one of {HELD_OUT}, by name)"
         return f"{self.folder}: none {which} can be used; {path.name}: {why}."
 
 
@@ -193,8 +193,8 @@ def read_clip(
 ) -> list[Any]:
     """`frames` frames at `rate` a second, uint8 [H, W, 3]; `when` in [0, 1] is from the earliest to the latest.
 
-    At each moment the frame that is shown then. What `fit` makes of each frame is kept. Raises UnusableVideo for what
-    isn't a video or is too short, and UnusablePart for what is damaged at this place.
+    At each moment the frame that is shown then, as `fit` transforms it. Raises UnusableVideo for a file that isn't a
+    video or is too short, and UnusablePart for one that is damaged at this time.
     """
     if path.suffix.lower() in PICTURE_ENDINGS:
         return _cut_pictures(path, frames, rate, when, fit)
@@ -296,5 +296,5 @@ def _length(container: av.container.InputContainer, stream: av.VideoStream) -> f
     return float(Fraction(container.duration, av.time_base)) if container.duration else None
 
 
-def _lot(name: str) -> int:
+def _name_number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""The VAE beside a training: it only encodes and decodes, whatever room the networks that learn leave it."""
+"""The VAE in a training: it only encodes and decodes, in the memory that the trained networks leave free."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from ..randomness import generator_for, normal_like
 
 
 class FrozenVAE:
-    """A trained VAE that doesn't learn: in tiles where whole pictures would not fit, which gives the same to rounding.
+    """A trained VAE that doesn't learn. It works in tiles where whole pictures don't fit, with the same result.
 
-    On CUDA in bfloat16, as the official code encodes, elsewhere in float32. `room` is how many bytes it may
-    hold on its device beside its weights; by default a share of what is free there whenever it is called, as far as the
-    device tells (CUDA does).
+    On CUDA in bfloat16, as the official code encodes, elsewhere in float32. `room` is how many bytes it may hold on its
+    device besides its weights; by default a share of the free memory at each call, if the device reports it (as CUDA).
     """
 
     def __init__(self, source: Path | Mapping[str, Tensor], device: torch.device, room: float | None = None) -> None:
@@ -34,7 +33,7 @@ class FrozenVAE:
 
     @cached_property
     def digest(self) -> str:
-        """The file's SHA-256: what depends on the decoder, too, depends on it."""
+        """The file's SHA-256, for results that depend on both encoder and decoder."""
         return sha256(Path(self.source), lambda *_: None)
 
     @torch.no_grad()

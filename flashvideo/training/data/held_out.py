@@ -1,6 +1,6 @@
-"""Which real clips are never trained on: a rule that depends on nothing but a file's name.
+"""Which real clips are never trained on: a rule that depends only on a file's name.
 
-So a clip is held out on every computer, in every run, and whatever else is fetched later.
+So the same clips are held out on every computer and in every run, whatever is fetched later.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 HELD_OUT_DIGITS = "01"  # first hexadecimal digits of a name's SHA-256: one clip of eight
 # Clips that results are compared on; also bikes-2.mp4 or carphone_pristine.mp4.
 _TEST_ONLY = re.compile(r"(bikes|carphone|bigbuckbunny)(?![a-z0-9])", re.IGNORECASE)
-# Training clips of the workflow templates that show what a held-out one shows: the same video before or after an
-# enhancement, another person in the same place, another drawing of the same model.
+# Clips of the workflow templates with the same content as a held-out one: the same video before or after an
+# enhancement, another person in the same scene, another rendering of the same model.
 _TWINS = frozenset((
     "api_bfl_flux_video_upscale-2.webp",
     "api_tripo_p2_image_to_model-1.webp",

@@ -1,4 +1,4 @@
-"""Clips as latents on disk: encoded once, then read by every step. Made in shards, so that making them can go on."""
+"""Clips as latents on disk: encoded once, then read by every step. Stored in shards, so that encoding can resume."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ClipSettings(Footage):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells latents of these clips from others: how real clips are cut, only where there are any."""
+        """The settings that latents of these clips depend on; how real clips are cut only if there are any."""
         values = dataclasses.asdict(self)
         footage = {field.name: values.pop(field.name) for field in dataclasses.fields(Footage)}
         return (*values.values(), *(() if self.source == SCENES else (footage,)))
@@ -227,7 +227,7 @@ def _plain(setting: Any) -> Any:
 
 
 def encoder_digest(vae: Path) -> str:
-    """A hash of a VAE's encoder: what latents depend on, whatever its decoder learns later."""
+    """A hash of a VAE's encoder: latents depend on it, and not on the decoder."""
     _, state = read_vae(vae)
     digest = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith("encoder.")):

@@ -1,4 +1,4 @@
-"""What packages say of their licence: a wheel's metadata, Debian's copyright file, a folder's LICENSE."""
+"""Licences of packages: from a wheel's metadata, Debian's copyright file, or a folder's LICENSE."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Package:
     file: str  # that was fetched; empty for a folder
     sha256: str  # of that file
     licence_of: Callable[[Path], str]
-    captions: dict[str, str] = field(default_factory=dict)  # that it brings along
+    captions: dict[str, str] = field(default_factory=dict)  # from the package's own files
 
     def pictures(self) -> list[Path]:
         """Its files that may hold pictures, in order; links to others aside, and wallpapers' smaller versions."""
@@ -68,19 +68,19 @@ class Source:
 
     @contextmanager
     def unpacked(self, downloads: Path) -> Iterator[Package]:
-        """Fetch what isn't in `downloads` yet, and give what it holds. Raises TrainingError."""
+        """Fetch the source unless it is in `downloads`, and yield its contents. Raises TrainingError."""
         if not self.kind:
             yield _folder(Path(self.name))
             return
-        kept = downloads / re.sub(r"[^A-Za-z0-9.+-]", "_", self.text)
-        archive = _fetched(self, kept)
+        folder = downloads / re.sub(r"[^A-Za-z0-9.+-]", "_", self.text)
+        archive = _fetched(self, folder)
         with tempfile.TemporaryDirectory(dir=downloads, prefix="unpacked-") as place:
             yield (_wheel if self.kind == PYPI else _debian)(archive, Path(place), self.name)
-        shutil.rmtree(kept)
+        shutil.rmtree(folder)
 
 
 def parse_source(text: str) -> Source:
-    """Read what the user named. Raises TrainingError, with what may stand there."""
+    """Parse a `--source`. Raises TrainingError that lists the valid forms."""
     kind, colon, rest = text.partition(":")
     if colon and kind == PYPI:
         if not (match := _PYPI.fullmatch(rest)):
@@ -101,9 +101,9 @@ def parse_source(text: str) -> Source:
 
 
 def _largest_versions(files: Sequence[Path]) -> list[Path]:
-    """Leave out what shows the same as another file: KDE keeps each wallpaper in several sizes, and a preview.
+    """Leave out smaller copies of the same picture: KDE has each wallpaper in several sizes, and a preview.
 
-    Such files are called by their sizes, and lie in a folder of their own.
+    The names of such files are their sizes, and they have a folder of their own.
     """
     largest: dict[Path, int] = {}
     areas = {path: int(match[1]) * int(match[2]) for path in files if (match := _SIZE.fullmatch(path.stem))}
@@ -118,18 +118,18 @@ def _largest_versions(files: Sequence[Path]) -> list[Path]:
     ]
 
 
-def _fetched(source: Source, kept: Path) -> Path:
-    """The package's file, which stays in `kept` until all of it is in the library."""
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix="arriving-") as place:
+def _fetched(source: Source, folder: Path) -> Path:
+    """The package's file, which stays in `folder` until all of it is in the library."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="arriving-") as place:
             (_pip if source.kind == PYPI else _apt)(source, Path(place))
             files = list(Path(place).iterdir())
             if len(files) != 1:
                 raise TrainingError(f"{source.text} came as {len(files)} files; one was expected.")
-            Path(place).rename(kept)
+            Path(place).rename(folder)
             Path(place).mkdir()  # for TemporaryDirectory to remove
-    return next(kept.iterdir())
+    return next(folder.iterdir())
 
 
 def _pip(source: Source, place: Path) -> None:
@@ -142,8 +142,8 @@ def _apt(source: Source, place: Path) -> None:
     missing = [program for program in ("apt-get", "dpkg-deb") if shutil.which(program) is None]
     if missing:
         raise TrainingError(
-            f"--source {source.text} needs {' and '.join(missing)}, which only Debian and its relatives have. "
-            "Elsewhere unpack the package yourself, and name the folder instead."
+            f"--source {source.text} needs {' and '.join(missing)}, which only Debian-based systems have. "
+            "On others, unpack the package yourself and name the folder instead."
         )
     wanted = f"{source.name}={source.version}" if source.version else source.name
     _run(["apt-get", "download", "-q", wanted], source, cwd=place)

@@ -1,4 +1,4 @@
-"""Photographs that move: a camera pans, zooms and turns over them, and their layers shift against each other.
+"""Moving photographs: a camera pans, zooms and turns over them, and their layers move at different speeds.
 
 Each picture is the light of half a frame's time or so: moments in between are averaged, as a shutter does. Light is
 added up as light, not as the file's levels (the square stands for the display's curve).
@@ -35,7 +35,7 @@ _FINER = 2  # samples a pixel of what is looked up: bilinear between them hardly
 _MOST_SHRINK = 4.0  # pixels of the photograph for one of the clip, at most; 1 at least
 _ROOM = 2  # times the clip's height and width: photographs that are smaller are taken only if there is no such one
 _SAME_PHOTOGRAPH = 0.5  # how often a layer is of the photograph before it
-_TRIES, _ENOUGH = 3, 1.0  # places and photographs are drawn anew where neighbours differ less, in levels of 255
+_TRIES, _ENOUGH = 3, 1.0  # positions and photographs are drawn again where neighbours differ less, in levels of 255
 _SLOWER = (1.0, 0.7, 0.5, 0.35, 0.2, 0.1, 0.0)  # tried one after the other where a photograph has no room for a path
 _COVER = (0.15, 0.45)  # of a layer, how much it covers
 _BLOB = (0.35, 0.9)  # picture heights between the bulges of a layer's outline

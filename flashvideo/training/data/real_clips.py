@@ -1,4 +1,4 @@
-"""Clips cut from a library of real ones: at random times, places, sizes and rates, as often as one likes."""
+"""Clips cut from a library of real ones, at random times, positions, sizes and rates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..errors import TrainingError
 from .clip_library import Clip, ClipLibrary, digest_of
 from .held_out import TEST, TRAIN, VALIDATION
 
-SHRINK = (1.0, 2.0)  # what is fetched was compressed: shrunk, less of that is seen
-STRIDES = (1, 2)  # frames from one to the next: clips have other rates than FlashVideo's
+SHRINK = (1.0, 2.0)  # fetched clips are compressed: shrinking hides the artefacts
+STRIDES = (1, 2)  # frames from one to the next, since clips have different rates
 _SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(anti|counter)?-?clockwise)\b", re.IGNORECASE)
 
 
@@ -28,13 +28,13 @@ class Cut:
     shrink: tuple[float, float] = SHRINK  # pixels of the clip for one of the sample
     strides: tuple[int, ...] = STRIDES
     across_cuts: bool = False  # whether samples may show two scenes; else only where a clip has nothing longer
-    flip: bool = True  # half of them, but for captions that tell left from right
+    flip: bool = True  # half of them, except where the caption mentions left or right
 
 
 class RealClips:
     """Samples of `frames` x `height` x `width` from the clips of a library that are long and large enough.
 
-    A sample depends on nothing but the library, seed and index. `split`: "train"; "validation", the clips that are
+    A sample depends only on the library, seed and index. `split`: "train"; "validation", the clips that are
     held out, one after the other; or "test". Raises TrainingError if the split holds no such clip.
     """
 

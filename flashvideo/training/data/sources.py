@@ -20,7 +20,7 @@ SOURCES = (SCENES, REAL, PHOTOGRAPHS, MIXED)
 
 
 class Clips(Protocol):
-    """What training takes clips from. A sample depends on nothing but the source's settings and the index."""
+    """A source of training clips. A sample depends only on the source's settings and the index."""
 
     def sample(self, index: int) -> tuple[Tensor, str]:
         """Clip `index`, [3, T, H, W] in [-1, 1], and its caption."""
@@ -36,7 +36,7 @@ class Weights:
     photographs: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse weights that nothing can be drawn with."""
+        """Refuse negative weights and weights that are all 0."""
         values = (self.scenes, self.real, self.photographs)
         if min(values) < 0 or not sum(values):
             raise TrainingError(f"weights must be 0 or more, and one of them above 0; got {list(values)}.")
@@ -56,7 +56,7 @@ class Footage:
     speeds: tuple[float, float] = SPEEDS  # of moving photographs, picture heights a second
 
     def __post_init__(self) -> None:
-        """Refuse what no clip can be cut by."""
+        """Refuse settings that no clip can be cut with."""
         self.check_source(self.source)
         if not 1 <= self.shrink[0] <= self.shrink[1]:
             raise TrainingError(f"shrink must be two numbers of 1 or more, the smaller first; got {list(self.shrink)}.")
@@ -66,7 +66,7 @@ class Footage:
             raise TrainingError(f"speeds must be two numbers above 0, the smaller first; got {list(self.speeds)}.")
 
     def check_source(self, source: str) -> None:
-        """Refuse another source, and one whose folder isn't named."""
+        """Refuse an unknown source, and one without its folder."""
         if source not in SOURCES:
             raise TrainingError(f"source must be one of {', '.join(SOURCES)}; got {source!r}.")
         if source != SCENES and not self.real:
@@ -75,7 +75,7 @@ class Footage:
     def open_footage(
         self, scenes: Clips, split: str, height: int, width: int, frames: int, seed: int, source: str = ""
     ) -> Clips:
-        """Clips of "train" or "validation" (all other splits); `source` goes before the settings' own.
+        """Clips of "train" or "validation" (all other splits); `source` overrides the settings' own.
 
         `scenes` are the drawn ones of that size. Raises TrainingError if there are no fetched clips.
         """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 
-FRAME_RATE = 24  # only tells the rate control how long a frame is
+FRAME_RATE = 24  # only for the encoder's rate control
 MAX_CRF = 51  # x264's scale: 0 is lossless
 MAX_QUANTISER = 31  # MPEG-4's scale: 1 is the finest
 _THREADS = "1"  # data are made in several processes; and the result doesn't depend on the machine's cores
@@ -53,7 +53,7 @@ def compress_mpeg4(video: Tensor, quantiser: int) -> Tensor:
     """
     if not 1 <= quantiser <= MAX_QUANTISER:
         raise ValueError(f"the quantiser is 1 to {MAX_QUANTISER}; got {quantiser}")
-    # FFmpeg's own way to fix it, "qscale", is set on every frame, which PyAV can't.
+    # FFmpeg's own option for it, "qscale", is set on every frame, which PyAV can't.
     fixed = {"qmin": str(quantiser), "qmax": str(quantiser), "g": str(_KEY_EVERY)}
     return _through_codec(video, "mpeg4", fixed)
 
