@@ -1,6 +1,6 @@
-"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: runs or exports the training of a config.
+"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: a config, and a loop or an export.
 
-`train fetch` downloads the real clips that these learn from.
+`train fetch` puts real clips where these find them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..devices import open_device
 from .errors import TrainingError
 
 WHOLE = "nano"  # all four, each with its config
-FETCH = "fetch"  # not a training: fetches clips
+FETCH = "fetch"  # no training: what some learn from
 SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
@@ -44,7 +44,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--only", metavar="PARTS", help="of nano: these trainings alone, such as vae_decoder,stage2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
-    parser.add_argument("--resume", action="store_true", help="resume from the folder's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     parser.add_argument("--steps", type=_count, metavar="N", help="do at most N steps now (the schedule stays)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes, with a checkpoint")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -100,14 +100,14 @@ def _train(options: argparse.Namespace) -> int:
     try:
         trainer = Trainer(_task(options.kind, settings, options), settings.loop, folder)
         ended_by = trainer.train(Limits(options.steps, options.minutes), resume=options.resume)
-    except KeyboardInterrupt:  # while clips were encoded, or Ctrl+C twice
+    except KeyboardInterrupt:  # while clips were encoded, or asked for twice
         sys.stderr.write(
-            "\nStopped at once. Stored clips and checkpoints stay, and the same command resumes from them; add "
-            "--resume if there was a checkpoint.\n"
+            "\nStopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "
+            "them; with --resume, if there was a checkpoint.\n"
         )
         return _exit_code(signal.SIGINT)
     done = trainer.step == settings.loop.steps
-    rest = "done" if done else "--resume continues"
+    rest = "done" if done else "--resume goes on"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
     return _exit_code(ended_by)
 
@@ -121,7 +121,7 @@ def _fetch(options: argparse.Namespace) -> int:
     try:
         fetch(options.source, options.to or LIBRARY, options.caption)
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. The same command resumes from what was fetched and decoded.\n")
+        sys.stderr.write("\nStopped. What was fetched and decoded is kept; the same command goes on from there.\n")
         return _exit_code(signal.SIGINT)
     return 0
 
@@ -132,7 +132,7 @@ def _train_nano(options: argparse.Namespace) -> int:
 
     for name, value in (("--steps", options.steps), ("--out", options.out)):
         if value is not None:
-            raise TrainingError(f"{name} is for one network. train nano resumes by itself; --minutes limits it.")
+            raise TrainingError(f"{name} is for one network. train nano goes on by itself; --minutes limits it.")
     configs = options.config or nano.CONFIGS
 
     class Configs:
@@ -155,7 +155,7 @@ def _train_nano(options: argparse.Namespace) -> int:
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
         return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
-    return _exit_code(nano.train_all(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
+    return _exit_code(nano.rebuild(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
 
 
 def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
@@ -170,7 +170,7 @@ def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
 
 
 def _task(kind: str, settings: Any, options: argparse.Namespace) -> Any:
-    """The task that the loop trains, on the device of the options."""
+    """What the loop trains, on the device that was asked for."""
     import torch
 
     module_name, _, task_name = KINDS[kind]
