@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 M_MMAP_THRESHOLD = -3  # as glibc's malloc.h calls it
 LARGE_BLOCK = 2**20  # bytes
+GIB = 2**30  # bytes; memory is counted in GiB, files in GB
 # PyTorch's errors have no class of their own everywhere: Linux, Windows and macOS's CPU; MPS.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 

@@ -1,4 +1,11 @@
-"""What a command of `python -m flashvideo` can refuse to do."""
+"""How a command of `python -m flashvideo` ends early: refused with a message, or stopped by a signal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+_SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 
 
 class CommandError(Exception):
@@ -15,3 +22,14 @@ class CommandError(Exception):
     def with_hint(self) -> str:
         """The message, and the hint after it."""
         return f"{self} {self.hint}".rstrip()
+
+
+def exit_code(signal_number: int | None) -> int:
+    """The exit code of a program that the signal of this number ended; 0 if none did."""
+    return 0 if signal_number is None else _SIGNAL_EXIT + signal_number
+
+
+def cancelled(message: str) -> int:
+    """Report a Ctrl+C on standard error, below the line with its ^C; returns the exit code."""
+    sys.stderr.write(f"\n{message}\n")
+    return exit_code(signal.SIGINT)

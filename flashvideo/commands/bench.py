@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-_SHARED = "common"  # what the scripts have in common
+_SHARED = "common"  # shared by the scripts; no benchmark
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the command line, in a checkout; what ComfyUI's registry hands out has no benchmarks."""
+    """Add the command to the command line, in a checkout: the registry's download has no benchmarks."""
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != _SHARED)
     if not names:
         return
     parser = commands.add_parser("bench", help="measure speed and memory beside peers")
     parser.add_argument("name", choices=names)
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script; NAME --help tells them")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script; see NAME --help")
     parser.set_defaults(run=_bench)
 
 
@@ -27,5 +27,5 @@ def _bench(options: argparse.Namespace) -> int:
     while True:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # the script hears it too, and stops what it has started
+        except KeyboardInterrupt:  # the script gets the signal too, and cleans up
             continue

@@ -1,4 +1,4 @@
-"""`python -m flashvideo convert|info`: write a model as safetensors with ComfyUI's names, and tell what a file is."""
+"""`python -m flashvideo convert|info`: write a model as safetensors with ComfyUI's names, and describe a model file."""
 
 from __future__ import annotations
 
@@ -37,24 +37,21 @@ def _convert(options: argparse.Namespace) -> None:
         layers = convert_lora(options.source, options.target, force=options.force)
         say(f"{options.target}: LoRA of {layers} layers of CogVideoX, converted")
         return
-    bars = ProgressBars()
-    try:
+    with ProgressBars() as bars:
         checkpoint = convert_file(
             options.source, options.target, dtype=options.dtype, force=options.force, progress=bars
         )
-    finally:
-        bars.close()
     say(f"{options.target}: {describe(checkpoint)}, converted")
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """Leave through the clean-up of whatever is running."""
+    """Exit by an exception, so that unfinished files are deleted."""
     sys.exit(TERMINATED)
 
 
 def add_info(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("info", help="tell what a model file is")
+    parser = commands.add_parser("info", help="describe a model file")
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.set_defaults(run=lambda options: _info(options.file))
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..atomic_files import write_whole
 from ..checkpoints import load_dit, load_vae
 from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, is_video_length, latent_shape
 from ..devices import open_device
 from ..errors import CommandError
-from ..frames import to_bytes, to_frames
+from ..frames import TargetSize, to_bytes, to_frames
 from ..guidance import STAGE1_SCALE
 from ..samplers import sample_stage1
 from .options import (
     BUILT_IN,
+    ModelOptions,
     add_file_options,
     add_model_options,
     add_refiner_options,
@@ -30,9 +30,10 @@ from .options import (
     encode_prompt,
     model_file,
 )
-from .refine import refine
+from .refine import refine, refine_options
+from .terminal import ProgressBars, say
 
-RATE = Fraction(8)  # frames a second: what the model makes
+RATE = Fraction(8)  # frames per second of the model's videos
 OFFICIAL_DRAFT, NANO_DRAFT = ("480x256", 49), ("112x64", 17)  # size and frames
 NANO_SCALE = 4.0  # from its draft to its refined video
 DRAFT_ENDING = ".draft.mkv"  # of the draft beside the result
@@ -43,17 +44,17 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "generate",
         help="make a video from words",
-        description="Make a video from words: a draft (stage I), which is kept beside OUT, without loss, and then "
-        "refined (stage II). Where the draft is there already, only the refining is done, and goes on where it was.",
+        description="Make a video from words: a draft (stage I), stored without loss beside OUT, which is then refined "
+        "(stage II). If the draft exists already, it is only refined; an interrupted run resumes.",
     )
     parser.add_argument("prompt", metavar="WORDS", help="what the video shows")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv)")
     group = parser.add_argument_group("draft")
     group.add_argument("--draft-size", metavar="WxH", help="multiples of 16 (default: 480x256; Nano: 112x64)")
     group.add_argument("--frames", type=int, metavar="N", help="4n+1 (default: 49; Nano: 17)")
-    group.add_argument("--draft-steps", type=int, default=50, metavar="N", help="30 to 50 is useful (default: 50)")
-    group.add_argument("--draft-cfg", type=float, default=STAGE1_SCALE, metavar="F", help="6 to 8 (default: 8)")
-    group.add_argument("--draft-only", action="store_true", help="leave it at the draft")
+    group.add_argument("--draft-steps", type=int, default=50, metavar="N", help="useful: 30 to 50 (default: 50)")
+    group.add_argument("--draft-cfg", type=float, default=STAGE1_SCALE, metavar="F", help="useful: 6 to 8 (default: 8)")
+    group.add_argument("--draft-only", action="store_true", help="make the draft only")
     add_size_options(parser.add_argument_group("size of the result (default: --short-side 1080; Nano: --scale 4)"))
     add_refiner_options(parser.add_argument_group("refiner"))
     models = parser.add_argument_group("models")
@@ -63,80 +64,116 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _generate(options: argparse.Namespace) -> int:
-    # Imported here, so that the other commands don't need PyAV.
-    try:
-        from ..refiner.files import check_target
-        from ..video_files import CONTAINERS, read_comment, write_lossless
-    except ModuleNotFoundError as error:
-        raise CommandError(f"Video files need the package {error.name}: use ComfyUI's Python.") from error
-    if (options.draft_model is None) != (options.model is None):
-        raise CommandError("--draft-model and --model go together: Nano's drafts are no official ones.")
-    if options.target.suffix.lower() not in CONTAINERS:
-        raise CommandError(f"{options.target.name} should end in {', '.join(CONTAINERS)}.")
-    check_target(options.target, force=options.force)
-    draft, about = options.target.with_name(options.target.name + DRAFT_ENDING), _about(options)
-    if options.anew or not draft.is_file():
-        frames = make_draft(options)
-        write_whole(draft, lambda part: write_lossless(part, frames, RATE, about))
-        sys.stdout.write(f"{draft}: the draft\n")
-    elif read_comment(draft) != about:
-        told = f"{draft} is the draft of other words or settings. Give OUT another name."
-        raise CommandError(told, "--anew replaces it.")
-    else:
-        sys.stdout.write(f"{draft}: the draft is there already\n")
-    if options.draft_only:
-        return 0
-    if options.model is None and not any((options.short_side, options.scale, options.exact, options.keep_size)):
-        options.scale = NANO_SCALE
-    options.source = draft
-    return refine(options)
+@dataclass(frozen=True)
+class DraftOptions:
+    """The options of the draft: `shape` is (frames, height, width), `model` stage I's file, None for Nano's."""
+
+    prompt: str
+    shape: tuple[int, int, int]
+    steps: int
+    cfg: float
+    seed: int
+    model: Path | None
+    models: ModelOptions
 
 
-@torch.inference_mode()
-def make_draft(options: argparse.Namespace) -> Tensor:
-    """Stage I for the options: frames [T, H, W, 3] uint8. The noise is that of FlashVideo Stage I Sampler's seed."""
-    height, width, count = _shape(options)
-    device = open_device(options.device)
-    dit_dtype, vae_dtype = dtypes(options.dtype, device)
-    dit = load_dit(model_file(options.draft_model, "stage1"), dtype=dit_dtype, stage=1)
-    context = encode_prompt(options.prompt, options, dit.config.text_dim, device).to(device, dit_dtype)
-    dit = dit.eval().to(device)
-    generator = torch.Generator("cpu").manual_seed(options.seed)
-    shape = (1, dit.config.in_channels, *latent_shape((count, height, width)))
-
-    def noise(_step: int = 0) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    with tqdm(total=options.draft_steps, desc="draft", unit="step") as bar:
-        latent = sample_stage1(
-            dit, noise(), context, torch.zeros_like(context),
-            steps=options.draft_steps, scale=options.draft_cfg, step_noise=noise, on_step=lambda *_: bar.update(),
-        )  # fmt: skip
-    del dit
-    vae = load_vae(model_file(options.vae, "vae"), dtype=vae_dtype).eval().to(device)
-    return to_bytes(to_frames(vae.decode((latent / STAGE1_LATENT_SCALE).to(vae_dtype)).float().cpu()))
+def draft_options(options: argparse.Namespace, models: ModelOptions) -> DraftOptions:
+    """The options of the draft. Raises CommandError for invalid ones."""
+    if (options.draft_model is None) != (models.model is None):
+        raise CommandError("--draft-model and --model go together: Nano and the official models don't share drafts.")
+    if options.draft_steps < 1:
+        raise CommandError(f"--draft-steps must be at least 1; got {options.draft_steps}.")
+    return DraftOptions(
+        prompt=options.prompt,
+        shape=_shape(options.draft_size, options.frames, NANO_DRAFT if models.model is None else OFFICIAL_DRAFT),
+        steps=options.draft_steps,
+        cfg=options.draft_cfg,
+        seed=options.seed,
+        model=options.draft_model,
+        models=models,
+    )
 
 
-def _about(options: argparse.Namespace) -> str:
-    """What the draft depends on."""
-    from ..refiner.files import file_identity
-
-    names = ("draft_model", "vae", "text_encoder")
-    files = {name: file_identity(path) if (path := getattr(options, name)) else BUILT_IN for name in names}
-    choices = {name: getattr(options, name) for name in ("prompt", "draft_steps", "draft_cfg", "seed", "dtype")}
-    return json.dumps({**choices, "shape": _shape(options), **files})
-
-
-def _shape(options: argparse.Namespace) -> tuple[int, int, int]:
-    """(height, width, frames) of the draft."""
-    size, count = NANO_DRAFT if options.model is None else OFFICIAL_DRAFT
-    size, count = options.draft_size or size, options.frames or count
+def _shape(size: str | None, count: int | None, default: tuple[str, int]) -> tuple[int, int, int]:
+    """(frames, height, width) of the draft."""
+    size, count = size or default[0], count or default[1]
     sides = size.lower().split("x")
     if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % PIXEL_MULTIPLE == 0 for side in sides):
         raise CommandError(f"--draft-size takes a width and a height in multiples of 16, such as 480x256; got {size}.")
     if not is_video_length(count):
         raise CommandError(f"--frames must be 1, 5, 9, ..., 49, ... (4n+1); got {count}.")
-    if options.draft_steps < 1:
-        raise CommandError(f"--draft-steps must be at least 1; got {options.draft_steps}.")
-    return int(sides[1]), int(sides[0]), count
+    return count, int(sides[1]), int(sides[0])
+
+
+def _generate(options: argparse.Namespace) -> int:
+    # Imported here, so that the other commands don't need PyAV.
+    try:
+        from ..refiner.files import check_target
+        from ..video_files import CONTAINERS
+    except ModuleNotFoundError as error:
+        raise CommandError(f"Video files need the package {error.name}: use ComfyUI's Python.") from error
+    path = options.target.with_name(options.target.name + DRAFT_ENDING)
+    size = TargetSize("scale", scale=NANO_SCALE) if options.model is None else TargetSize()
+    refining = refine_options(options, path, size)
+    draft = draft_options(options, refining.models)
+    if options.target.suffix.lower() not in CONTAINERS:
+        raise CommandError(f"{options.target.name} should end in {', '.join(CONTAINERS)}.")
+    check_target(options.target, force=options.force)
+    _ensure_draft(draft, path, anew=options.anew)
+    return 0 if options.draft_only else refine(refining)
+
+
+def _ensure_draft(options: DraftOptions, path: Path, *, anew: bool) -> None:
+    """Make the draft's file unless it exists. Raises CommandError for one with another prompt or other settings."""
+    from ..video_files import read_comment, write_lossless
+
+    about = _about(options)
+    if anew or not path.is_file():
+        frames = make_draft(options)
+        write_whole(path, lambda part: write_lossless(part, frames, RATE, about))
+        say(f"{path}: the draft")
+    elif read_comment(path) != about:
+        message = f"{path} is the draft of other words or settings. Give OUT another name."
+        raise CommandError(message, "--anew replaces it.")
+    else:
+        say(f"{path}: the draft exists already")
+
+
+@torch.inference_mode()
+def make_draft(options: DraftOptions) -> Tensor:
+    """Stage I: frames [T, H, W, 3] uint8. The noise is that of FlashVideo Stage I Sampler with the same seed."""
+    models = options.models
+    device = open_device(models.device)
+    dit_dtype, vae_dtype = dtypes(models.dtype, device)
+    dit = load_dit(model_file(options.model, "stage1"), dtype=dit_dtype, stage=1)
+    context = encode_prompt(options.prompt, models, dit.config.text_dim, device).to(device, dit_dtype)
+    dit = dit.eval().to(device)
+    generator = torch.Generator("cpu").manual_seed(options.seed)
+    shape = (1, dit.config.in_channels, *latent_shape(options.shape))
+
+    def noise(_step: int = 0) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    with ProgressBars("step") as bars:
+        bars("draft", 0, options.steps)
+        latent = sample_stage1(
+            dit, noise(), context, torch.zeros_like(context),
+            steps=options.steps, scale=options.cfg, step_noise=noise,
+            on_step=lambda done, total, _: bars("draft", done, total),
+        )  # fmt: skip
+    del dit
+    vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype).eval().to(device)
+    return to_bytes(to_frames(vae.decode((latent / STAGE1_LATENT_SCALE).to(vae_dtype)).float().cpu()))
+
+
+def _about(options: DraftOptions) -> str:
+    """What the draft depends on; stored in its file. Another text for the same draft would refuse existing drafts."""
+    from ..refiner.files import file_identity
+
+    models = options.models
+    paths = {"draft_model": options.model, "vae": models.vae, "text_encoder": models.text_encoder}
+    files = {name: file_identity(path) if path else BUILT_IN for name, path in paths.items()}
+    choices = {"prompt": options.prompt, "draft_steps": options.steps, "draft_cfg": options.cfg}
+    choices |= {"seed": options.seed, "dtype": models.dtype}
+    frames, height, width = options.shape
+    return json.dumps({**choices, "shape": (height, width, frames), **files})

@@ -9,14 +9,13 @@ import sys
 
 from ..checkpoints import CheckpointError
 from ..devices import is_out_of_memory
-from ..errors import CommandError
+from ..errors import CommandError, cancelled
 from .bench import add_bench
 from .convert import add_convert, add_info
 from .generate import add_generate
 from .models import add_models
 from .plan import add_plan
 from .refine import add_refine
-from .terminal import CANCELLED
 
 REPOSITORY = "https://github.com/flashvideo/ComfyUI-FlashVideo"
 
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         add_command(commands)
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal can't show is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # a file name that the terminal can't show must not end the command
             stream.reconfigure(errors="backslashreplace")
     try:
         return options.run(options) or 0
@@ -50,11 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.stderr.write(f"Out of memory: {str(error).splitlines()[0] if str(error) else 'none is left'}\n")
+        sys.stderr.write(f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no memory is left'}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\nCancelled; nothing was written.\n")
-        return CANCELLED
+        return cancelled("Cancelled; nothing was written.")
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
@@ -65,9 +63,9 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         add_train(commands)
         add_ablate(commands)
         return
-    # What ComfyUI's registry hands out leaves training out.
+    # The registry's download has no training.
     for name in ("train", "ablate"):
-        parser = commands.add_parser(name, help="is in the repository, not in this download")
+        parser = commands.add_parser(name, help="not in this download, only in the repository")
         parser.add_argument("rest", nargs=argparse.REMAINDER)
         parser.set_defaults(run=_no_training)
 

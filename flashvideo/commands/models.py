@@ -1,14 +1,12 @@
-"""`python -m flashvideo models list|verify|download`: which model files are there, whole, and how to get the others."""
+"""`python -m flashvideo models list|verify|download`: which model files exist and are complete, how to get others."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ..atomic_files import file_size, sha256
 from ..checkpoints.catalogue import (
@@ -22,8 +20,8 @@ from ..checkpoints.catalogue import (
     model_folders,
 )
 from ..checkpoints.hub import Published, ask, discard_partial, download
-from ..errors import CommandError
-from .terminal import CANCELLED
+from ..errors import CommandError, cancelled
+from .terminal import ProgressBars, say
 
 _COMMAND = "python -m flashvideo models"
 
@@ -35,18 +33,27 @@ def add_models(commands: argparse._SubParsersAction) -> None:
         "models",
         help="list, verify or download the model files",
         description="Lists the model files that FlashVideo needs and which of them ComfyUI has; verifies them by their "
-        "contents and by the checksums that Hugging Face publishes; downloads what is named, and nothing else.",
+        "contents and by the checksums that Hugging Face publishes; downloads the named files only.",
         epilog=f"NAME is one of {listing}.",
     )
     parser.add_argument("action", nargs="?", choices=_ACTIONS, default="list", help="what to do (default: list)")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which files; list and verify take all without it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which files (list and verify: all by default)")
     default = "default: COMFYUI_PATH, else the ComfyUI this pack is in"
     parser.add_argument("--comfyui", type=Path, metavar="PATH", help=f"ComfyUI's folder ({default})")
     parser.add_argument(
-        "--extra-model-paths", type=Path, metavar="FILE", help="another extra_model_paths.yaml than ComfyUI's own"
+        "--extra-model-paths", type=Path, metavar="FILE", help="extra_model_paths.yaml to use (default: ComfyUI's own)"
     )
     parser.add_argument("--offline", action="store_true", help="verify by contents only, without Hugging Face")
     parser.set_defaults(run=_run)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the command line asks for: the named files (none: all), ComfyUI's folders by kind, no network if offline."""
+
+    names: tuple[str, ...]
+    folders: dict[str, list[Path]]
+    offline: bool
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -54,21 +61,21 @@ def _run(options: argparse.Namespace) -> int:
     if unknown:
         raise CommandError(f"There is no model file called {', '.join(unknown)}; there are {', '.join(DOWNLOADS)}.")
     folders = model_folders(comfyui_folder(options.comfyui), options.extra_model_paths)
-    return _ACTIONS[options.action](options, folders)
+    return _ACTIONS[options.action](_Request(tuple(options.names), folders, options.offline))
 
 
-def _list(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
-    found = find_files(folders)
-    for role in _roles(options.names):
-        _say(f"{role.name}: {role.purpose}")
+def _list(request: _Request) -> int:
+    found = find_files(request.folders)
+    for role in _roles(request.names):
+        say(f"{role.name}: {role.purpose}")
         files = [file for file in found if file.role is role]
         for file in files:
             state = "found  " if file.trouble is None else "BROKEN "
-            _say(f"  {state}  {file.path} ({_size(file.path)})")
-            _say(f"           {file.trouble or file.description}")
+            say(f"  {state}  {file.path} ({_size(file.path)})")
+            say(f"           {file.trouble or file.description}")
         if not any(file.trouble is None for file in files):
-            for line in _how_to_get(role, folders[role.folder][0]):
-                _say(f"  {line}")
+            for line in _how_to_get(role, request.folders[role.folder][0]):
+                say(f"  {line}")
     return 0
 
 
@@ -81,27 +88,27 @@ def _how_to_get(role: Role, folder: Path) -> Iterator[str]:
     yield f"           or: {_COMMAND} download {' | '.join(file.name for file in role.files)}"
 
 
-def _verify(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
-    roles = _roles(options.names)
-    found = [file for file in find_files(folders) if file.role in roles]
+def _verify(request: _Request) -> int:
+    roles = _roles(request.names)
+    found = [file for file in find_files(request.folders) if file.role in roles]
     if not found:
-        raise CommandError(f"None of FlashVideo's model files is there to verify. See: {_COMMAND} list")
+        raise CommandError(f"None of FlashVideo's model files was found. See: {_COMMAND} list")
     published: dict[str, Published] = {}
-    if not options.offline:
+    if not request.offline:
         try:
             published = ask([file for role in roles for file in role.files])
         except CommandError as error:
-            _say(f"Checksums can't be compared, only contents are checked. {str(error).splitlines()[0]}")
+            say(f"Checksums can't be compared, only contents are checked. {str(error).splitlines()[0]}")
     bad = 0
     for file in found:
         good, verdict = _judge(file, published)
         bad += not good
-        _say(f"{'good' if good else 'BAD '}  {file.path}: {verdict}")
+        say(f"{'good' if good else 'BAD '}  {file.path}: {verdict}")
     return 1 if bad else 0
 
 
 def _judge(found: FoundFile, published: dict[str, Published]) -> tuple[bool, str]:
-    """Whether a file is as it should be, and what is known of it."""
+    """Whether a file is good, and a sentence about it."""
     if found.trouble is not None:
         return False, found.trouble
     known = {
@@ -116,8 +123,8 @@ def _judge(found: FoundFile, published: dict[str, Published]) -> tuple[bool, str
         made_of = f"the official {origin.file}" if origin else "another file than the official one"
         return True, f"{found.description}, complete; converted from {made_of}"
     same_size = {file.name for file in known.values() if published[file.name].size == found.path.stat().st_size}
-    with _bar(f"checksum of {found.path.name}") as progress:
-        match = known.get(sha256(found.path, progress)) if same_size else None
+    with ProgressBars(leave=False) as bars:
+        match = known.get(sha256(found.path, partial(bars, f"checksum of {found.path.name}"))) if same_size else None
     if match:
         return True, f"{found.description}; the checksum is that of {match.file} at {match.repository}"
     if found.path.name in {file.file for file in known.values()}:
@@ -125,51 +132,35 @@ def _judge(found: FoundFile, published: dict[str, Published]) -> tuple[bool, str
     return True, f"{found.description}, complete; none of the published files, so its checksum can't be compared"
 
 
-def _download(options: argparse.Namespace, folders: dict[str, list[Path]]) -> int:
-    if not options.names:
+def _download(request: _Request) -> int:
+    if not request.names:
         raise CommandError(f"Download what? Name one or more of {', '.join(DOWNLOADS)}.")
-    wanted = [DOWNLOADS[name] for name in dict.fromkeys(options.names)]
+    wanted = [DOWNLOADS[name] for name in dict.fromkeys(request.names)]
     published = ask([file for _, file in wanted])
     try:
         for role, file in wanted:
-            _fetch(file, published[file.name], folders[role.folder])
+            _fetch(file, published[file.name], request.folders[role.folder])
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. What has arrived is kept; the same command goes on from there.\n")
-        return CANCELLED
+        return cancelled("Cancelled. What was downloaded is kept; the same command resumes the download.")
     return 0
 
 
 def _fetch(file: ModelFile, published: Published, folders: Sequence[Path]) -> None:
+    title = f"checksum of {file.file}"
     for path in (folder / file.file for folder in folders):
         if path.exists():
-            with _bar(f"checksum of {file.file}") as progress:
+            with ProgressBars(leave=False) as bars:
+                progress = partial(bars, title)
                 same = path.stat().st_size == published.size and published.sha256 in (None, sha256(path, progress))
             if not same:
-                raise CommandError(f"{path} is there already, and is another file. Move it away, then download again.")
+                raise CommandError(f"{path} exists already, and is another file. Move it away, then download again.")
             discard_partial(path)  # of a download that was killed when it was complete
-            _say(f"{path}: there already, complete")
+            say(f"{path}: exists already, complete")
             return
     target = folders[0] / file.file
-    with _bar(f"checksum of {file.file}") as progress:
-        download(file, published, target, progress)
-    _say(f"{target}: downloaded, {file_size(published.size)}, checksum good")
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in bytes on standard error, from the first call on."""
-    bars: list[tqdm] = []
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False))
-        bars[0].update(done - bars[0].n)
-
-    try:
-        yield show
-    finally:
-        for bar in bars:
-            bar.close()
+    with ProgressBars(leave=False) as bars:
+        download(file, published, target, partial(bars, title))
+    say(f"{target}: downloaded, {file_size(published.size)}, checksum good")
 
 
 def _roles(names: Sequence[str]) -> list[Role]:
@@ -179,10 +170,6 @@ def _roles(names: Sequence[str]) -> list[Role]:
 
 def _size(path: Path) -> str:
     return file_size(path.stat().st_size) if path.is_file() else "no file"
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
 
 
 _ACTIONS = {"list": _list, "verify": _verify, "download": _download}

@@ -1,8 +1,9 @@
-"""Options that commands share, and what they stand for: sizes, the refiner, model files, data types, prompts."""
+"""Options that commands share, and the dataclasses that hold them: sizes, refiner, model files, data types, prompts."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..config import NANO_STRENGTH
+from ..devices import GIB
 from ..errors import CommandError
-from ..frames import COLOR_MATCHES, RESAMPLERS
+from ..frames import COLOR_MATCHES, RESAMPLERS, TargetSize
 from ..guidance import STAGE2_SCALE
 from ..nano import nano_state
+from ..refiner.run import RefineSettings
 from ..refiner.tiles import TILE
 from ..refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..samplers import SOLVERS
@@ -26,47 +29,71 @@ MOTION = "medium"  # the official script's for stage II
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class OutputOptions:
+    """How OUT is written, see `add_file_options`."""
+
+    crf: int
+    sound: str
+    work: Path | None
+    force: bool
+    anew: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model files are read, None for the built-in ones, and which device is used; `vae_memory` in bytes."""
+
+    model: Path | None
+    vae: Path | None
+    text_encoder: Path | None
+    tokenizer: str
+    vae_memory: float | None
+    device: str | None
+    dtype: str | None
+
+
 def add_file_options(group: argparse._ArgumentGroup) -> None:
     """How OUT is written."""
     group.add_argument("--crf", type=int, default=14, help="quality of the written video: 0 is lossless, default 14")
     group.add_argument(
         "--sound", choices=("copy", "aac", "none"), default="copy", help="copy (default) it as it is, encode it as AAC"
     )
-    group.add_argument("--work", type=Path, metavar="DIR", help="folder for what is unfinished (default: beside OUT)")
+    group.add_argument("--work", type=Path, metavar="DIR", help="folder for unfinished work (default: beside OUT)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    group.add_argument("--anew", action="store_true", help="don't go on with an unfinished run: start over")
+    group.add_argument("--anew", action="store_true", help="start over instead of resuming an unfinished run")
 
 
 def add_size_options(group: argparse._ArgumentGroup) -> None:
     """How large the result is."""
     group.add_argument("--short-side", type=int, metavar="N", help="pixels of the shorter side")
     group.add_argument("--scale", type=float, metavar="F", help="both sides times this")
-    group.add_argument("--exact", metavar="WxH", help="this size, stretched if need be")
-    group.add_argument("--keep-size", action="store_true", help="the size stays")
+    group.add_argument("--exact", metavar="WxH", help="exactly this size; stretches the picture if the shape differs")
+    group.add_argument("--keep-size", action="store_true", help="keep the size")
     group.add_argument("--resample", choices=RESAMPLERS, default=RESAMPLERS[0], help="how pixels are interpolated")
 
 
 def add_refiner_options(group: argparse._ArgumentGroup) -> None:
     """How stage II works."""
     group.add_argument(
-        "--motion", choices=MOTIONS, default=MOTION, help=f"how much moves, put before the prompt (default: {MOTION})"
+        "--motion", choices=MOTIONS, default=MOTION, help=f"how much moves; goes before the prompt (default: {MOTION})"
     )
     for name, kind, default, text in (
         ("steps", int, 4, "4 to 6 is enough"),
-        ("cfg", float, STAGE2_SCALE, "how strongly detail follows the prompt; 10 to 13 works well"),
-        ("shift", float, STAGE2_SHIFT, "how the steps are spaced; 2 to 3.5 works well"),
-        ("seed", int, 0, "another one gives another version of the fine detail"),
+        ("cfg", float, STAGE2_SCALE, "how strongly detail follows the prompt; useful: 10 to 13"),
+        ("shift", float, STAGE2_SHIFT, "how the steps are spaced; useful: 2 to 3.5"),
+        ("seed", int, 0, "another seed gives another version of the fine detail"),
         ("window", int, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
         ("overlap", int, OVERLAP_FRAMES, "frames that neighbouring windows share, a multiple of 4"),
-        ("tile", int, 0, f"pixels of the picture that are refined together, such as {TILE}, an approximation; 0: all"),
+        ("tile", int, 0, f"pixels; refine in tiles of this side, such as {TILE}, an approximation; 0: no tiles"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     group.add_argument(
         "--strength",
         type=_strength,
         metavar="N",
-        help="how much detail is made anew, 0 to 999, or auto: what the official 675 at 1080p means for the size of "
-        f"the result (default: {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
+        help="how much detail is made new, 0 to 999, or auto: the equivalent of the official 675 at 1080p for the size "
+        f"of the result (default: {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
     )
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
     group.add_argument(
@@ -75,7 +102,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_model_options(group: argparse._ArgumentGroup) -> None:
-    """Which files are read, and where the work is done."""
+    """Which model files are read, and which device is used."""
     group.add_argument("--model", metavar="FILE", type=Path, help="stage II (default: the built-in FlashVideo-Nano)")
     group.add_argument("--vae", metavar="FILE", type=Path, help="the VAE that goes with it")
     group.add_argument("--text-encoder", metavar="FILE", type=Path, help="T5-XXL, needed for a prompt with --model")
@@ -100,15 +127,75 @@ def _strength(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"takes 0 to {TRAIN_STEPS - 1} or {AUTO}; got {text}") from None
 
 
+def output_options(options: argparse.Namespace) -> OutputOptions:
+    """The options of `add_file_options`."""
+    return OutputOptions(options.crf, options.sound, options.work, options.force, options.anew)
+
+
+def model_options(options: argparse.Namespace) -> ModelOptions:
+    """The options of `add_model_options`. Raises CommandError if --model comes without --vae, or the reverse."""
+    if (options.model is None) != (options.vae is None):
+        raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
+    return ModelOptions(
+        model=options.model,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
+        vae_memory=None if options.vae_memory is None else options.vae_memory * GIB,
+        device=options.device,
+        dtype=options.dtype,
+    )
+
+
+def target_size(options: argparse.Namespace, default: TargetSize) -> TargetSize:
+    """The options of `add_size_options`. Raises CommandError for two sizes, and for an --exact that is none."""
+    names = ("short_side", "scale", "exact", "keep_size")
+    wanted = [name for name in names if getattr(options, name) not in (None, False)]
+    if len(wanted) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted)
+        raise CommandError(f"{names} are two sizes: give one of them.")
+    if options.exact:
+        sides = options.exact.lower().split("x")
+        if len(sides) != 2 or not all(side.isdigit() for side in sides):
+            raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {options.exact}.")
+        return TargetSize("exact", width=int(sides[0]), height=int(sides[1]))
+    if options.scale is not None:
+        return TargetSize("scale", scale=options.scale)
+    if options.keep_size:
+        return TargetSize("keep")
+    return default if options.short_side is None else TargetSize("short side", short_side=options.short_side)
+
+
+def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSettings:
+    """The options of `add_refiner_options`, and the size. Raises CommandError for what can't be."""
+    try:
+        return RefineSettings(
+            size=size,
+            resample=options.resample,
+            strength=None if options.strength in (None, AUTO) else options.strength,
+            steps=options.steps,
+            cfg=1.0 if options.prompt is None else options.cfg,
+            shift=options.shift,
+            solver=options.solver,
+            seed=options.seed,
+            window=options.window,
+            overlap=options.overlap,
+            tile=options.tile,
+            color_match=options.color,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
 def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """Data types of the transformers and of the VAE: the one that was asked for, or what the device does well."""
+    """Data types of the transformers and of the VAE: the chosen one, or those that suit the device."""
     if name:
         return DTYPES[name], DTYPES[name]
     return (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
 
 
 def model_file(path: Path | None, part: str) -> Any:
-    """The file that was asked for, or the built-in one. Raises CommandError if there is no such file."""
+    """The chosen file, or the built-in weights of `part`. Raises CommandError if there is no such file."""
     if path is None:
         return nano_state(part)
     if not path.is_file():
@@ -116,17 +203,17 @@ def model_file(path: Path | None, part: str) -> Any:
     return path
 
 
-def encode_prompt(text: str, options: argparse.Namespace, text_dim: int, device: torch.device) -> Tensor:
-    """A text's encoding [1, 226, text_dim] by the encoder that was asked for. Raises CommandError."""
+def encode_prompt(text: str, options: ModelOptions, text_dim: int, device: torch.device) -> Tensor:
+    """A text's encoding [1, 226, text_dim] by the chosen encoder. Raises CommandError."""
     if options.text_encoder is None and options.model is not None:
         raise CommandError("A prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
     source = model_file(options.text_encoder, "text_encoder")
     tokens = T5Tokens(options.tokenizer)
-    dtype = torch.float32 if options.text_encoder is None else torch.bfloat16  # as the official script has it
+    dtype = torch.float32 if options.text_encoder is None else torch.bfloat16  # as in the official script
     context = contexts(load_encoder(source, device, dtype), tokens, [text])
     if context.shape[2] != text_dim:
         raise CommandError(
-            f"The text encoder gives {context.shape[2]} numbers a token and the model takes {text_dim}: "
+            f"The text encoder gives {context.shape[2]} numbers per token and the model takes {text_dim}: "
             "they don't belong together."
         )
     return context

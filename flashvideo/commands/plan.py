@@ -1,16 +1,22 @@
-"""`python -m flashvideo plan`: what a video will cost on this device, and the best that a budget allows."""
+"""`python -m flashvideo plan`: memory and time of a video on this device, and the best settings within a budget."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..devices import open_device
+from ..devices import GIB, open_device
 from ..errors import CommandError
+from .terminal import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..planner import Setting
+    from ..planner.budget import Budget
 
 BUILT_IN = ("official", "nano")
 NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an existing clip"
@@ -18,7 +24,7 @@ NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an exi
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("plan", help="tell memory and time of a video before it is made")
+    parser = commands.add_parser("plan", help="estimate memory and time of a video before it is made")
     parser.add_argument("--width", type=int, default=1920, help="pixels of the final video (default 1920)")
     parser.add_argument("--height", type=int, default=1080, help="pixels of the final video (default 1080)")
     parser.add_argument("--frames", type=int, default=49, help="length of the video (default 49)")
@@ -28,7 +34,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         "--cfg", type=float, default=13.0, help="guidance of the refiner (default 13); 1 halves its work"
     )
     parser.add_argument(
-        "--tile", type=int, default=0, metavar="N", help="pixels of the tiles that refine --tile sees; 0 (default): all"
+        "--tile", type=int, default=0, metavar="N", help="side in pixels of refine --tile; 0 (default): no tiles"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp8", "fp32"), default="bf16", help="precision (default bf16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -37,29 +43,41 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=["official"],
         metavar="MODEL",
-        help="official (default), nano, or model files: those not named stay official",
+        help="official (default), nano, or model files: parts without a file stay official",
     )
-    parser.add_argument("--memory", type=float, metavar="GB", help="a budget: memory of the card (default: this one's)")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="a budget: memory of the card (default: this card)")
     parser.add_argument("--seconds", type=float, metavar="S", help="a budget: time for the video")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the plan into a picture")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the plan as a picture")
     parser.add_argument("--json", action="store_true", help="write JSON instead of text")
     parser.set_defaults(run=_plan)
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """The command's options: `plot` is the picture to write, `as_json` asks for JSON instead of text."""
+
+    setting: Setting
+    budget: Budget
+    device: torch.device
+    plot: Path | None
+    as_json: bool
+
+
 def _plan(options: argparse.Namespace) -> None:
     try:
-        _plan_checked(options)
+        _write_plan(plan_options(options))
     except ValueError as error:
         raise CommandError(str(error)) from error
 
 
-def _plan_checked(options: argparse.Namespace) -> None:
+def plan_options(options: argparse.Namespace) -> PlanOptions:
+    """The command's options. Raises CommandError and ValueError for invalid ones."""
     # Imported here, so that the other commands start at once.
-    from ..planner import GB, Setting, make_plan
-    from ..planner.budget import Budget, advise, on_card
-    from ..planner.report import advice_report, report
-    from ..planner.speed import CalibratedRates
+    from ..planner import Setting
+    from ..planner.budget import Budget, on_card
 
+    if options.plot and options.plot.suffix.lower() != ".png":
+        raise CommandError(f"--plot writes a PNG picture; {options.plot} must end in .png.")
     device = open_device(options.device)
     setting = Setting(
         width=options.width,
@@ -73,22 +91,29 @@ def _plan_checked(options: argparse.Namespace) -> None:
         networks=_networks(options.model),
         device=device.type,
     )
-    memory = _card(device) if options.memory is None else options.memory * GB
+    memory = _card(device) if options.memory is None else options.memory * GIB
     budget = Budget(memory, options.seconds)
-    setting = on_card(setting, budget.memory)
+    return PlanOptions(on_card(setting, budget.memory), budget, device, options.plot, options.json)
+
+
+def _write_plan(options: PlanOptions) -> None:
+    from ..planner import make_plan
+    from ..planner.budget import advise
+    from ..planner.report import advice_report, report
+    from ..planner.speed import CalibratedRates
+
+    setting, budget = options.setting, options.budget
     plan = make_plan(setting)
-    if options.plot and options.plot.suffix.lower() != ".png":
-        raise CommandError(f"--plot writes a PNG picture; {options.plot} must end in .png.")
-    rates = CalibratedRates(device)
+    rates = CalibratedRates(options.device)
     limited = (budget.memory, budget.seconds) != (None, None)
     advice = advise(setting, budget, rates) if limited else None
-    if options.json:
+    if options.as_json:
         text = json.dumps(_as_json(plan, rates, advice), indent=2)
     else:
         text = report(plan, rates(setting))
         if advice:
             text += "\n\n" + advice_report(plan, advice, budget, rates)
-    sys.stdout.write(text + "\n")
+    say(text)
     if options.plot:
         from ..planner.plot import plot
 
@@ -109,7 +134,7 @@ def _networks(models: list[str]) -> Any:
 
 
 def _card(device: Any) -> float | None:
-    """The device's own memory in bytes, where it has some."""
+    """A CUDA card's memory in bytes, None for other devices."""
     import torch
 
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..atomic_files import InUseError
 from ..checkpoints import load_dit, load_vae
 from ..config import NANO_STAGE2, NANO_STRENGTH, TEXT_TOKENS
 from ..devices import is_out_of_memory, main_memory, open_device
-from ..errors import CommandError
+from ..errors import CommandError, cancelled
 from ..frames import TargetSize
 from ..nano import NANO_NOTICE, nano_is_trained
 from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
 from .options import (
-    AUTO,
     BUILT_IN,
+    ModelOptions,
+    OutputOptions,
     add_file_options,
     add_model_options,
     add_refiner_options,
@@ -31,8 +30,12 @@ from .options import (
     dtypes,
     encode_prompt,
     model_file,
+    model_options,
+    output_options,
+    refine_settings,
+    target_size,
 )
-from .terminal import CANCELLED, DAMAGED, REFUSED, say
+from .terminal import DAMAGED, REFUSED, ProgressBars, say, warn
 
 
 def add_refine(commands: argparse._SubParsersAction) -> None:
@@ -40,8 +43,8 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "refine",
         help="refine a video, a picture or a folder of videos",
-        description="Give a video real detail: same frames, same times, same sound. A run that was ended, however it "
-        "was, goes on when the same command is given again.",
+        description="Give a video real detail: same frames, same times, same sound. Interrupted runs resume when the "
+        "same command is run again.",
     )
     parser.add_argument("source", metavar="IN", type=Path, help="a video, a picture, or a folder of videos")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv), or a folder")
@@ -49,13 +52,45 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("refiner")
     group.add_argument(
         "--prompt",
-        help="what the video shows. Without one there is nothing to guide by: the refiner gets an empty text, and "
-        "--cfg is 1",
+        help="what the video shows. Without a prompt there is no guidance: the refiner gets an empty text, and --cfg "
+        "is 1",
     )
     add_refiner_options(group)
     add_model_options(parser.add_argument_group("models"))
     add_file_options(parser.add_argument_group("files"))
-    parser.set_defaults(run=refine)
+    parser.set_defaults(run=lambda options: refine(refine_options(options, options.source, TargetSize())))
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """The command's options.
+
+    `source` and `target` are both files, or both folders. `own_strength`: the user chose a strength or `auto`;
+    otherwise the model decides.
+    """
+
+    source: Path
+    target: Path
+    settings: RefineSettings
+    own_strength: bool
+    prompt: str | None
+    motion: str
+    models: ModelOptions
+    output: OutputOptions
+
+
+def refine_options(options: argparse.Namespace, source: Path, default_size: TargetSize) -> RefineOptions:
+    """The command's options. Raises CommandError for invalid ones."""
+    return RefineOptions(
+        source=source,
+        target=options.target,
+        settings=refine_settings(options, target_size(options, default_size)),
+        own_strength=options.strength is not None,
+        prompt=options.prompt,
+        motion=options.motion,
+        models=model_options(options),
+        output=output_options(options),
+    )
 
 
 @dataclass(frozen=True)
@@ -64,42 +99,40 @@ class _Job:
     target: Path
 
 
-def refine(options: argparse.Namespace) -> int:
-    """Do what the options say; returns the exit code."""
+def refine(options: RefineOptions) -> int:
+    """Refine a file, or all videos of a folder; returns the exit code. Raises CommandError before the work starts."""
     # Imported here, so that the other commands don't need PyAV.
     try:
         from ..refiner.files import check_paths
     except ModuleNotFoundError as error:
         raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
 
-    settings = _settings(options)
     jobs = _jobs(options)
     for job in jobs:
-        check_paths(job.source, job.target, force=options.force)
+        check_paths(job.source, job.target, force=options.output.force)
     if not jobs:
         return 0
     networks = _networks(options)
-    if options.strength is None and networks.dit.config == NANO_STAGE2:
-        settings = replace(settings, strength=NANO_STRENGTH)
-    return _refine_all(jobs, networks, settings, options)
+    if not options.own_strength and networks.dit.config == NANO_STAGE2:
+        options = replace(options, settings=replace(options.settings, strength=NANO_STRENGTH))
+    return _refine_all(jobs, networks, options)
 
 
-def _refine_all(jobs: list[_Job], networks: Networks, settings: RefineSettings, options: argparse.Namespace) -> int:
-    bars, failed, damaged = _Bars(), 0, 0
-    several = options.source.is_dir()  # which more than one program may share
+def _refine_all(jobs: list[_Job], networks: Networks, options: RefineOptions) -> int:
+    bars, failed, damaged = ProgressBars("frame", {REFINE: "window"}), 0, 0
+    several = options.source.is_dir()  # several programs may share a folder
     for job in jobs:
-        if _is_done(job.target, options):  # by another program, since the work began
+        if _is_done(job.target, options):  # another program has finished it in the meantime
             continue
         try:
-            damage = _refine_job(job, networks, settings, options, bars)
+            damage = _refine_job(job, networks, options, bars)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
             failed += not (several and isinstance(error, InUseError))
-            sys.stderr.write(f"{job.source.name}: {_reason(error)}\n")
+            warn(f"{job.source.name}: {_reason(error)}")
         except KeyboardInterrupt:
             bars.close()
-            sys.stderr.write("\nCancelled. The same command resumes the run.\n")
-            return CANCELLED
+            return cancelled("Cancelled. The same command resumes the run.")
         else:
             bars.close()
             damaged += bool(damage)
@@ -109,100 +142,57 @@ def _refine_all(jobs: list[_Job], networks: Networks, settings: RefineSettings, 
     return DAMAGED if damaged else 0
 
 
-def _refine_job(
-    job: _Job, networks: Networks, settings: RefineSettings, options: argparse.Namespace, bars: _Bars
-) -> tuple[str, ...]:
-    """Returns what is damaged of the source."""
+def _refine_job(job: _Job, networks: Networks, options: RefineOptions, bars: ProgressBars) -> tuple[str, ...]:
+    """Returns sentences on what is damaged in the source."""
     from ..refiner.files import FileOptions, is_picture, refine_picture, refine_video
 
+    settings, output = options.settings, options.output
     if is_picture(job.source):
-        refine_picture(networks, job.source, job.target, settings, force=options.force, on_progress=bars, note=_say)
+        refine_picture(networks, job.source, job.target, settings, force=output.force, on_progress=bars, note=warn)
         return ()
     files = FileOptions(
-        crf=options.crf,
-        sound=options.sound,
-        force=options.force,
+        crf=output.crf,
+        sound=output.sound,
+        force=output.force,
         work=_work(options, job),
-        anew=options.anew,
+        anew=output.anew,
         about=_about(options, networks),
-        note=_say,
-        warn=lambda text: _say(f"{job.source.name}: {text}"),
+        note=warn,
+        warn=lambda text: warn(f"{job.source.name}: {text}"),
     )
     return refine_video(networks, job.source, job.target, settings, files, bars)
 
 
-def _say(note: str) -> None:
-    sys.stderr.write(f"{note}\n")
-
-
 def _reason(error: Exception) -> str:
-    """What went wrong with a file; raises what isn't known."""
+    """What went wrong with a file. Raises errors of unknown kinds again."""
     if isinstance(error, CommandError):
         return error.with_hint
     if is_out_of_memory(error):
         return (
-            "out of memory. The same command resumes the run. With a smaller --window, --tile or --vae-memory it needs "
-            "less; these are other settings, so add --anew."
+            "out of memory. The same command resumes the run. A smaller --window, --tile or --vae-memory needs less; "
+            "these are other settings, so add --anew."
         )
     if isinstance(error, RuntimeError | MemoryError):
         raise error
     return str(error)
 
 
-def _settings(options: argparse.Namespace) -> RefineSettings:
-    try:
-        return RefineSettings(
-            size=_size(options),
-            resample=options.resample,
-            strength=None if options.strength in (None, AUTO) else options.strength,
-            steps=options.steps,
-            cfg=1.0 if options.prompt is None else options.cfg,
-            shift=options.shift,
-            solver=options.solver,
-            seed=options.seed,
-            window=options.window,
-            overlap=options.overlap,
-            tile=options.tile,
-            color_match=options.color,
-        )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _size(options: argparse.Namespace) -> TargetSize:
-    names = ("short_side", "scale", "exact", "keep_size")
-    wanted = [name for name in names if getattr(options, name) not in (None, False)]
-    if len(wanted) > 1:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted)
-        raise CommandError(f"{names} are two sizes: give one of them.")
-    if options.exact:
-        sides = options.exact.lower().split("x")
-        if len(sides) != 2 or not all(side.isdigit() for side in sides):
-            raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {options.exact}.")
-        return TargetSize("exact", width=int(sides[0]), height=int(sides[1]))
-    if options.scale is not None:
-        return TargetSize("scale", scale=options.scale)
-    if options.keep_size:
-        return TargetSize("keep")
-    return TargetSize("short side", short_side=options.short_side) if options.short_side is not None else TargetSize()
-
-
-def _jobs(options: argparse.Namespace) -> list[_Job]:
-    """What to refine, and where to; in a folder, what is there already is left out."""
+def _jobs(options: RefineOptions) -> list[_Job]:
+    """What to refine, and where to. Results that a folder holds already are left out."""
     from ..refiner.files import videos_in, was_finished
     from ..video_files import CONTAINERS
 
     if not options.source.is_dir():
         job = _Job(options.source, options.target)
-        if not options.force and was_finished(job.target, _work(options, job)):
-            say(f"{job.target}: refined")  # by a run that was killed when it cleaned up
+        if not options.output.force and was_finished(job.target, _work(options, job)):
+            say(f"{job.target}: refined")  # the run was killed during its clean-up
             return []
         return [job]
     videos = videos_in(options.source)
     if not videos:
         raise CommandError(f"{options.source} holds no videos.")
     if options.target.exists() and not options.target.is_dir():
-        raise CommandError(f"{options.target} is a file: a folder of videos needs a folder to go to.")
+        raise CommandError(f"{options.target} is a file: a folder of videos needs a folder as OUT.")
     options.target.mkdir(parents=True, exist_ok=True)
     if options.target.samefile(options.source):
         raise CommandError("IN and OUT are the same folder: give another one for the refined videos.")
@@ -218,75 +208,53 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
     return jobs
 
 
-def _is_done(target: Path, options: argparse.Namespace) -> bool:
-    """Whether a result is there and stays; says so."""
-    done = target.exists() and not options.force
+def _is_done(target: Path, options: RefineOptions) -> bool:
+    """Whether a result exists and is kept; reports it."""
+    done = target.exists() and not options.output.force
     if done:
-        sys.stdout.write(f"{target} exists already and is left as it is\n")
+        say(f"{target} exists already and is left as it is")
     return done
 
 
-def _work(options: argparse.Namespace, job: _Job) -> Path | None:
+def _work(options: RefineOptions, job: _Job) -> Path | None:
     from ..refiner.files import work_folder_of
 
-    return None if options.work is None else work_folder_of(job.target, options.work)
+    return None if options.output.work is None else work_folder_of(job.target, options.output.work)
 
 
-def _networks(options: argparse.Namespace) -> Networks:
-    if (options.model is None) != (options.vae is None):
-        raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
-    device = open_device(options.device)
-    dit_dtype, vae_dtype = dtypes(options.dtype, device)
-    if options.model is None and not nano_is_trained():
-        sys.stdout.write(f"{NANO_NOTICE}\n")
-    dit = load_dit(model_file(options.model, "stage2"), dtype=dit_dtype)
+def _networks(options: RefineOptions) -> Networks:
+    models = options.models
+    device = open_device(models.device)
+    dit_dtype, vae_dtype = dtypes(models.dtype, device)
+    if models.model is None and not nano_is_trained():
+        say(NANO_NOTICE)
+    dit = load_dit(model_file(models.model, "stage2"), dtype=dit_dtype)
     if dit.config.stage != 2:
-        raise CommandError(f"{options.model} is stage I, which makes drafts; the refiner is stage II.")
-    vae = load_vae(model_file(options.vae, "vae"), dtype=vae_dtype)
+        raise CommandError(f"{models.model} is stage I, which makes drafts; the refiner is stage II.")
+    vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
     if options.prompt is None:
-        context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as for the unconditional side
+        context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as in the unconditional evaluation
     else:
-        context = encode_prompt(with_motion(options.prompt, options.motion), options, dit.config.text_dim, device)
+        context = encode_prompt(with_motion(options.prompt, options.motion), models, dit.config.text_dim, device)
     store = None if device.type == "cpu" else STORE_SHARE * main_memory()
-    return Networks(dit, vae, context, device, _vae_memory(options.vae_memory, device), store)
+    return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store)
 
 
-def _vae_memory(gibibytes: float | None, device: torch.device) -> float | None:
-    """Bytes for the VAE."""
-    if gibibytes is not None:
-        return gibibytes * 2**30
+def _vae_memory(wanted: float | None, device: torch.device) -> float | None:
+    """Bytes for the VAE; None for no limit."""
+    if wanted is not None:
+        return wanted
     return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def _about(options: argparse.Namespace, networks: Networks) -> dict[str, Any]:
-    """What else than settings and source the result depends on."""
+def _about(options: RefineOptions, networks: Networks) -> dict[str, Any]:
+    """What the result depends on beside settings and source."""
     from ..refiner.files import file_identity
 
     dtypes = [str(next(network.parameters()).dtype) for network in (networks.dit, networks.vae)]
     about: dict[str, Any] = {"device": networks.device.type, "dtypes": dtypes}
     about |= {"vae_memory": networks.vae_memory, "vae_store": networks.vae_store}
     for name in ("model", "vae", "text_encoder"):
-        path = getattr(options, name)
+        path = getattr(options.models, name)
         about[name] = BUILT_IN if path is None else file_identity(path)
     return about | {"prompt": options.prompt, "motion": options.motion}
-
-
-class _Bars:
-    """A bar for each phase on standard error: windows in stage II, frames in the others."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def __call__(self, phase: str, done: float, total: int) -> None:
-        if self._bar is None or self._bar.desc != phase:
-            self.close()
-            unit = "window" if phase == REFINE else "frame"
-            # What an earlier run has done doesn't count for the speed.
-            self._bar = tqdm(total=total, desc=phase, unit=unit, initial=round(done, 2))
-        self._bar.total = total
-        self._bar.update(round(done - self._bar.n, 2))
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None

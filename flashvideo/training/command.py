@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ from types import ModuleType
 from typing import Any
 
 from ..devices import open_device
+from ..errors import cancelled, exit_code
 from .errors import TrainingError
 
 WHOLE = "nano"  # all four, each with its config
 FETCH = "fetch"  # no training: what some learn from
-SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
     "vae": ("vae", "VAESettings", "VAETask"),
@@ -101,15 +100,14 @@ def _train(options: argparse.Namespace) -> int:
         trainer = Trainer(_task(options.kind, settings, options), settings.loop, folder)
         ended_by = trainer.train(Limits(options.steps, options.minutes), resume=options.resume)
     except KeyboardInterrupt:  # while clips were encoded, or asked for twice
-        sys.stderr.write(
-            "\nStopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "
-            "them; with --resume, if there was a checkpoint.\n"
+        return cancelled(
+            "Stopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "
+            "them; with --resume, if there was a checkpoint."
         )
-        return _exit_code(signal.SIGINT)
     done = trainer.step == settings.loop.steps
     rest = "done" if done else "--resume goes on"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
-    return _exit_code(ended_by)
+    return exit_code(ended_by)
 
 
 def _fetch(options: argparse.Namespace) -> int:
@@ -121,8 +119,7 @@ def _fetch(options: argparse.Namespace) -> int:
     try:
         fetch(options.source, options.to or LIBRARY, options.caption)
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. What was fetched and decoded is kept; the same command goes on from there.\n")
-        return _exit_code(signal.SIGINT)
+        return cancelled("Stopped. What was fetched and decoded is kept; the same command goes on from there.")
     return 0
 
 
@@ -147,7 +144,7 @@ def _train_nano(options: argparse.Namespace) -> int:
         unknown = [name for name in names if name not in nano.PARTS]
         if unknown:
             raise TrainingError(f"--only takes {', '.join(nano.PARTS)}; got {', '.join(unknown)}.")
-        return _exit_code(nano.train_parts([nano.PARTS[name] for name in names], Configs(), options.minutes))
+        return exit_code(nano.train_parts([nano.PARTS[name] for name in names], Configs(), options.minutes))
 
     def command(parts: Sequence[nano.Part], minutes: float | None) -> list[str]:
         given = {"--only": ",".join(part.name for part in parts), "--config": configs, "--minutes": minutes}
@@ -155,7 +152,7 @@ def _train_nano(options: argparse.Namespace) -> int:
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
         return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
-    return _exit_code(nano.rebuild(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
+    return exit_code(nano.rebuild(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
 
 
 def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
@@ -181,7 +178,3 @@ def _task(kind: str, settings: Any, options: argparse.Namespace) -> Any:
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f".tasks.{name}", __package__)
-
-
-def _exit_code(ended_by: int | None) -> int:
-    return 0 if ended_by is None else SIGNAL_EXIT + ended_by

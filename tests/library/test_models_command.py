@@ -250,7 +250,7 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     assert not any("stage1" in path for _, path, _ in hub.asked)
 
     hub.asked.clear()
-    assert "there already, complete" in answer(capsys, "download", "stage2")[1]
+    assert "exists already, complete" in answer(capsys, "download", "stage2")[1]
     assert all(method == "POST" for method, _, _ in hub.asked), "nothing is downloaded twice"
 
     converted = comfyui / "models" / "diffusion_models" / "refiner.safetensors"

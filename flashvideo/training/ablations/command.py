@@ -53,8 +53,8 @@ def add_ablate(commands: argparse._SubParsersAction) -> None:
 def _ablate(options: argparse.Namespace) -> int:
     # Imported here, so that the other commands start at once.
     from ...devices import open_device
+    from ...errors import exit_code
     from ..errors import TrainingError
-    from ..loop.interrupts import exit_code
     from .lab import Lab
     from .measures import library
     from .quality import KEY as QUALITY

@@ -1,12 +1,10 @@
-"""Ctrl+C and SIGTERM in programs that keep what they have done: a wish to stop, and the exit code afterwards."""
+"""Ctrl+C and SIGTERM in programs that keep what they have done: a wish to stop."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 from typing import Any
-
-_SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program that a signal ended
 
 
 class Interrupts:
@@ -31,8 +29,3 @@ class Interrupts:
         self.received = number
         for each, handler in self._before.items():
             signal.signal(each, handler)
-
-
-def exit_code(ended_by: int | None) -> int:
-    """The exit code of a program that the signal of this number ended; 0 where none did."""
-    return 0 if ended_by is None else _SIGNAL_EXIT + ended_by
