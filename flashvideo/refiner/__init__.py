@@ -1,4 +1,4 @@
-"""Stage II from frames to frames: in windows of time and tiles of the picture, resumable."""
+"""Stage II from frames to frames: in temporal windows and spatial tiles, resumable."""
 
 from .run import Networks, RefineRun, RefineSettings, refine_frames
 

@@ -1,4 +1,4 @@
-"""Refine files: a video with its sound, or a picture. What can be found wrong is found before the work starts."""
+"""Refine files: a video with its sound, or a picture. Invalid input is reported before the work starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..atomic_files import InUseError, check_space, check_target, whole_file
-from ..devices import main_memory
+from ..devices import GIB, main_memory
 from ..errors import CommandError
 from ..frames import PictureSize, odd_size_notice, to_bytes
 from ..progress import PhaseProgress, no_phase_progress
@@ -42,7 +42,6 @@ _JPEG_QUALITY = 95
 _DEEP_STEP = 257  # 65535 / 255
 _RGB_MODES = ("RGB", "RGBA", "P")
 _SEGMENTS = "segments"
-_GIBIBYTE = 2**30
 _USABLE = 0.9  # of main memory
 
 log = logging.getLogger(__name__)
@@ -52,10 +51,10 @@ log = logging.getLogger(__name__)
 class FileOptions:
     """How a video file is written.
 
-    `crf`, `sound`: see `VideoFormat`. `force`: replace what is there. `work`: the folder for what is unfinished
+    `crf`, `sound`: see `VideoFormat`. `force`: replace what is there. `work`: the folder for unfinished work
     (default: the result's name + .unfinished), `anew`: start over. `about` (JSON): what else the result depends on,
-    such as the networks' files; a run with another one isn't resumed. `segment_chunks`: see `RefineRun`.
-    `warn` gets what somebody should know before the work starts, `note` what was chosen for them (the strength).
+    such as the networks' files; runs with a different value aren't resumed. `segment_chunks`: see `RefineRun`.
+    `warn` gets warnings before the work starts, `note` what was chosen automatically (the strength).
     """
 
     crf: int = CRF
@@ -70,12 +69,12 @@ class FileOptions:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's name is that of a picture, and it holds no more than one."""
+    """Whether a file is a picture by its name, and not animated."""
     return path.suffix.lower() in PICTURE_ENDINGS and not is_animated(path)
 
 
 def videos_in(folder: Path) -> list[Path]:
-    """The videos and animated pictures of a folder, by name; not its subfolders'."""
+    """The videos and animated pictures of a folder, sorted by name; without subfolders."""
     return sorted(path for path in folder.iterdir() if path.is_file() and _is_video(path))
 
 
@@ -85,7 +84,7 @@ def _is_video(path: Path) -> bool:
 
 
 def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
-    """Raise CommandError unless `source` is a file and `target` can be its refined form; `force` allows to replace."""
+    """Raise CommandError unless `source` is a file and `target` a valid result for it; `force` allows to replace."""
     if not source.is_file():
         raise CommandError(f"There is no file {source}.")
     picture = is_picture(source)
@@ -97,7 +96,7 @@ def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
 
 
 def was_finished(target: Path, work: Path | None = None) -> bool:
-    """Whether an earlier run made `target` and was killed before it could delete its work folder, which is done now."""
+    """Whether an earlier run finished `target` but was killed before deleting its work folder; then deletes it."""
     folder = work or work_folder_of(target)
     if not is_result_of(target, folder):
         return False
@@ -106,7 +105,7 @@ def was_finished(target: Path, work: Path | None = None) -> bool:
 
 
 def work_folder_of(target: Path, parent: Path | None = None) -> Path:
-    """The folder for what is unfinished of a result: beside it, or in `parent`."""
+    """The folder for a result's unfinished work: beside it, or in `parent`."""
     return (parent or target.parent) / (target.name + WORK_ENDING)
 
 
@@ -120,15 +119,15 @@ def refine_video(
 ) -> tuple[str, ...]:
     """Refine a video file: the same frames at the same times with the same sound, in the wanted size.
 
-    What of a damaged file can be decoded is refined; returns sentences on the rest, none for a file without damage.
+    The readable part of a damaged file is refined; returns sentences about the damage, none for an intact file.
 
-    What is finished is stored in a work folder until `target` is whole, and a call with the same arguments resumes
-    there. Raises CommandError for what can't be done, InUseError where another program is doing it, and ValueError for
-    a size that can't be.
+    Finished parts are stored in a work folder until `target` is complete, and a call with the same arguments resumes
+    there. Raises CommandError for invalid input, InUseError while another program refines to `target`, and ValueError
+    for an invalid size.
     """
     options, report = options or FileOptions(), on_progress or no_phase_progress
     if was_finished(target, options.work) and not options.force:
-        options.note(f"{target} is complete: an earlier run was stopped only when it cleaned up.")
+        options.note(f"{target} is complete: an earlier run was stopped during its clean-up.")
         return ()
     check_paths(source, target, force=options.force)
     clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
@@ -166,8 +165,8 @@ def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None
     there = main_memory()
     if needed > _USABLE * there:
         warn(
-            f"For {form.width}x{form.height} the VAE keeps {needed / _GIBIBYTE:.0f} GiB in main memory and this "
-            f"machine has {there / _GIBIBYTE:.0f} GiB: it may become very slow, or be ended. Half as many pixels need "
+            f"For {form.width}x{form.height} the VAE keeps {needed / GIB:.0f} GiB in main memory and this "
+            f"machine has {there / GIB:.0f} GiB: it may become very slow, or be killed. Half as many pixels need "
             "half of it."
         )
 
@@ -199,12 +198,13 @@ def refine_picture(
 ) -> None:
     """Refine a picture file; `note` as in `FileOptions`.
 
-    Raises CommandError for what can't be done, and ValueError as `refine_frames` does.
+    Raises CommandError for invalid input, and ValueError as `refine_frames` does.
     """
     check_paths(source, target, force=force)
     pixels, profile = _read_picture(source)
-    _note_strength(settings, settings.size.resolve(*pixels.shape[:2]), note)
-    refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress)
+    size = settings.size.resolve(*pixels.shape[:2])
+    _note_strength(settings, size, note)
+    refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress, size=size)
     result = Image.fromarray(to_bytes(refined)[0].numpy())
     kind = Image.registered_extensions()[target.suffix.lower()]
     with whole_file(target, replace=force) as part:
@@ -229,14 +229,14 @@ def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:
 
 
 def file_identity(path: Path) -> list[str | int]:
-    """Name, size and time of change of a file: what tells it from another one."""
+    """Name, size and modification time of a file, to recognise it."""
     facts = path.stat()
     return [path.name, facts.st_size, facts.st_mtime_ns]
 
 
 def _check_space(folder: WorkFolder, needed: int) -> None:
     try:
-        check_space(folder.path, needed, "this run", hint="--work DIR puts it elsewhere.")
+        check_space(folder.path, needed, "this run", hint="--work DIR chooses another folder.")
     except CommandError:
         folder.remove()
         raise

@@ -1,10 +1,10 @@
-"""The refiner from frames to frames: enlarge, encode, degrade, refine in windows, decode, match colours, crop.
+"""The refiner from frames to frames: upscale, encode, degrade, refine in windows, decode, match colours, crop.
 
-Three phases, each over the whole clip: encoding to a latent, stage II, and decoding. A phase takes the clip piece by
-piece and one network is on the device at a time, so that the memory needed doesn't grow with the clip; in between,
-latents rest in half precision where `work` keeps them, in memory or in a folder. Every piece depends on the clip and
-the settings alone: a run that is interrupted and goes on later gives what it would have given in one go. (To the bit
-on one device with one number of CPU threads; elsewhere sums round differently.)
+Three phases, each over the whole clip: encoding to a latent, stage II, and decoding. A phase processes the clip in
+pieces and only one network is on the device, so that memory doesn't grow with the clip's length. Between the phases
+`work` stores the latents in half precision, in memory or in a folder. Every piece depends only on the clip and the
+settings: a resumed run gives the same result as an uninterrupted one. (To the bit on one device with one number of CPU
+threads; elsewhere sums round differently.)
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from .windows import OVERLAP_FRAMES, WINDOW, Evaluation, Wavefront, flow_evaluat
 from .work_folder import MemoryWork, WorkFolder, WorkProgress
 
 PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"
-SEGMENT_CHUNKS = 30  # decoded chunks that are delivered together: 240 frames, ten seconds of most videos
-_ENCODED, _REFINED, _STATISTICS = "encoded", "refined", "statistics"  # what is put by in the work
+SEGMENT_CHUNKS = 30  # decoded chunks in one segment: 240 frames, ten seconds of most videos
+_ENCODED, _REFINED, _STATISTICS = "encoded", "refined", "statistics"  # kinds of stored tensors
 
 
 class Clip(Protocol):
@@ -67,7 +67,7 @@ class TensorClip:
 
     @property
     def count(self) -> int:
-        """How many frames there are."""
+        """Number of frames."""
         return self.tensor.shape[0]
 
     @property
@@ -87,10 +87,10 @@ class TensorClip:
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """What an artist can choose. Raises ValueError for what can't be.
+    """What the user can choose. Raises ValueError for invalid values.
 
     `strength` None follows from the result's size (`degradation.auto_strength`). `window` and `overlap` are in frames,
-    `tile` in pixels; with tile 0 stage II sees whole pictures.
+    `tile` in pixels; with tile 0 stage II sees whole frames.
     """
 
     size: TargetSize = field(default_factory=TargetSize)
@@ -124,10 +124,10 @@ class RefineSettings:
 
 @dataclass(frozen=True)
 class Networks:
-    """Stage II, the VAE, and the prompt's encoding [1, L, text_dim]; they are run on `device`.
+    """Stage II, the VAE, and the prompt's encoding [1, L, text_dim]; they run on `device`.
 
-    `vae_memory`, bytes, is what the VAE may hold there: it works in spatial tiles where it would take more. None sets
-    no limit. `vae_store`, bytes, is for what then lies in main memory (see `vae.stream.plan_stream`).
+    `vae_memory` is the VAE's limit there in bytes: where it would need more, it works in spatial tiles. None sets no
+    limit. `vae_store`, bytes, limits what the tiles store in main memory (see `vae.stream.plan_stream`).
     """
 
     dit: FlashVideoDiT
@@ -139,23 +139,29 @@ class Networks:
 
 
 def refine_frames(
-    networks: Networks, frames: Tensor, settings: RefineSettings, on_progress: PhaseProgress | None = None
+    networks: Networks,
+    frames: Tensor,
+    settings: RefineSettings,
+    on_progress: PhaseProgress | None = None,
+    *,
+    size: PictureSize | None = None,
 ) -> Tensor:
     """Refine frames [T, H, W, 3], uint8 or in [0, 1]: [T, H', W', 3] in [0, 1], on the CPU, in the wanted size.
 
-    The input is not modified. Raises ValueError for frames of another shape or with NaN, and for a size that can't be.
+    `size` is what `settings.size` means for these frames, if the caller has resolved it already. The input is not
+    modified. Raises ValueError for frames of another shape or with NaN, and for an invalid size.
     """
     frames, _ = clean(frames)
     parts: list[Tensor] = []
     clip = TensorClip(frames)
-    size = settings.size.resolve(clip.height, clip.width)
+    size = size or settings.size.resolve(clip.height, clip.width)
     run = RefineRun(networks, clip, size, settings, MemoryWork(ENCODE), on_progress)
     run.run(lambda _, chunks: parts.extend(chunks))
     return torch.cat(parts)
 
 
 class RefineRun:
-    """One clip's way through the phases. `work` says where it starts and is told how far it is."""
+    """One clip through all phases. `work` says where to start, and stores the progress."""
 
     def __init__(
         self,
@@ -180,15 +186,15 @@ class RefineRun:
 
     @property
     def segments(self) -> int:
-        """How many segments are delivered."""
+        """Number of segments."""
         return len(self._segments)
 
     @torch.no_grad()
     def run(self, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
-        """Refine the clip, or what is left of it.
+        """Refine the clip, from where `work` stands.
 
         `deliver(number, chunks)` gets each segment of the result, chunk by chunk, [t, H', W', 3] in [0, 1] on the CPU,
-        and must take all of it. A segment that was delivered before an interruption may be delivered again.
+        and must consume all chunks. After an interruption a segment may be delivered a second time.
         """
         phases = [phase for phase in PHASES if phase != MEASURE or self.settings.color_match == "adain"]
         progress = self.work.progress()
@@ -211,7 +217,7 @@ class RefineRun:
         return 2 * frame * (self.latents + 2 * self.plan.length) + 2 * 4 * frame * waiting
 
     def main_bytes(self) -> float:
-        """About how much main memory the VAE takes at most, where it works in tiles; beside the frames at hand."""
+        """Estimated peak of main memory that the VAE's tiles need, beside the frames of a chunk."""
         vae, frames = self.networks.vae, self.padded[0]
         halves = (vae.encoder, encode_chunks(frames)), (vae.decoder, decode_chunks(self.latents))
         plans = [plan_stream(network, len(sizes), *self._limits()) for network, sizes in halves]
@@ -305,7 +311,7 @@ class RefineRun:
             yield to_frames(video)[:length, : self.height, : self.width], chunk[:length, : self.height, : self.width]
 
     def _prepared(self, sizes: Sequence[int], done: int) -> Iterator[tuple[Tensor, int]]:
-        """The clip's chunks from number `done` on, enlarged and padded, and how many of their frames are the clip's."""
+        """The clip's chunks from number `done` on, upscaled and padded, and how many of their frames are the clip's."""
         frames = self.clip.frames(sum(sizes[:done]))
         for size in sizes[done:]:
             source, _ = clean(torch.stack(list(islice(frames, size))).to(self.networks.device))
@@ -340,7 +346,7 @@ def _measure(pairs: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def _resident(network: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """Have a network on the device for a while."""
+    """Move a network to the device, and back afterwards."""
     home = next(network.parameters()).device
     try:
         yield network.to(device)

@@ -1,12 +1,12 @@
-"""Stage II over a large picture in tiles: less memory for one evaluation, at the price of the whole view.
+"""Stage II over a large picture in tiles: less memory per evaluation, but the network never sees the whole picture.
 
-An approximation, and the artist's choice. The network sees one tile at a time, with positions of its own, and what
-it says of overlapping tiles is averaged at every evaluation, as `windows` does over time (MultiDiffusion, arXiv
-2302.08113). So no border can be told, but things larger than a tile are made of parts that don't know each other.
+An approximation that the user chooses. The network sees one tile at a time, with the tile's own positions, and the
+velocities of overlapping tiles are averaged at every evaluation, as `windows` does over time (MultiDiffusion, arXiv
+2302.08113). So no borders are visible, but the parts of things larger than a tile don't know each other.
 
-Memory follows the tile. What overlaps is computed twice, so the time falls only where attention rules and the picture
-is several tiles large: at 1072x1920x49 in tiles of 768 to half of attention's operations and 1.7 times the others, at
-544x960 in tiles of 512 to 1.5 and 3 times.
+Memory depends on the tile. Overlaps are computed twice, so the time falls only where attention dominates and the
+picture is several tiles large: at 1072x1920x49 tiles of 768 take half of attention's operations and 1.7 times the
+others, at 544x960 tiles of 512 take 1.5 and 3 times.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .windows import Piece, blend
 
 TILE = 768  # pixels: about a quarter of 1080p
 SMALLEST_TILE_PIXELS = 128  # pixels
-OVERLAP_DIVISOR = 4  # of a tile's side, neighbours share at least one part in so many
+OVERLAP_DIVISOR = 4  # neighbours share at least 1/4 of a tile's side
 
 
 def plan_tiles(height: int, width: int, tile: int) -> list[Piece]:
     """Tiles of a latent of `height` x `width` latent pixels, both even.
 
     `tile` is the side of a square in video pixels, a multiple of 16; neighbours share a quarter of it or more. A side
-    shorter than a tile isn't cut. Raises ValueError for numbers that can't be.
+    shorter than a tile isn't split. Raises ValueError for an invalid tile.
     """
     if tile < SMALLEST_TILE_PIXELS or tile % PIXEL_MULTIPLE:
         raise ValueError(f"a tile's side is a multiple of 16 pixels, at least {SMALLEST_TILE_PIXELS}; got {tile}.")
@@ -43,7 +43,7 @@ def plan_tiles(height: int, width: int, tile: int) -> list[Piece]:
 
 
 def _cut(length: int, tile: int) -> list[tuple[slice, Tensor]]:
-    """One side's parts, evenly spread at even places, and their weights: cosines over what neighbours share."""
+    """Slices of one side, evenly spread at even positions, and their weights: raised cosines over the overlaps."""
     step, tile = tile - math.ceil(tile / OVERLAP_DIVISOR), min(tile, length)
     count = 1 + math.ceil((length - tile) / step)
     starts = [2 * round(index * (length - tile) / max(count - 1, 1) / 2) for index in range(count)]

@@ -1,14 +1,14 @@
-"""Stage II over a long video: windows of time that agree with each other at every evaluation of the network.
+"""Stage II over a long video: temporal windows that are blended at every evaluation of the network.
 
-The network sees one window of frames at a time, with positions and frame count of its own. Where windows overlap, the
-velocities that they give are averaged, with weights that fade towards a window's ends, and only then the latent moves
-on (MultiDiffusion, arXiv 2302.08113, over time). At every evaluation the windows lie elsewhere, so that what is
-different where they meet does not add up. So all windows work on one latent and no border can be told.
+The network sees one window of frames at a time, with the window's own positions and frame count. Where windows overlap,
+their velocities are averaged, with weights that fade towards a window's ends, and only then the latent is advanced
+(MultiDiffusion, arXiv 2302.08113, over time). The windows' borders move from evaluation to evaluation, so that
+differences at the borders don't add up. All windows work on one latent, and no borders are visible.
 
-Two ways to the same numbers. `windowed_velocity` makes one velocity of a whole latent, for any solver. `Wavefront`
-takes the frames in order and gives the finished ones in order: a frame moves on as soon as no window still to come
-covers it, so that the last evaluation's windows follow the first one's at a short distance. It holds a few windows,
-however long the video is, and what it holds can be saved and restored between any two evaluations.
+Two implementations give the same numbers. `windowed_velocity` makes one velocity of a whole latent, for any solver.
+`Wavefront` takes the frames in order and returns the finished ones in order: a frame advances as soon as no later
+window covers it, so that the last evaluation's windows follow the first one's at a short distance. It holds a few
+windows, however long the video is, and its state can be saved and restored between any two evaluations.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from ..schedule import STAGE2_SHIFT, shift_times
 
 WINDOW = 49  # frames: what the refiner was trained on
 OVERLAP_FRAMES = 16  # frames
-PLACES = 8  # where windows can lie at different times of the flow, from one window's start to the next
-MANY = 8  # windows: from there on one more costs little
+PLACES = 8  # offsets of the windows at different times of the flow, within one step from window to window
+MANY = 8  # windows; with so many, one more costs little
 
 
 class Piece(NamedTuple):
-    """A part of a latent [B, C, T, H, W] that the network sees by itself."""
+    """A part of a latent [B, C, T, H, W] that one evaluation of the network sees."""
 
     at: tuple[slice, slice, slice, slice, slice]
-    weight: Tensor  # what it counts, broadcast over the part; the weights of all pieces sum to one everywhere
+    weight: Tensor  # broadcast over the part; the weights of all pieces sum to one everywhere
 
 
 def blend(pieces: Iterable[Piece], evaluate: Callable[[Piece], Tensor], latent: Tensor) -> Tensor:
-    """The weighted sum of what `evaluate(piece)` gives for all pieces of `latent`, whose shape it has."""
+    """The weighted sum of `evaluate(piece)` over all pieces of `latent`, in its shape."""
     total = None
     for piece in pieces:
         part = evaluate(piece) * piece.weight.to(latent)
@@ -51,15 +51,15 @@ def blend(pieces: Iterable[Piece], evaluate: Callable[[Piece], Tensor], latent: 
     return total
 
 
-State = tuple[Tensor, ...]  # what a solver knows of some frames: the latent first, [B, C, T, H, W] each
+State = tuple[Tensor, ...]  # a solver's state for some frames: the latent first, [B, C, T, H, W] each
 
 
 @dataclass(frozen=True)
 class WindowPlan:
     """Where windows lie on `frames` latent frames.
 
-    `starts` ascend; every window has `length` frames. weights[i, p] is what window i's frame p counts, and the weights
-    of the windows that cover a frame sum to one. Overlapping windows share `shared` frames or more.
+    `starts` ascend; every window has `length` frames. weights[i, p] is the weight of window i's frame p. The weights of
+    the windows that cover a frame sum to one. Overlapping windows share `shared` frames or more.
     """
 
     frames: int
@@ -69,10 +69,10 @@ class WindowPlan:
     weights: Tensor
 
     def at(self, time: Tensor | float) -> WindowPlan:
-        """The windows of an evaluation at a time of the flow, 0 to 1; at 0 they are these.
+        """The windows of an evaluation at a time of the flow, 0 to 1; at 0 these windows.
 
-        Evaluations that are evenly spread on the flow's usual grid have their windows' borders evenly spread, too. A
-        few windows move only as far as needs no further window.
+        For evaluations that are evenly spread on the flow's usual grid the windows' borders are evenly spread too. Few
+        windows move only as far as no additional window is needed.
         """
         even = float(shift_times(torch.as_tensor(time, dtype=torch.float32).cpu(), 1 / STAGE2_SHIFT))
         step, count = self.length - self.shared, len(self.starts)
@@ -87,7 +87,7 @@ class WindowPlan:
 
     @property
     def settled(self) -> tuple[int, ...]:
-        """How many frames are done when a window is: those that no later window covers."""
+        """Number of frames that are finished after each window: those that no later window covers."""
         return (*self.starts[1:], self.frames)
 
 
@@ -95,7 +95,7 @@ def plan_windows(frames: int, window: int = WINDOW, overlap: int = OVERLAP_FRAME
     """Windows of `window` frames (4n + 1), each overlapping the one before by `overlap` (a multiple of 4) or more.
 
     `frames` counts latent frames, the other two video frames. The last window is moved back to be whole; a video
-    shorter than a window is one window. Raises ValueError for other numbers.
+    shorter than a window is one window. Raises ValueError for invalid numbers.
     """
     if frames < 1:
         raise ValueError(f"a video has at least one frame; got {frames} latent frames.")
@@ -131,14 +131,14 @@ def windowed_velocity(velocity: Velocity, plan: WindowPlan) -> Velocity:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the network: at which time, and how a state moves on with the velocity found there."""
+    """One evaluation of the network: its time, and how its velocity advances a state."""
 
     time: Tensor
     advance: Callable[[State, Tensor], State]
 
 
 def flow_evaluations(times: Tensor, solver: str = "euler") -> list[Evaluation]:
-    """What `solve_flow` does over the grid `times` [steps + 1], evaluation by evaluation."""
+    """The evaluations of `solve_flow` over the grid `times` [steps + 1]."""
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; one of {', '.join(SOLVERS)}")
     evaluations = []
@@ -167,9 +167,9 @@ def _correct(span: Tensor) -> Callable[[State, Tensor], State]:
 
 
 class Wavefront:
-    """The frames of a video on their way through all evaluations. Frames go in and come out in order.
+    """The frames of a video in all evaluations at once. Frames are fed and finished in order.
 
-    Feed it with `feed` while it is not `ready`, and let it evaluate one window with `step` while it is.
+    Call `feed` while it is not `ready`, and `step` while it is.
     """
 
     def __init__(self, velocity: Velocity, evaluations: Iterable[Evaluation], plan: WindowPlan) -> None:
@@ -179,12 +179,12 @@ class Wavefront:
 
     @property
     def evaluated(self) -> int:
-        """How many evaluations of a window are done."""
+        """Number of windows evaluated so far, over all evaluations."""
         return sum(each.window for each in self._passes)
 
     @property
     def total(self) -> int:
-        """How many evaluations of a window there are in all."""
+        """Number of windows to evaluate in all."""
         return sum(len(each.plan.starts) for each in self._passes)
 
     @property
@@ -193,12 +193,12 @@ class Wavefront:
         return any(each.ready for each in self._passes)
 
     def feed(self, latent: Tensor) -> None:
-        """Take the next frames [B, C, t, H, W] of the degraded latent, in the model's scaled space, float32."""
+        """Add the next frames [B, C, t, H, W] of the degraded latent, in the model's scaled space, float32."""
         self._passes[0].push((latent,))
         self.fed += latent.shape[2]
 
     def step(self) -> Tensor | None:
-        """Evaluate one window, one that is furthest on; returns the frames that are finished by it, if any."""
+        """Evaluate one window of the latest evaluation that is ready; returns the frames that it finishes, if any."""
         place = max(index for index, each in enumerate(self._passes) if each.ready)
         moved = self._passes[place].run()
         if place + 1 < len(self._passes):
@@ -208,7 +208,7 @@ class Wavefront:
         return moved[0]
 
     def state(self) -> dict[str, Tensor]:
-        """All that is held, for `restore`."""
+        """The state as tensors, for `restore`."""
         tensors = {"counts": torch.tensor([self.fed, self.finished, *(each.window for each in self._passes)])}
         for place, each in enumerate(self._passes):
             tensors |= {f"{place}.state.{index}": tensor for index, tensor in enumerate(each.held)}
@@ -217,7 +217,7 @@ class Wavefront:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
-        """Go on where `state` was taken; the plan and the evaluations must be the same."""
+        """Resume from a `state` with the same plan and evaluations."""
         self.fed, self.finished, *windows = tensors["counts"].tolist()
         for place, each in enumerate(self._passes):
             each.window = windows[place]
@@ -228,7 +228,7 @@ class Wavefront:
 
 
 class _Pass:
-    """One evaluation's place in the wavefront: frames that wait for their windows here."""
+    """One evaluation of the wavefront, and the frames that wait for it."""
 
     def __init__(self, velocity: Velocity, evaluation: Evaluation, plan: WindowPlan) -> None:
         self.velocity, self.evaluation, self.plan = velocity, evaluation, plan
@@ -246,7 +246,7 @@ class _Pass:
         self.held = state
 
     def run(self) -> State:
-        """Evaluate the next window; returns the frames that move on."""
+        """Evaluate the next window; returns the frames that advance to the next evaluation."""
         plan, length = self.plan, self.plan.length
         slope = self.velocity(self.held[0][:, :, :length], self.evaluation.time)
         slope = slope * plan.weights[self.window].to(slope).view(-1, 1, 1)
@@ -254,7 +254,7 @@ class _Pass:
             slope[:, :, : self.carried.shape[2]] += self.carried
         done = plan.settled[self.window] - plan.starts[self.window]
         moved = self.evaluation.advance(tuple(part[:, :, :done] for part in self.held), slope[:, :, :done])
-        # Copies, so that the frames that have left are freed.
+        # Copies, so that the memory of the frames that advanced is freed.
         self.carried = slope[:, :, done:].clone() if done < length else None
         self.held = tuple(part[:, :, done:].clone() for part in self.held)
         self.window += 1
@@ -264,7 +264,7 @@ class _Pass:
 def frame_noise(shape: tuple[int, ...], seed: int, frame: int) -> Tensor:
     """Standard normal noise for latent frame number `frame` of a video, [C, H, W], on the CPU, float32.
 
-    It depends on seed, number and shape alone: windows agree on it, and so do runs that start anywhere.
+    It depends on seed, number and shape only, so it is the same in every window, and in resumed runs.
     """
     digest = hashlib.blake2b(f"{seed} {frame}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little", signed=True))

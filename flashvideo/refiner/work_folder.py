@@ -1,9 +1,9 @@
-"""What a long run stores beside its result, so that it can be interrupted at any moment and resumed later.
+"""What a long run stores beside its result, so that it can be interrupted at any time and resumed later.
 
-Every file is written whole or not at all. A state (how far the run is, and the tensors that it needs to resume) takes
-effect when state.json names it, and until then the state before it counts. Two programs never work in one folder: the
-lock of one that was killed is free again. A folder without the marker file is somebody else's: it is neither used nor
-emptied, and of our own only what a run writes is deleted.
+Every file is written whole or not at all. A state (the progress, and the tensors that resuming needs) takes effect
+when state.json names it; until then the previous state counts. A lock keeps a second program out of the folder; it ends
+with its program, killed or not. A folder without the marker file isn't ours: it is neither used nor emptied. In our own
+folders only files that a run writes are deleted.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ..errors import CommandError
 MARKER = "flashvideo-unfinished-run.txt"
 SETTINGS = "settings.json"
 STATE = "state.json"
-RESULT = "result.json"  # which file is the result, from just before it gets its name
+RESULT = "result.json"  # identifies the result, written just before the result gets its name
 _MARKER_TEXT = "An unfinished run of FlashVideo. The same command resumes it; delete the folder to drop it.\n"
 SAVE_SHARE = 20  # saving a state takes at most about 1/20 of the time
-_SECONDS_A_BYTE = 2e-9  # of a disk that wasn't timed yet
+_SECONDS_A_BYTE = 2e-9  # of writing, before it was measured
 
-_FOLDERS = re.compile(r"snapshot-\d+|encoded|refined|statistics|segments")  # what a run makes
+_FOLDERS = re.compile(r"snapshot-\d+|encoded|refined|statistics|segments")  # names that a run uses
 _PARTS = re.compile(r".+\.[0-9a-f]{16}\.part")  # names that `atomic_files` gives
-_ELSEWHERE, _ANEW = "--work DIR puts it elsewhere.", "--anew starts over."
+_ELSEWHERE, _ANEW = "--work DIR chooses another folder.", "--anew starts over."
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class WorkProgress:
-    """How far a run is: `done` steps of a phase, and the tensors with which the next one begins."""
+    """Progress of a run: `done` steps of a phase, and the tensors that the next step needs."""
 
     phase: str
     done: int
@@ -51,40 +51,41 @@ class WorkProgress:
 
 @dataclass
 class MemoryWork:
-    """Keeps a run's tensors in memory, and nothing beyond its end."""
+    """Stores a run's tensors in memory, until the run ends."""
 
     start: str
     _kept: dict[tuple[str, int], Tensors] = field(default_factory=dict)
 
     def progress(self) -> WorkProgress:
-        """Return the start of the run."""
+        """A run in memory always begins at its start."""
         return WorkProgress(self.start, 0, {})
 
     def save(self, phase: str, done: int, tensors: Callable[[], Tensors], *, always: bool = False) -> bool:
-        """Nothing is to be done: what is in memory is up to date."""
+        """Does nothing: memory is always up to date."""
         return True
 
     def put(self, kind: str, index: int, tensors: Tensors) -> None:
-        """Keep tensors under a kind and a number."""
+        """Store tensors by kind and number."""
         self._kept[kind, index] = dict(tensors)
 
     def get(self, kind: str, index: int) -> Tensors:
-        """Return what was put there."""
+        """Return stored tensors."""
         return self._kept[kind, index]
 
     def drop(self, kind: str, index: int) -> None:
-        """Forget what was put there, if anything was."""
+        """Delete stored tensors, if any."""
         self._kept.pop((kind, index), None)
 
 
 class WorkFolder:
-    """The same in a folder: survives the end of the program, whatever ends it."""
+    """The same in a folder: survives interruptions, kills and crashes."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], start: str, *, anew: bool = False) -> None:
         """Open or create it. `settings` (JSON) say what the run is; `start` is its first phase.
 
         Raises InUseError if another program works there, and CommandError if it is not a work folder, can't be written,
-        is damaged, or holds a run with other settings and `anew`, which starts over, is not set. To be closed.
+        is damaged, or holds a run with other settings while `anew` (start over) is not set. Call `close` or `remove` at
+        the end.
         """
         self.path, self.start = path, start
         with _explained(path):
@@ -101,11 +102,12 @@ class WorkFolder:
         path = self.path
         if anew:
             _empty(path)
-        self.fresh = not (path / SETTINGS).is_file()  # nothing was there to go on with
+        self.fresh = not (path / SETTINGS).is_file()  # there was no run to resume
         if not self.fresh:
             _check_same(path, settings)
         else:
-            write_whole(path / MARKER, lambda part: part.write_text(_MARKER_TEXT))  # deleted by who has just finished
+            # A program that has just finished may have deleted the marker.
+            write_whole(path / MARKER, lambda part: part.write_text(_MARKER_TEXT))
             write_whole(path / SETTINGS, lambda part: part.write_text(json.dumps(settings, indent=1)))
         self._saved = time.monotonic()
         self._cost: dict[str, float] = {}  # seconds that saving took, by phase
@@ -115,16 +117,16 @@ class WorkFolder:
         self._tidy()
 
     def progress(self) -> WorkProgress:
-        """How far the run is."""
+        """The last saved progress."""
         if self._snapshot < 0:
             return WorkProgress(self.start, 0, {})
         state = self._state()
         return WorkProgress(state["phase"], state["done"], _Snapshot(self._folder(), state["names"]))
 
     def save(self, phase: str, done: int, tensors: Callable[[], Tensors], *, always: bool = False) -> bool:
-        """Save how far the run is; returns whether it was saved.
+        """Save the progress; returns whether it was saved.
 
-        Unless `always` is set it is not where that would take too much of the time or room.
+        Unless `always` is set, it is skipped where it would take too much time or disk space.
         """
         begin, kept = time.monotonic(), tensors()
         size = sum(tensor.nbytes for tensor in kept.values())
@@ -136,7 +138,7 @@ class WorkFolder:
         folder = self._folder()
         folder.mkdir(exist_ok=True)
         names = []
-        for name, tensor in kept.items():  # one at a time: together they may not fit the memory
+        for name, tensor in kept.items():  # one at a time: together they may not fit into memory
             _write_tensors(folder / f"{len(names)}.safetensors", {name: tensor})
             names.append(name)
         state = {"phase": phase, "done": done, "snapshot": self._snapshot, "names": names}
@@ -148,31 +150,31 @@ class WorkFolder:
         return True
 
     def put(self, kind: str, index: int, tensors: Tensors) -> None:
-        """Keep tensors under a kind and a number."""
+        """Store tensors by kind and number."""
         path = self._file(kind, index)
         path.parent.mkdir(exist_ok=True)
         _write_tensors(path, tensors)
 
     def get(self, kind: str, index: int) -> Tensors:
-        """Return what was put there. Raises CommandError if it isn't there any more."""
+        """Return stored tensors. Raises CommandError if they are missing or damaged."""
         return _read_tensors(self._file(kind, index))
 
     def drop(self, kind: str, index: int) -> None:
-        """Delete what was put there, if anything was."""
+        """Delete stored tensors, if any."""
         self._file(kind, index).unlink(missing_ok=True)
 
     def note_result(self, part: Path) -> None:
-        """Remember a complete file that is about to get its name, for `is_result_of`."""
+        """Record a complete file that is about to get its final name, for `is_result_of`."""
         _write(self.path / RESULT, lambda note: note.write_text(json.dumps(_identity(part))))
 
     def remove(self) -> None:
-        """Close the folder and delete it, but for what others have put there."""
+        """Close the folder and delete it; files that aren't ours stay."""
         _empty(self.path)
         self.close()
         _remove_empty(self.path)
 
     def close(self) -> None:
-        """Let another program work here."""
+        """Release the lock."""
         self._lock.release()
 
     def _folder(self) -> Path:
@@ -189,7 +191,7 @@ class WorkFolder:
         return state
 
     def _tidy(self) -> None:
-        """Delete what an interruption left unfinished."""
+        """Delete unfinished files of an interrupted run."""
         for folder in self.path.glob("snapshot-*"):
             if folder != self._folder() and _FOLDERS.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -199,7 +201,7 @@ class WorkFolder:
 
 
 class _Snapshot(Mapping):
-    """The tensors of a state, read one by one."""
+    """The tensors of a state, each read when it is used."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self._files = {name: folder / f"{index}.safetensors" for index, name in enumerate(names)}
@@ -235,14 +237,14 @@ def discard(folder: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # another program may have come, or the user put something there
+    with suppress(OSError):  # another program may use it, or the user put a file there
         if all(path.name == LOCK for path in folder.iterdir()):
             (folder / LOCK).unlink(missing_ok=True)
             folder.rmdir()
 
 
 def _empty(folder: Path) -> None:
-    """Delete what runs make. The marker goes last, so that a folder that is half deleted is still one of ours."""
+    """Delete a run's files. The marker goes last, so that a half-deleted folder is still recognised as ours."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and _FOLDERS.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -258,15 +260,15 @@ def _identity(path: Path) -> dict[str, int]:
 
 
 def _claim(path: Path) -> None:
-    """Make the folder, or see that it is one of ours. Raises CommandError and OSError."""
+    """Create the folder, or check that it is ours. Raises CommandError and OSError."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise CommandError(f"{path} is in the way: a folder of this name is needed.", hint=_ELSEWHERE)
+        raise CommandError(f"{path} is in the way: this name is needed for a folder.", hint=_ELSEWHERE)
     path.mkdir(parents=True, exist_ok=True)
     if not (path / MARKER).is_file():
         if any(each.name != LOCK for each in path.iterdir() if not _is_part(each)):
             raise CommandError(
-                f"{path} is not a folder of an unfinished run (or one of an older version): it is left alone. Move or "
-                "delete it.",
+                f"{path} is not a folder of an unfinished run (or is one of an older version), so it is not used. "
+                "Move or delete it.",
                 hint=_ELSEWHERE,
             )
         write_whole(path / MARKER, lambda part: part.write_text(_MARKER_TEXT))
@@ -278,12 +280,12 @@ def _is_part(path: Path) -> bool:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn the system's errors into a message."""
+    """Turn errors of the file system into a message."""
     try:
         yield
     except OSError as error:
         reason = write_problem(error)
-        raise CommandError(f"{path} can't be used for what is unfinished: {reason}.", _ELSEWHERE) from error
+        raise CommandError(f"{path} can't be used for unfinished work: {reason}.", _ELSEWHERE) from error
 
 
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:

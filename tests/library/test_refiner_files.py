@@ -20,7 +20,7 @@ from small_videos import SOUND_RATE, add_sound, make_video, ramps, read, turn_cl
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
-from flashvideo.frames import TargetSize
+from flashvideo.frames import PictureSize, TargetSize
 from flashvideo.refiner import Networks, RefineSettings, refine_frames
 from flashvideo.refiner.files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
 from flashvideo.refiner.work_folder import WorkFolder
@@ -216,6 +216,23 @@ def test_a_picture_is_refined_too(tiny: Networks, tmp_path: Path) -> None:
         assert image.size == (94, 66)
 
 
+def test_the_size_is_resolved_once(tiny: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve, asked = TargetSize.resolve, []
+
+    def count(size: TargetSize, height: int, width: int) -> PictureSize:
+        asked.append((height, width))
+        return resolve(size, height, width)
+
+    monkeypatch.setattr(TargetSize, "resolve", count)
+    settings = replace(SETTINGS, strength=None)  # the notice on the strength needs the size too
+    Image.fromarray(ramps(0, 16, 32)).save(tmp_path / "in.png")
+    refine_picture(tiny, tmp_path / "in.png", tmp_path / "out.png", settings)
+    assert asked == [(16, 32)]
+    asked.clear()
+    refine_video(tiny, make_video(tmp_path / "in.mp4", 1), tmp_path / "out.mp4", settings)
+    assert len(asked) == 1
+
+
 def test_what_cannot_be_done_is_said_before_the_work(tiny: Networks, tmp_path: Path) -> None:
     source = make_video(tmp_path / "in.mp4", 5, sound="aac")
     (tmp_path / "text.mp4").write_text("no video")
@@ -262,7 +279,7 @@ def test_a_folder_of_somebody_elses_is_never_emptied(tiny: Networks, tmp_path: P
     (folder / "settings.json").write_text("{}")
     (folder / "thesis.part").write_text("precious")
     for options in (FileOptions(), FileOptions(anew=True, force=True)):
-        with pytest.raises(CommandError, match="left alone"):
+        with pytest.raises(CommandError, match="is not used"):
             refine_video(tiny, source, tmp_path / "out.mp4", SETTINGS, options)
     assert sorted(path.name for path in folder.iterdir()) == ["settings.json", "thesis.part"]
     folder.rename(tmp_path / "elsewhere")

@@ -222,7 +222,7 @@ def test_a_lock_that_fails_for_another_reason_is_no_disk_without_locks(
 ) -> None:
     error = PermissionError(errno.EACCES, "not yours")
     monkeypatch.setattr("flashvideo.atomic_files.FileLock.acquire", lambda _: (_ for _ in ()).throw(error))
-    with pytest.raises(CommandError, match="can't be used for what is unfinished: Permission denied"):
+    with pytest.raises(CommandError, match="can't be used for unfinished work: Permission denied"):
         WorkFolder(tmp_path / "work", {}, ENCODE)
 
 
