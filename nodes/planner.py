@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..flashvideo.devices import GIB
 from ..flashvideo.frames import MAX_SIDE
 from ..flashvideo.guidance import STAGE2_SCALE
-from ..flashvideo.planner import GB, NANO, OFFICIAL, NetworkConfigs, Setting, make_plan
+from ..flashvideo.planner import NANO, OFFICIAL, NetworkConfigs, Setting, make_plan
 from ..flashvideo.planner.budget import Budget, advise, on_card
 from ..flashvideo.planner.plot import plot
 from ..flashvideo.planner.report import advice_report, report
@@ -120,7 +121,7 @@ class FlashVideoPlanner(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
-                    tooltip="Memory of the card to plan for, in GB, such as 8, 12, 16 or 24: less allows smaller "
+                    tooltip="Memory of the card to plan for, in GiB, such as 8, 12, 16 or 24: less allows smaller "
                     "videos. 0 is the card in this computer. Default: 0.",
                 ),
                 io.Float.Input(
@@ -179,7 +180,7 @@ class FlashVideoPlanner(io.ComfyNode):
             setting = Setting(**{_FIELDS.get(key, key): value for key, value in video.items()}, precision=name)
             tile = 0 if refiner_model is None else tile_of(refiner_model)
             setting = replace(setting, networks=networks, tile=tile, device=device.type)
-            memory = memory_budget * GB or comfy.model_management.get_total_memory(device)
+            memory = memory_budget * GIB or comfy.model_management.get_total_memory(device)
             budget = Budget(memory, time_budget or None)
             store = comfy.model_management.get_free_memory(torch.device("cpu")) * STORE_SHARE
             setting = replace(on_card(setting, memory), store=store)

@@ -6,14 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..flashvideo.devices import GIB
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.files import BUILT_IN, check_file, file_fingerprint, notice, options, resolve, shared
-from .native.vae import GIBIBYTE, load_vae_native
+from .native.vae import load_vae_native
 
 FOLDER = "vae"
 # Saved workflows hold these names: they never change.
-BUDGETS = {"auto": None, **{f"{size} GB": size * GIBIBYTE for size in (2, 4, 6, 8, 12, 16, 24, 32)}}
+BUDGETS = {"auto": None, **{f"{size} GB": size * GIB for size in (2, 4, 6, 8, 12, 16, 24, 32)}}
 
 
 class FlashVideoVAELoader(io.ComfyNode):

@@ -1,7 +1,6 @@
-"""What a video costs before it is made, and the best that a budget allows."""
+"""Estimates of a video's memory and time before it is made, and the best settings within a budget."""
 
 from .plan import (
-    GB,
     MAX_STEPS,
     NANO,
     OFFICIAL,
@@ -15,7 +14,6 @@ from .plan import (
 )
 
 __all__ = [
-    "GB",
     "MAX_STEPS",
     "NANO",
     "OFFICIAL",

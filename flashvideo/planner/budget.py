@@ -1,4 +1,4 @@
-"""The best settings within a budget of memory and time: one thing changed at a time, or several where one won't do."""
+"""The best settings within a budget of memory and time: one setting changed, or several where one is not enough."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ..config import latent_frames, video_frames
+from ..devices import GIB
 from ..frames import MAX_SIDE
-from .plan import GB, NANO, Plan, Setting, make_plan
+from .plan import NANO, Plan, Setting, make_plan
 from .speed import Rates
 
-RESERVED = GB  # of a card, for the driver, the desktop and memory lost between tensors
+RESERVED = GIB  # of a card, for the driver, the desktop and fragmentation
 LADDER = {"540p": 540, "720p": 720, "1080p": 1080, "2K": 1440}  # pixels of the shorter side
 LONGEST = video_frames(121)  # frames; a minute at the official 8 a second
-OFFERED = ("bf16", "fp8")  # precisions to choose from; fp32 only looks better on paper
+OFFERED = ("bf16", "fp8")  # precisions to choose from; fp32 gives no visibly better video
 
 RatesOf = Callable[[Setting], Rates]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What there is: `memory` of the card in bytes, `seconds` for the whole run; None doesn't count."""
+    """The limits: `memory` of the card in bytes, `seconds` for the whole run; None is no limit."""
 
     memory: float | None = None
     seconds: float | None = None
@@ -33,11 +34,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Advice:
-    """What a budget allows.
+    """The best plans within a budget.
 
-    `precision`, `length` and `resolution` are the best plans with that one thing changed and the others as asked for,
-    None where no value of it is within the budget. `nearest` is the request, or what comes closest with as much
-    changed as it takes; None if `least`, the cheapest there is, goes beyond the budget too.
+    `precision`, `length` and `resolution` are the best plans with only that setting changed, None where no value of it
+    is within the budget. `nearest` is the request, or the plan closest to it with several settings changed; None if
+    even `least`, the cheapest plan, exceeds the budget.
     """
 
     fits: bool
@@ -49,12 +50,12 @@ class Advice:
 
 
 def on_card(setting: Setting, memory: float | None) -> Setting:
-    """The setting as it runs on a card with so many bytes; None for no limit."""
+    """The setting on a card with `memory` bytes; None for no limit."""
     return replace(setting, memory=None if memory is None else max(memory - RESERVED, 0.0))
 
 
 def advise(setting: Setting, budget: Budget, rates: RatesOf) -> Advice:
-    """Look for the best settings within a budget. `rates` gives a device's speed with a setting's networks."""
+    """Find the best settings within a budget. `rates` gives the device's speed with a setting's networks."""
     setting = on_card(setting, budget.memory)
     search = _Search(budget, rates)
     requested = search.affordable(setting)
@@ -74,21 +75,21 @@ class _Search:
     rates: RatesOf
 
     def affordable(self, setting: Setting) -> Plan | None:
-        """The setting's plan if it is within the budget."""
+        """The setting's plan if it is within the budget, else None."""
         plan = make_plan(setting)
         if self.budget.memory is not None and plan.memory > self.budget.memory - RESERVED:
             return None
-        # Speed is asked for only where time counts: measuring it takes some.
+        # Only measured where time is limited: it takes a second.
         if self.budget.seconds is not None and self.rates(setting).seconds(plan.flops) > self.budget.seconds:
             return None
         return plan
 
     def first(self, settings: Iterable[Setting]) -> Plan | None:
-        """The first that is within the budget."""
+        """The plan of the first setting that is within the budget."""
         return next((plan for setting in settings if (plan := self.affordable(setting))), None)
 
     def longest(self, setting: Setting, limit: int) -> Plan | None:
-        """The most frames up to `limit`; bisected, since more frames never cost less."""
+        """The most frames up to `limit` by bisection: more frames never cost less."""
         best, low, high = None, 1, latent_frames(limit)
         while low <= high:
             middle = (low + high) // 2
@@ -97,7 +98,7 @@ class _Search:
         return best
 
     def nearest(self, setting: Setting) -> Plan | None:
-        """Less precise before softer, softer before shorter, and the miniature last."""
+        """Reduce precision first, then resolution, then length; Nano comes last."""
         for start in (setting, _miniature(setting)):
             smaller = [size for size in _sizes(start) if _pixels(size) <= _pixels(setting)]
             plan = self.first(choice for size in smaller for choice in _precisions(size))
@@ -110,7 +111,7 @@ class _Search:
 
 
 def _precisions(setting: Setting) -> list[Setting]:
-    """The setting in every precision worth offering, the best first."""
+    """The setting in every offered precision, the best first."""
     names = OFFERED if setting.precision in OFFERED else (setting.precision, *OFFERED)
     return [replace(setting, precision=name) for name in names]
 
@@ -120,7 +121,7 @@ def _miniature(setting: Setting) -> Setting:
 
 
 def _sizes(setting: Setting) -> list[Setting]:
-    """The setting at every rung of the ladder in its own aspect ratio, and at its own size; the largest first."""
+    """The setting at its own size and at every size of LADDER in its aspect ratio, the largest first."""
     sizes = {(setting.width, setting.height), *(rung_size(setting, rung) for rung in LADDER)}
     settings = (replace(setting, width=width, height=height) for width, height in sizes)
     return sorted((size for size in settings), key=_pixels, reverse=True)
@@ -131,7 +132,7 @@ def _pixels(setting: Setting) -> int:
 
 
 def rung_size(setting: Setting, rung: str) -> tuple[int, int]:
-    """Width and height of a rung of LADDER in the setting's aspect ratio; even, as video files want it."""
+    """Width and height of a size of LADDER in the setting's aspect ratio; even, as video files need it."""
     scale = LADDER[rung] / min(setting.width, setting.height)
     width, height = (min(MAX_SIDE, 2 * round(side * scale / 2)) for side in (setting.width, setting.height))
     return width, height

@@ -1,7 +1,7 @@
-"""Floating-point operations of the networks, from their architecture numbers and the size of the video.
+"""Floating-point operations of the networks, from their configuration and the size of the video.
 
-A multiplication and an addition count two, as in PyTorch's counter: matrix products, attention and convolutions.
-Norms, activations and rotations are left out; they cost time but hardly any operations.
+Multiplications and additions of matrix products, attention and convolutions count one each, as in PyTorch's counter.
+Norms, activations and rotations are left out; they take time but hardly any operations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..vae.tiles import Tile
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations by the kind of work, which differ in speed on the same device."""
+    """Operations by kind of work; on one device each kind has its own speed."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -27,7 +27,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Operations of all kinds."""
         return self.matmul + self.attention + self.convolution
 
     def __add__(self, other: Flops) -> Flops:
@@ -104,9 +104,9 @@ def decode_flops(config: VAEConfig, frames: int, height: int, width: int) -> Flo
 
 
 def tiling_factor(plan: TilePlan, latents: int, rows: int, columns: int) -> float:
-    """How many times the work of the untiled network a plan of tiles takes, for a latent of that size.
+    """Work of a plan of tiles relative to the untiled network, for a latent of that size.
 
-    A group of units runs once for each of its norms, up to it, and once as a whole; and tiles overlap.
+    For each of its norms a group of units runs up to that norm, then once as a whole; and tiles overlap.
     """
     whole = Tile(0, rows, 0, columns)
     tiles = whole.split(plan.side)
@@ -139,5 +139,5 @@ def _stack(before: int, after: int, blocks: int, positions: int) -> int:
 
 
 def _norms(before: int, after: int, blocks: int, latent: int) -> int:
-    """Multiplications that the decoder's norms spend on the latent (its elements): a scale and a shift, twice."""
+    """Multiplications of the decoder's norms with the latent (number of elements): a scale and a shift, twice."""
     return 2 * latent * sum(wide_in + wide_out for wide_in, wide_out in _blocks(before, after, blocks))

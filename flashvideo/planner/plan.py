@@ -1,8 +1,8 @@
-"""What a video costs before it is made: tokens, operations, memory and time of every phase.
+"""Estimates for a video before it is made: tokens, operations and memory of every phase.
 
 The phases are those of the whole pipeline: text, draft (stage I), its decoding, encoding at the final size, stage II,
-decoding. They run one after another, and the peak is that of the largest: what is not in use need not stay on the
-device. Sizes are pixels, lengths frames, memory bytes.
+decoding. They run one after another and networks not in use leave the device, so the peak is that of the largest
+phase. Sizes are pixels, lengths frames, memory bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..config import (
     VAEConfig,
     latent_shape,
 )
+from ..devices import GIB
 from ..dit import dit_tokens
 from ..frames import MAX_SIDE, padded_shape
 from ..guidance import STAGE2_SCALE
@@ -39,16 +40,15 @@ from ..schedule import stage2_times
 from ..vae.memory import decode_bytes, encode_bytes, plan_within
 from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tiling_factor
 
-GB = 2**30  # as ComfyUI, drivers and the names of cards count
 T5_XXL = T5Config(num_layers=24, d_model=4096, d_ff=10240, d_kv=64, num_heads=64)
 DRAFT_PIXELS = 480 * 256  # of the official draft
 MAX_STEPS = 1000
-STORE = 16 * GB  # of main memory that a computer has to spare for what the VAE's tiles leave between them
+STORE = 16 * GIB  # of main memory, for what the VAE's tiles store between them
 
 
 @dataclass(frozen=True)
 class NetworkConfigs:
-    """The four networks that make a video. `name` is how a readout calls them."""
+    """The four networks that make a video. `name` is their name in reports."""
 
     name: str
     text: T5Config
@@ -63,7 +63,7 @@ NANO = NetworkConfigs("Nano", NANO_TEXT_ENCODER, NANO_STAGE1, NANO_STAGE2, NANO_
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are stored and in which data type is computed. fp8 holds the VAE in the latter."""
+    """How weights are stored, and the data type of the computation. With fp8 the VAE is stored in `compute`."""
 
     name: str
     weight_bytes: int
@@ -82,12 +82,12 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be made: size and length of the final video, steps of both stages, networks and their precision.
+    """Size and length of the final video, steps of both stages, networks and their precision.
 
     `stage1_steps` 0 leaves the draft out: an existing clip is refined. `tile` is the side in pixels of the tiles that
-    stage II sees (`tiles`), 0 for whole pictures. `device` is the type of the device. With `memory`, bytes that its
-    networks may take, the VAE runs in tiles where it has to; `store` is what these may leave in main memory. Raises
-    ValueError for what no run could be.
+    stage II sees (`tiles`), 0 for whole frames. `device` is the type of the device. With
+    `memory`, a limit in bytes, the VAE runs in tiles where it has to; `store` is their limit in main memory. Raises
+    ValueError for invalid values.
     """
 
     width: int = 1920
@@ -144,9 +144,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase. `tokens` is what one evaluation of its transformer attends over, 0 for the VAE.
+    """One phase. `tokens`: sequence length of its transformer, 0 for the VAE.
 
-    `tile` is the longest side in pixels of the tiles that it runs in, None if it runs in one piece.
+    `tile`: longest side of its tiles in pixels, None without tiles.
     """
 
     name: str
@@ -158,20 +158,20 @@ class Phase:
 
     @property
     def memory(self) -> float:
-        """Peak in bytes, all of the network's weights on the device."""
+        """Peak in bytes, with all weights on the device."""
         return self.weights + self.activations
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A setting and what it costs."""
+    """A setting and its phases."""
 
     setting: Setting
     phases: tuple[Phase, ...]
 
     @property
     def peak(self) -> Phase:
-        """The phase that needs most memory."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.memory)
 
     @property
@@ -181,7 +181,7 @@ class Plan:
 
     @property
     def activations(self) -> float:
-        """Bytes that no offloading of weights can spare."""
+        """Peak in bytes with all weights offloaded."""
         return max(phase.activations for phase in self.phases)
 
     @property
@@ -191,7 +191,7 @@ class Plan:
 
 
 def make_plan(setting: Setting) -> Plan:
-    """Work out every phase of a setting."""
+    """Estimate every phase of a setting."""
     return Plan(setting, tuple(_phases(setting)))
 
 
@@ -233,7 +233,7 @@ def _dit_phase(name: str, config: DiTConfig, video: tuple[int, int, int], evalua
 def _refining_phase(
     name: str, config: DiTConfig, video: tuple[int, int, int], evaluations: int, setting: Setting
 ) -> Phase:
-    """Stage II's, in tiles if the setting has some: all tiles' operations, and the memory of one."""
+    """Stage II; if the setting has tiles, the operations of all tiles and the memory of one."""
     whole = _dit_phase(name, config, video, evaluations, setting)
     frames, *sides = latent_shape(video)
     cut = [tuple(piece.weight.shape) for piece in tiles.plan_tiles(*sides, setting.tile)] if setting.tile else []

@@ -13,7 +13,7 @@ from .speed import Rates
 
 BAR, GAP, MARGIN, LABELS, VALUES, PANEL, TITLE = 26, 14, 24, 130, 120, 340, 64
 FONT_SIZE = 17
-TEXT_DROP = 3  # of a word beside its bar
+TEXT_DROP = 3  # of a label beside its bar
 BACKGROUND, TEXT, FAINT = (24, 26, 31), (226, 228, 233), (110, 114, 124)
 WEIGHTS, WORK, TIME, LIMIT = (86, 126, 196), (120, 190, 160), (222, 164, 92), (226, 92, 92)
 Color = tuple[int, int, int]
@@ -21,14 +21,14 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class _Bar:
-    """Lengths of its coloured parts, and what is written behind it."""
+    """Lengths and colours of its parts, and the text behind it."""
 
     parts: tuple[tuple[float, Color], ...]
     value: str
 
 
 def plot(plan: Plan, rates: Rates, budget: Budget | None = None) -> Image.Image:
-    """Draw memory (weights and work space) beside time; a red line marks what the budget leaves of each phase."""
+    """Draw memory (weights and work space) beside time; a red line marks the budget."""
     memory = [_Bar(((phase.weights, WEIGHTS), (phase.activations, WORK)), size(phase.memory)) for phase in plan.phases]
     seconds = [rates.seconds(phase.flops) for phase in plan.phases]
     time = [_Bar(((each, TIME),), duration(each)) for each in seconds]
@@ -76,7 +76,7 @@ def _bars(
             draw.rectangle((x, y, max(x + 1, x + length * scale), y + BAR), fill=color)
             x += length * scale
         if limit is not None and x < left + limit * scale < x + VALUES:
-            x = left + limit * scale  # the number would stand on the line
+            x = left + limit * scale  # the number would cover the line
         draw.text((x + GAP / 2, y + TEXT_DROP), bar.value, TEXT, font)
     if limit is not None and 0 < limit <= longest:
         draw.line((left + limit * scale, top - GAP / 2, left + limit * scale, bottom), LIMIT, width=2)

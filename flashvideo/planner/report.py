@@ -1,15 +1,16 @@
-"""A plan in words: a table of the phases, what dominates, which card it fits, and what a budget allows."""
+"""A plan as text: a table of the phases, which one dominates, which card it fits, and settings within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ..config import TEMPORAL_FACTOR
+from ..devices import GIB
 from .budget import LONGEST, RESERVED, Advice, Budget, RatesOf, on_card, size_name
-from .plan import GB, Phase, Plan, Setting, make_plan
+from .plan import Phase, Plan, Setting, make_plan
 from .speed import Rates
 
-CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GB that graphics cards come with
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GiB of graphics cards
 TERA = 1e12
 KINDS = {"matmul": "matrix products", "attention": "attention", "convolution": "convolution"}
 FRAMES_A_SECOND = 8  # of FlashVideo's own drafts
@@ -29,12 +30,12 @@ def report(plan: Plan, rates: Rates) -> str:
 
 
 def _summary(plan: Plan, rates: Rates) -> Iterator[str]:
-    cards = [make_plan(on_card(plan.setting, card * GB)) for card in CARDS]
+    cards = [make_plan(on_card(plan.setting, card * GIB)) for card in CARDS]
     card = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.memory, card)), None)
-    fits = f"Fits a card with {card} GB" if card else "Fits no single card"
+    fits = f"Fits a card with {card} GiB" if card else "Fits no single card"
     peak = plan.peak
     parts = f"{size(peak.weights)} of weights and {size(peak.activations)} of work space"
-    yield f"{fits}. Here {peak.name} needs most, {parts}; {_gigabytes(RESERVED)} GB of a card is left free."
+    yield f"{fits}. Here {peak.name} needs the most memory, {parts}; {_gibibytes(RESERVED)} GiB of a card is left free."
     tiled = [phase for phase in plan.phases if phase.tile and not phase.tokens]
     if tiled:
         names = " and ".join(f"{phase.name} (tiles of {phase.tile} pixels)" for phase in tiled)
@@ -44,16 +45,16 @@ def _summary(plan: Plan, rates: Rates) -> Iterator[str]:
         yield f"{seen.name} sees tiles of {seen.tile} pixels, as you chose: an approximation."
     streamed = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.activations, card)), None)
     if streamed and (card is None or streamed < card):
-        yield f"With {streamed} GB it runs more slowly: ComfyUI then keeps some weights in main memory."
+        yield f"With {streamed} GiB it runs more slowly: ComfyUI keeps some weights in main memory."
     slowest = max(plan.phases, key=lambda phase: rates.seconds(phase.flops))
     share = rates.seconds(slowest.flops) / rates.seconds(plan.flops)
-    yield f"Most time goes into {slowest.name} ({share:.0%}), there mostly into {_kind(slowest, rates)}."
+    yield f"Most of the time goes into {slowest.name} ({share:.0%}), mostly {_kind(slowest, rates)}."
     speeds = ", ".join(f"{getattr(rates, kind) / TERA:.3g} {name}" for kind, name in KINDS.items())
     yield f"Times are for this device ({rates.device}), from a short test of its speed: TFLOP a second {speeds}."
 
 
 def _fits(memory: float, card: int) -> bool:
-    return memory <= card * GB - RESERVED
+    return memory <= card * GIB - RESERVED
 
 
 def _kind(phase: Phase, rates: Rates) -> str:
@@ -62,33 +63,33 @@ def _kind(phase: Phase, rates: Rates) -> str:
 
 
 def advice_report(plan: Plan, advice: Advice, budget: Budget, rates: RatesOf) -> str:
-    """What the budget allows."""
+    """The settings that the budget allows."""
     limits = []
     if budget.memory is not None:
-        limits.append(f"{_gigabytes(budget.memory)} GB")
+        limits.append(f"{_gibibytes(budget.memory)} GiB")
     if budget.seconds is not None:
         limits.append(duration(budget.seconds))
-    told = f"a budget of {' and '.join(limits)}"
+    limit = f"a budget of {' and '.join(limits)}"
 
     def cost(found: Plan) -> str:
         time = f", {duration(rates(found.setting).seconds(found.flops))}" if budget.seconds is not None else ""
         return f"{size(found.memory)}{time}"
 
-    lines = [f"This is within {told}." if advice.fits else f"This is beyond {told}."]
+    lines = [f"This is within {limit}." if advice.fits else f"This is beyond {limit}."]
     if not advice.fits and advice.nearest is not None:
         lines.append(f"Nearest that is within it: {describe(advice.nearest.setting)} ({cost(advice.nearest)}).")
     if advice.nearest is None:
         least = advice.least
-        own = f", and the card {_gigabytes(RESERVED)} GB for itself" if budget.memory is not None else ""
-        lines.append(f"Nothing is: even {describe(least.setting)} needs {cost(least)}{own}.")
+        own = f", plus {_gibibytes(RESERVED)} GiB that are left free" if budget.memory is not None else ""
+        lines.append(f"No setting is: even {describe(least.setting)} needs {cost(least)}{own}.")
         return "\n".join(lines)
-    lines.append("The most it allows with one thing changed and the rest as above:")
+    lines.append("The best within it with only one setting changed:")
     for name, found, word in (
         ("model", advice.precision, _model),
         ("length", advice.length, _length),
         ("resolution", advice.resolution, lambda setting: size_name(setting)),
     ):
-        best = "no change of this alone is enough" if found is None else f"{word(found.setting)} ({cost(found)})"
+        best = "not enough on its own" if found is None else f"{word(found.setting)} ({cost(found)})"
         lines.append(f"  {name:<12}{best}")
     return "\n".join(lines)
 
@@ -115,12 +116,12 @@ def _length(setting: Setting) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: "512 MB", "9.3 GB"."""
-    return f"{count / GB:.1f} GB" if count >= 0.95 * GB else f"{count / GB * 1024:.3g} MB"
+    """Bytes of memory for people: "512 MiB", "9.3 GiB"."""
+    return f"{count / GIB:.1f} GiB" if count >= 0.95 * GIB else f"{count / GIB * 1024:.3g} MiB"
 
 
-def _gigabytes(count: float) -> str:
-    return f"{count / GB:.3g}"
+def _gibibytes(count: float) -> str:
+    return f"{count / GIB:.3g}"
 
 
 def duration(seconds: float) -> str:

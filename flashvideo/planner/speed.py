@@ -1,7 +1,7 @@
-"""How fast this device is: the networks' own layers, run on noise for about a second.
+"""Speed of this device: the networks' own layers, run on noise for about a second.
 
-The rates contain what the layers do besides their operations (norms, activations, rotations, copies), in the
-proportion in which they do it, so that operations divided by a rate give a time.
+The rates include the layers' other work (norms, activations, rotations, copies) in its usual proportion, so that
+operations divided by a rate give a time.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .plan import Setting
 
 CALIBRATION_SECONDS = 1.0
 CALIBRATION_LAYERS = 2
-TEXT = 16  # tokens; few, as in a video
-# A processor takes seconds to fill wide layers with noise, and is as fast with narrower ones.
+TEXT = 16  # tokens; few beside the video's
+# A CPU takes seconds to fill wide layers with noise, and has the same rate with narrower ones.
 CPU_WIDTH = 768
 CPU_CHANNELS = 64
-# Sides of the square latent that the layers see, doubled until a run is long enough to time.
+# Smallest and largest side of the square test latent, doubled until a run is long enough to time.
 DIT_SIDES = (8, 128)
 ATTENTION_TOKENS = (256, 32768)
 VAE_SIDES = (2, 32)
 LATENT_FRAMES = 2
-CALIBRATION_BYTES = 4 * 2**30  # what all that takes at most
+CALIBRATION_BYTES = 4 * 2**30  # peak memory of a calibration
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of each kind of work, and the device they were measured on."""
+    """Operations per second by kind of work, and the device they were measured on."""
 
     device: str
     matmul: float
@@ -43,11 +43,11 @@ class Rates:
     convolution: float
 
     def seconds(self, flops: Flops) -> float:
-        """Time for some work."""
+        """Time in seconds for an amount of work."""
         return flops.matmul / self.matmul + flops.attention / self.attention + flops.convolution / self.convolution
 
 
-# (size) -> (a run that returns its result, what it computes in operations)
+# (size) -> (a run that returns its result, its number of operations)
 Work = Callable[[int], tuple[Callable[[], Tensor], float]]
 
 
@@ -59,7 +59,7 @@ class CalibratedRates:
         self._known: dict[tuple[torch.dtype, DiTConfig, VAEConfig], Rates] = {}
 
     def __call__(self, setting: Setting) -> Rates:
-        """Measure, or remember."""
+        """The rates for a setting, measured on the first call."""
         networks = setting.networks
         key = setting.numerics.compute, networks.stage2, networks.vae
         if key not in self._known:
@@ -88,12 +88,12 @@ def calibrate(
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called: "NVIDIA H100", "cpu"."""
+    """Name of a device: "NVIDIA H100", "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _rate(work: Work, sizes: tuple[int, int], seconds: float) -> float:
-    """Operations a second at the largest size that fits the time, the best of several runs."""
+    """Operations per second at the largest size that fits the time, the best of several runs."""
     size, largest = sizes
     end = time.perf_counter() + seconds
     while True:

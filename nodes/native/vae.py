@@ -29,6 +29,7 @@ from ...flashvideo.config import (
     video_frames,
     video_shape,
 )
+from ...flashvideo.devices import GIB
 from ...flashvideo.nano import nano_state
 from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE
 from ...flashvideo.vae.memory import STORE_SHARE, TilePlan, decode_bytes, encode_bytes, plan_within
@@ -36,7 +37,6 @@ from ...flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-GIBIBYTE = 2**30
 USED_SHARE = 0.9  # of free memory: what the formulas and the allocator miss by
 _NO_WEIGHTS = "No VAE weights detected"  # part of comfy.sd.VAE's warning about an empty state dict
 
@@ -120,8 +120,8 @@ class NativeVideoVAE(VideoVAE):
         if plan.device_bytes > budget:
             logging.warning(
                 "The VAE's smallest tiles need %.1f GiB, more than the %.1f GiB that it may use.",
-                plan.device_bytes / GIBIBYTE,
-                budget / GIBIBYTE,
+                plan.device_bytes / GIB,
+                budget / GIB,
             )
         return tiled(plan)
 

@@ -48,7 +48,7 @@ def test_plan_is_text_and_a_picture(comfy_nodes: dict) -> None:
     report, picture = plan(comfy_nodes["FlashVideoPlanner"])
     for phase in ("text", "stage I", "draft decode", "VAE encode", "stage II", "VAE decode"):
         assert f"\n{phase} " in report
-    assert "This is within a budget of 8 GB." in report
+    assert "This is within a budget of 8 GiB." in report
     assert picture.dtype == torch.float32
     assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3
     assert 0 <= picture.min() < 0.2 and 0.5 < picture.max() <= 1
@@ -110,8 +110,8 @@ def test_refuses_the_wrong_model(run_prompt: Any) -> None:
 
 def test_an_impossible_budget_is_answered(comfy_nodes: dict) -> None:
     report, _ = plan(comfy_nodes["FlashVideoPlanner"], memory_budget=0.5, models="FlashVideo", width=1920, height=1080)
-    assert "This is beyond a budget of 0.5 GB." in report
-    assert "Nothing is: even 540p (960x540), 1 frame" in report
+    assert "This is beyond a budget of 0.5 GiB." in report
+    assert "No setting is: even 540p (960x540), 1 frame" in report
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

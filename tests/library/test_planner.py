@@ -16,10 +16,11 @@ from PIL import Image
 
 from flashvideo.commands.plan import add_plan
 from flashvideo.config import NANO_STAGE2, NANO_VAE, STAGE2
+from flashvideo.devices import GIB
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
 from flashvideo.nano import build_nano
-from flashvideo.planner import GB, NANO, OFFICIAL, Plan, Setting, make_plan
+from flashvideo.planner import NANO, OFFICIAL, Plan, Setting, make_plan
 from flashvideo.planner.budget import LADDER, RESERVED, Advice, Budget, advise, on_card, rung_size
 from flashvideo.planner.flops import Flops, dit_flops
 from flashvideo.planner.plot import LIMIT, TIME, WEIGHTS, WORK, plot
@@ -55,13 +56,13 @@ def test_cfg_1_halves_the_refiner() -> None:
 
 
 def test_the_vae_runs_in_tiles_where_it_has_to() -> None:
-    whole, tiled = (make_plan(on_card(Setting(precision="fp8"), memory)) for memory in (None, 12 * GB))
+    whole, tiled = (make_plan(on_card(Setting(precision="fp8"), memory)) for memory in (None, 12 * GIB))
     for one, other in zip(whole.phases, tiled.phases, strict=True):
-        if one.memory <= 11 * GB:
+        if one.memory <= 11 * GIB:
             assert other == one
         else:
             assert other.name in ("VAE encode", "VAE decode")
-            assert other.tile < 1920 and other.memory <= 11 * GB
+            assert other.tile < 1920 and other.memory <= 11 * GIB
             assert other.flops.total > 1.2 * one.flops.total
     assert "VAE decode (tiles of " in report(tiled, CARD)
 
@@ -129,8 +130,8 @@ def ask(setting: Setting, budget: Budget) -> Advice:
     return advise(setting, budget, lambda _: CARD)
 
 
-BUDGETS = [Budget(memory * GB) for memory in (6, 8, 12, 16, 24, 80)]
-BUDGETS += [Budget(24 * GB, seconds) for seconds in (1, 20, 60, 600)]
+BUDGETS = [Budget(memory * GIB) for memory in (6, 8, 12, 16, 24, 80)]
+BUDGETS += [Budget(24 * GIB, seconds) for seconds in (1, 20, 60, 600)]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -172,8 +173,8 @@ def test_advice_is_within_the_budget_and_nothing_better_is(setting: Setting, bud
 def test_nearest_gives_up_precision_before_size_and_size_before_length() -> None:
     whole = make_plan(Setting(stage1_steps=0))
     text = whole.phases[0]
-    assert text.memory > 8 * GB  # T5-XXL in bf16 is beyond a card of 9 GB, in fp8 it isn't
-    changed = ask(Setting(640, 352, 49, 0), Budget(8 * GB)).nearest.setting
+    assert text.memory > 8 * GIB  # T5-XXL in bf16 is beyond a card of 9 GiB, in fp8 it isn't
+    changed = ask(Setting(640, 352, 49, 0), Budget(8 * GIB)).nearest.setting
     assert (changed.precision, changed.frames, changed.width) == ("fp8", 49, 640)
     seconds = CARD.seconds(make_plan(Setting(1280, 720, stage1_steps=0)).flops)
     changed = ask(Setting(stage1_steps=0), Budget(seconds=seconds)).nearest.setting
@@ -184,11 +185,11 @@ def test_nearest_gives_up_precision_before_size_and_size_before_length() -> None
 
 
 def test_an_impossible_budget_is_answered_in_a_sentence() -> None:
-    for budget, limit in ((Budget(0.5 * GB), "0.5 GB"), (Budget(seconds=1e-6), "0.1 s")):
+    for budget, limit in ((Budget(0.5 * GIB), "0.5 GiB"), (Budget(seconds=1e-6), "0.1 s")):
         advice = ask(Setting(), budget)
         assert advice.nearest is None
         text = advice_report(make_plan(Setting()), advice, budget, lambda _: CARD)
-        assert text.startswith(f"This is beyond a budget of {limit}.\nNothing is: even 540p (960x540), 1 frame, ")
+        assert text.startswith(f"This is beyond a budget of {limit}.\nNo setting is: even 540p (960x540), 1 frame, ")
         assert "Nano models" in text
 
 
@@ -205,13 +206,14 @@ def test_report_names_the_card_the_peak_and_where_the_time_goes() -> None:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{phase.name} ")]
         assert size(phase.memory) in line and duration(CARD.seconds(phase.flops)) in line
     (card,) = [int(line.split()[4]) for line in text.splitlines() if line.startswith("Fits a card with")]
-    assert make_plan(on_card(plan.setting, card * GB)).memory + RESERVED <= card * GB < plan.memory + RESERVED
+    assert make_plan(on_card(plan.setting, card * GIB)).memory + RESERVED <= card * GIB < plan.memory + RESERVED
     assert plan.peak.name in text
     assert "a fast card" in text
 
 
 def test_numbers_for_people() -> None:
-    assert [size(count) for count in (5.2 * GB, GB, 0.5 * GB, 3 * 2**20)] == ["5.2 GB", "1.0 GB", "512 MB", "3 MB"]
+    sizes = (5.2 * GIB, GIB, 0.5 * GIB, 3 * 2**20)
+    assert [size(count) for count in sizes] == ["5.2 GiB", "1.0 GiB", "512 MiB", "3 MiB"]
     times = (0.01, 9.4, 59.6, 125, 12_000, 300_000)
     assert [duration(time) for time in times] == ["0.1 s", "9.4 s", "1 min 0 s", "2 min 5 s", "3 h 20 min", "3 days"]
     assert describe(Setting(640, 360, 1, 0)) == "640x360, 1 frame, 4 steps, official models in bf16"
@@ -241,7 +243,7 @@ def colours(picture: Image.Image, colour: tuple[int, int, int]) -> int:
 
 def test_bars_are_as_long_as_what_they_show() -> None:
     plan = make_plan(Setting(960, 540))
-    picture = plot(plan, CARD, Budget(8 * GB))
+    picture = plot(plan, CARD, Budget(8 * GIB))
     weights, work = (sum(getattr(phase, name) for phase in plan.phases) for name in ("weights", "activations"))
     assert colours(picture, WORK) / colours(picture, WEIGHTS) == pytest.approx(work / weights, rel=0.1)
     assert colours(picture, TIME) > 0
@@ -262,7 +264,7 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path, capsys: pytest.Cap
     command(*SMALL, "--memory", "4", "--plot", str(tmp_path / "plan.png"))
     text = capsys.readouterr().out
     assert text.startswith("FlashVideo plan: 320x176, 5 frames, 50 + 4 steps, Nano models in fp32\n")
-    assert "This is within a budget of 4 GB." in text
+    assert "This is within a budget of 4 GiB." in text
     with Image.open(tmp_path / "plan.png") as picture:
         assert picture.format == "PNG"
 
