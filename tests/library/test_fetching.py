@@ -243,6 +243,10 @@ class TestFetch:
             library = ClipLibrary.open(real)
             assert [clip.name for clip in library.clips.values()] == [held_out]
             assert library.of_split("train") == []
+            for file in (real / "clips").iterdir():  # decoded again, as the other file
+                file.unlink()
+            fetch(str(tmp_path / f"{number} {trained}"), to=real)
+            assert [clip.name for clip in ClipLibrary.open(real).clips.values()] == [held_out]
 
     def test_large_pictures_are_kept_smaller(self, tmp_path: Path) -> None:
         (tmp_path / "mine").mkdir()

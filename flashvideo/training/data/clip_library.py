@@ -137,7 +137,9 @@ class ClipLibrary:
         return path.is_file() and path.stat().st_size > clip.nbytes
 
     def add(self, name: str, sha256: str, decoded: Decoded, *, source: str, licence: str) -> Clip:
-        """Store a file's frames."""
+        """Store a file's frames, under the name that it was held out by if there is one."""
+        if sha256 in self.clips and self.clips[sha256].split != TRAIN:
+            name = self.clips[sha256].name
         count, height, width, _ = decoded.frames.shape
         cuts = find_cuts(decoded.frames)
         clip = Clip(name, sha256, count, height, width, round(decoded.rate, 3), source, licence, cuts)
@@ -179,9 +181,9 @@ class ClipLibrary:
         return sorted((clip for clip in self.clips.values() if clip.split == split), key=lambda c: (c.name, c.sha256))
 
 
-def digest_of(clips: Sequence[Clip]) -> str:
-    """A hash of everything that samples of these clips depend on."""
-    content = [(c.sha256, c.frames, c.height, c.width, c.rate, c.cuts, c.caption) for c in clips]
+def digest_of(clips: Sequence[Clip], version: int) -> str:
+    """A hash of everything that samples of these clips depend on, the version of the code that cuts them included."""
+    content = [version, *((c.sha256, c.frames, c.height, c.width, c.rate, c.cuts, c.caption) for c in clips)]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 

@@ -23,6 +23,7 @@ from .camera import FASTEST, Motion, Path, follow, random_motion
 from .clip_library import Clip, ClipLibrary, digest_of
 from .held_out import TRAIN, VALIDATION
 
+VERSION = 1  # goes up whenever the same seed gives another clip: latents made before count no more
 SPEEDS = (0.05, 1.0)  # picture heights a second
 SHUTTER = (0.35, 0.65)  # of a frame's time; 0.5 is cinema's half-turn shutter
 _LAYERS = (5, 3, 2)  # weights of one layer, two and three
@@ -82,7 +83,7 @@ class MovingPhotographs:
     @property
     def digest(self) -> str:
         """A hash of what samples depend on beside settings."""
-        return digest_of(self.stills)
+        return digest_of(self.stills, VERSION)
 
     def sample(self, index: int) -> tuple[Tensor, str]:
         """Clip `index`, [3, T, H, W] in [-1, 1], and the caption of its photograph."""

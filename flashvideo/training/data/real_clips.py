@@ -17,6 +17,7 @@ from .clip_library import Clip, ClipLibrary, digest_of
 from .held_out import TEST, TRAIN, VALIDATION
 
 SHRINK = (1.0, 2.0)  # fetched clips are compressed: shrinking hides the artefacts
+VERSION = 1  # goes up whenever the same seed gives another clip: latents cached before don't count any more
 STRIDES = (1, 2)  # frames from one to the next, since clips have different rates
 _SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(anti|counter)?-?clockwise)\b", re.IGNORECASE)
 
@@ -64,7 +65,7 @@ class RealClips:
     @property
     def digest(self) -> str:
         """A hash of what samples depend on beside settings."""
-        return digest_of(self.clips)
+        return digest_of(self.clips, VERSION)
 
     def clip(self, index: int) -> Clip:
         """The clip that sample `index` is cut from."""
