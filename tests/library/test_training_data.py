@@ -242,7 +242,7 @@ class TestFolder:
         for name in ("short.mp4", "badcaption.txt", "nocaption.txt", "noise.mp4", "small.mp4"):
             assert name in caplog.text
         assert "smaller than the clips (40x24 of 48x32)" in caplog.text
-        with pytest.raises(TrainingError, match=r"keeps for validation .*cut\.mp4: it can't be read"):
+        with pytest.raises(TrainingError, match=r"videos for validation .*cut\.mp4: it can't be read"):
             VideoFolder(tmp_path, 32, 48, 5, seed=1, split="validation").sample(0)
         # Found broken early or late, a clip is the same.
         assert torch.equal(first[13], VideoFolder(tmp_path, 32, 48, 5, seed=1).sample(13)[0])
