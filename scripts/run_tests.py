@@ -4,7 +4,7 @@
 
 Without a file or folder it runs all. Each folder of tests has a process of its own, because a process can hold one
 ComfyUI, and the library's tests none. These have several, file by file, as their tensors are too small for several
-threads. In CI (CI=true), or with --newest, they run once more with the newest versions of the packages they use.
+threads. With --newest they run once more with the newest versions of the packages they use.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
     stop_on_terminate()
     chosen = [each for each in sys.argv[1:] if _is_place(each)]
     options = [each for each in sys.argv[1:] if not _is_place(each) and each != _NEWEST]
-    newest = _NEWEST in sys.argv or (os.environ.get("CI") == "true" and not chosen and not options)
+    newest = _NEWEST in sys.argv
     style_is_good = lint.check()
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     try:
