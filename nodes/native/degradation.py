@@ -245,7 +245,8 @@ def guard_degradation(
             f"FlashVideo stage II: the sigmas begin at {float(sigmas[0]):.3g}, but {float(sampling.sigma_max):.3g} is "
             "the most that fits the strength. Take them from BasicScheduler, with the refiner as its model."
         )
-    check_spread(sampler, sigmas, sampling, "FlashVideo stage II", SAMPLER_ADVICE)
+    device = guider.model_patcher.load_device
+    check_spread(sampler, sigmas, sampling, device, stage="FlashVideo stage II", advice=SAMPLER_ADVICE)
     starts_full = starts_at >= FULL_NOISE
     if strength is None:
         if starts_full and not adds_noise:

@@ -7,6 +7,7 @@ normal numbers. At the end their standard deviation must be 1. That takes some m
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,9 +27,11 @@ STAGE1 = "FlashVideo stage I"
 STAGE1_ADVICE = "Use FlashVideo Stage I Sampler, or dpmpp_2m_sde with FlashVideo Stage I Scheduler or simple."
 NOT_FINITE = "holds numbers that are not finite (NaN); look at its weights, such as (word:1.2), and at the text encoder"
 DYNAMIC = "flashvideo_dynamic_cfg"  # an attribute of FlashVideo's own guidance
-SHAPE = (1, 16, 1, 16, 16)  # enough numbers for a spread to two digits
-RIGHT = 0.7, 1.3  # spreads without a warning
+SHAPE = (1, 16, 1, 16, 16)  # the spread of so many random numbers is known to 3.5 % (three deviations)
+RIGHT = 0.725, 1.255  # spreads without a warning: 0.7 to 1.3, less what chance may add
 USABLE = 0.1, 2.5  # outside of them nothing is left of the picture
+CLEAN, NOISE, SAMPLER_NOISE = 0, 1, 3  # seeds; ComfyUI may add 1 to a sampler's
+UNTRIED = "FlashVideo: this sampler could not be checked before the run:"
 AS_WEAK = 0.95  # of the official sampler's spread with as few steps: then the steps are the cause
 
 
@@ -50,26 +53,31 @@ class _Ideal:
         return clean
 
 
-def spread(sampler: Any, sigmas: Tensor, sampling: Any) -> float | None:
-    """Standard deviation of a sampler's result with ideal predictions, ideally 1; None where it can't be computed."""
+def spread(sampler: Any, sigmas: Tensor, sampling: Any, device: torch.device) -> float | None:
+    """Standard deviation of a sampler's result with ideal predictions, ideally 1; None where it can't be computed.
+
+    On the CPU, some versions of ComfyUI draw a sampler's own noise from the same numbers as the start's noise, which
+    makes the result stronger. On a card the two differ. `device` is where the run is going to be.
+    """
     if type(sampler) is not comfy.samplers.KSAMPLER or len(sigmas) < 2:
         return None
     sigmas = sigmas.to("cpu", torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(SHAPE, generator=generator) for _ in range(2))
-    extra = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": 0}
+    clean, noise = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in (CLEAN, NOISE))
+    seed = NOISE if device.type == "cpu" else SAMPLER_NOISE
+    extra = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": seed}
     try:
         with torch.random.fork_rng(devices=[]):
             found = sampler.sample(_Ideal(sampling), sigmas, extra, None, noise, clean, None, True)
         return float(found.std() / (1 + sigmas[-1] ** 2) ** 0.5)
-    except Exception:
+    except Exception as error:  # of another pack's sampler, which may need more of a model than there is here
+        logging.info("%s %s: %s", UNTRIED, type(error).__name__, error)
         return None
 
 
-def check_spread(sampler: Any, sigmas: Tensor, sampling: Any, stage: str, advice: str) -> None:
+def check_spread(sampler: Any, sigmas: Tensor, sampling: Any, device: torch.device, *, stage: str, advice: str) -> None:
     """Warn of a sampler and sigmas that end too weak or too strong. Raises ValueError if nothing usable comes out."""
-    found = spread(sampler, sigmas, sampling)
-    if found is None or RIGHT[0] <= found <= RIGHT[1] or _is_only_few_steps(found, sigmas, sampling):
+    found = spread(sampler, sigmas, sampling, device)
+    if found is None or RIGHT[0] <= found <= RIGHT[1] or _is_only_few_steps(found, sigmas, sampling, device):
         return
     name = getattr(sampler.sampler_function, "__name__", "this sampler").removeprefix("sample_")
     steps = len(sigmas) - 1
@@ -83,14 +91,13 @@ def check_spread(sampler: Any, sigmas: Tensor, sampling: Any, stage: str, advice
     warn(text, running_node())
 
 
-def _is_only_few_steps(found: float, sigmas: Tensor, sampling: Any) -> bool:
+def _is_only_few_steps(found: float, sigmas: Tensor, sampling: Any, device: torch.device) -> bool:
     """Whether a result is too weak only because the user chose so few steps."""
     if not found < RIGHT[0]:
         return False
     steps = len(sigmas) - 1
-    official = spread(
-        comfy.samplers.sampler_object("euler"), comfy.samplers.simple_scheduler(sampling, steps), sampling
-    )
+    euler, simple = comfy.samplers.sampler_object("euler"), comfy.samplers.simple_scheduler(sampling, steps)
+    official = spread(euler, simple, sampling, device)
     return official is not None and found >= AS_WEAK * official
 
 
@@ -121,7 +128,8 @@ def guard_stage1(
         )
     if isinstance(sampling, Stage1Sampling):
         check_guider(guider)
-        check_spread(sampler, sigmas, sampling, STAGE1, STAGE1_ADVICE)
+        device = guider.model_patcher.load_device
+        check_spread(sampler, sigmas, sampling, device, stage=STAGE1, advice=STAGE1_ADVICE)
     with explained(guider.model_patcher, latent_image, stage=1):
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 

@@ -57,16 +57,20 @@ def test_stage1_sampler_follows_the_official_trajectory(
     monkeypatch.setattr(submodule("nodes.stage1"), "seeded_noise", lambda *_: lambda: next(draws))
     positive, negative = conditioning(golden, "case0")
 
-    (latent,) = comfy_nodes["FlashVideoStage1Sampler"].execute(
-        golden_model(1),
-        positive,
-        negative,
-        {"samples": torch.zeros(1, 16, case["T"], case["h"], case["w"])},
-        seed=0,
-        steps=case["steps"],
-        cfg=case["cfg"],
-        dynamic_cfg=True,
-    ).result
+    (latent,) = (
+        comfy_nodes["FlashVideoStage1Sampler"]
+        .execute(
+            golden_model(1),
+            positive,
+            negative,
+            {"samples": torch.zeros(1, 16, case["T"], case["h"], case["w"])},
+            seed=0,
+            steps=case["steps"],
+            cfg=case["cfg"],
+            dynamic_cfg=True,
+        )
+        .result
+    )
     error = frames_second(latent["samples"]) * STAGE1_SCALE - golden["case0.final"]
     assert error.abs().max() <= SAMPLE_TOLERANCE
 
@@ -83,15 +87,19 @@ def test_degradation_and_refiner_follow_the_official_trajectory(
     (degraded,) = comfy_nodes["FlashVideoLatentDegradation"].execute(reference, case["step"], seed=0).result
     error = frames_second(degraded["samples"]) * STAGE2_SCALE - golden[f"{name}.noised_latent"]
     assert error.abs().max() <= 2e-6  # one more multiply and divide than the library
-    (latent,) = comfy_nodes["FlashVideoStage2Refiner"].execute(
-        golden_model(2),
-        *conditioning(golden, name),
-        degraded,
-        steps=case["steps"],
-        cfg=case["cfg"],
-        shift=case["shift"],
-        solver="euler",
-    ).result
+    (latent,) = (
+        comfy_nodes["FlashVideoStage2Refiner"]
+        .execute(
+            golden_model(2),
+            *conditioning(golden, name),
+            degraded,
+            steps=case["steps"],
+            cfg=case["cfg"],
+            shift=case["shift"],
+            solver="euler",
+        )
+        .result
+    )
     error = frames_second(latent["samples"]) * STAGE2_SCALE - golden[f"{name}.final"]
     assert error.abs().max() <= SAMPLE_TOLERANCE
 
@@ -192,17 +200,21 @@ def test_stage1_runs_in_stock_samplers(comfy_nodes: dict, golden_model: Callable
     positive, negative = conditioning(golden, "case0")
     (model,) = comfy_nodes["FlashVideoDynamicCFG"].execute(golden_model(1), 8.0, 5).result
     (sigmas,) = comfy_nodes["FlashVideoStage1Scheduler"].execute(model, 6, 1.0).result
-    latent = comfy_nodes["SamplerCustom"].execute(
-        model,
-        True,
-        1,
-        1.0,
-        positive,
-        negative,
-        comfy_nodes["KSamplerSelect"].execute(sampler).result[0],
-        sigmas,
-        {"samples": torch.zeros(1, 16, 3, 6, 8)},
-    ).result[0]
+    latent = (
+        comfy_nodes["SamplerCustom"]
+        .execute(
+            model,
+            True,
+            1,
+            1.0,
+            positive,
+            negative,
+            comfy_nodes["KSamplerSelect"].execute(sampler).result[0],
+            sigmas,
+            {"samples": torch.zeros(1, 16, 3, 6, 8)},
+        )
+        .result[0]
+    )
     samples = latent["samples"]
     assert torch.isfinite(samples).all()
     # The official result of this random model spreads by 1.79 in scaled space; a wrong noise law is off by far more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,7 @@ import torch
 from torch import Tensor
 
 STRENGTH, STEPS = 675, 6
-CHANCE = 0.035  # three deviations of the spread of 4,096 random numbers, each 1 / sqrt(2 x 4096)
 LOW, HIGH = 0.7, 1.3
-# Open: the rehearsal finds these right, and they end at 1.40 and 1.35. To be warned of, then taken out here.
-UNSEEN = {(2, "exponential"): {"sa_solver", "sa_solver_pece"}}
 SCALES = {1: 0.7, 2: 1.15258426}  # of the latents
 
 
@@ -72,9 +70,8 @@ def test_every_sampler_ends_at_the_right_spread_or_says_so(
     if stage == 1:
         latent = {"samples": torch.zeros_like(latent["samples"])}
     wrong = []
+    caplog.set_level(logging.INFO)
     for sampler in comfy.samplers.SAMPLER_NAMES:
-        if sampler in UNSEEN.get((stage, scheduler), ()):
-            continue
         caplog.clear()
         try:
             with torch.inference_mode():
@@ -85,8 +82,9 @@ def test_every_sampler_ends_at_the_right_spread_or_says_so(
             assert "don't suit each other" in str(error), error
             continue
         spread = float(found.std()) * SCALES[stage]
-        if not LOW * (1 - CHANCE) < spread < HIGH * (1 + CHANCE) and "don't suit each other" not in caplog.text:
+        if not LOW < spread < HIGH and "don't suit each other" not in caplog.text:
             wrong.append(f"{sampler} {spread:.2f}")
+        assert "could not be checked" not in caplog.text, sampler
     assert not wrong
 
 
