@@ -18,8 +18,6 @@ VIDEO_ENDINGS = (
     ".divx", ".dv", ".rm", ".rmvb", ".nut", ".h264", ".264", ".h265", ".265", ".hevc", ".ivf",
 )  # fmt: skip
 _ENCRYPTED = (b"encv", b"drmi", b"enca", b"drms")  # kinds of tracks in an MP4
-_EBML_IDS = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska's header and the segment that follows it
-_EBML_HEAD = 4096  # bytes that hold both beginnings
 _SEARCHED = 4 * 2**20  # bytes at either end of a file: an MP4's index is there
 
 
@@ -81,23 +79,6 @@ def opened(path: Path, *, steady: bool = False) -> Iterator[av.container.InputCo
             yield container
     except (av.FFmpegError, OSError) as error:
         raise CommandError(f"{path} can't be read as a video: {error.strerror or error}.") from error
-
-
-def is_cut_off(path: Path) -> bool:
-    """Whether a Matroska file is shorter than its header says."""
-    with path.open("rb") as file:
-        head = file.read(_EBML_HEAD)
-    at = 0
-    for name in _EBML_IDS:
-        if head[at : at + len(name)] != name or len(head) < at + len(name) + 1:
-            return False
-        at += len(name)
-        length = 9 - head[at].bit_length()  # of the number that follows
-        size = int.from_bytes(head[at : at + length], "big") & (1 << 7 * length) - 1
-        if size == (1 << 7 * length) - 1:  # unknown, as of live streams
-            return False
-        at += length + size
-    return path.stat().st_size < at
 
 
 def is_encrypted(path: Path) -> bool:

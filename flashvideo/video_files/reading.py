@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import CommandError
-from .opening import is_cut_off, is_encrypted, opened, picture_track
-from .pixels import BT709, UPRIGHT, Orientation, colour_matrix, is_transparent, on_black, orientation_of, upright_pixels
-from .times import Clock, in_order, missing_frames
+from .damage import Survey, damage_of
+from .opening import is_encrypted, opened, picture_track
+from .pixels import BT709, UPRIGHT, Orientation, colour_matrix, on_black, orientation_of, upright_pixels
+from .times import Clock, in_order
 
 _FALLBACK_RATE = Fraction(8)  # frames a second: what the model makes
 _UNSPECIFIED = 2  # as a colour tag
@@ -25,7 +26,6 @@ _HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer curves
 _ANIMATIONS = {"WEBP", "AVIF", "TIFF"}  # of what Pillow reads; FFmpeg reads GIF and APNG
 _MILLISECOND = Fraction(1, 1000)  # Pillow's unit of durations
 _EIGHT_BITS = 8
-_SILENCE = Fraction(1, 20)  # seconds: from there on packets of sound are missing
 
 _OPAQUE = "Its transparency gets lost: the result stands on black."
 
@@ -132,55 +132,6 @@ def _packets(container: av.container.InputContainer, *tracks: av.stream.Stream) 
         yield packet
 
 
-@dataclass
-class _Survey:
-    """What one reading of a whole video tells."""
-
-    times: list[int | None] = field(default_factory=list)
-    first: av.VideoFrame | None = None
-    last: int = 0
-    damaged: list[int | None] = field(default_factory=list)  # times of what can't be decoded
-    packets: int = 0
-    marked: int = 0  # packets and frames that FFmpeg marked as damaged
-    unseen: int = 0  # packets that are not to be shown
-    decoding_times: list[int] = field(default_factory=list)
-    delays: set[int] = field(default_factory=set)  # from decoding to showing: several where the file knows both
-    transparent: bool = False  # whether something is
-    sounds: dict[int, Fraction] = field(default_factory=dict)  # when a track's next packet is due, in seconds
-    silences: list[tuple[Fraction, Fraction]] = field(default_factory=list)  # where packets of sound are missing
-
-    def packet(self, packet: av.Packet) -> None:
-        if packet.dts is None or not packet.size:
-            return
-        begin, length = (time * Fraction(packet.time_base) for time in (packet.dts, packet.duration or 0))
-        if packet.stream.type == "audio" and length:
-            due = self.sounds.get(packet.stream.index, begin)
-            if begin - due > max(2 * length, _SILENCE):
-                self.silences.append((due, begin))
-            self.sounds[packet.stream.index] = begin + length
-
-    def picture_packet(self, packet: av.Packet) -> None:
-        if not packet.size:
-            return
-        self.packets += 1
-        # A recording that begins in the middle of a stream has a damaged first packet by nature.
-        self.marked += bool(packet.is_corrupt) and self.packets > 1
-        self.unseen += bool(packet.is_discard)
-        if packet.dts is not None:
-            self.decoding_times.append(packet.dts)
-            if packet.pts is not None:
-                self.delays.add(packet.pts - packet.dts)
-
-    def frame(self, frame: av.VideoFrame, path: Path) -> None:
-        self.first = self.first or frame
-        if (frame.height, frame.width) != (self.first.height, self.first.width):
-            raise CommandError(f"{path}: the pictures change their size at frame {len(self.times)}.")
-        self.times.append(frame.pts)
-        self.last = frame.duration or 0
-        self.marked += bool(frame.is_corrupt)
-        self.transparent = self.transparent or is_transparent(frame)
-
-
 def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None) -> VideoClip:
     """Read a video or an animated picture to its end: only that shows how many frames can be decoded.
 
@@ -195,7 +146,7 @@ def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, to
 
 def _survey(path: Path, on_frame: Callable[[int, int], None], *, steady: bool) -> VideoClip:
     with opened(path, steady=steady) as container:
-        track, survey = picture_track(container), _Survey()
+        track, survey = picture_track(container), Survey()
         sounds = [each for each in container.streams.audio if each.codec_context is not None]
         for packet in _packets(container, track, *sounds):
             if isinstance(packet, Damaged):
@@ -221,7 +172,7 @@ def _clip(
     path: Path,
     container: av.container.InputContainer,
     track: av.VideoStream,
-    survey: _Survey,
+    survey: Survey,
     tracks: list[av.stream.Stream],
 ) -> VideoClip:
     first, context = survey.first, track.codec_context
@@ -254,11 +205,11 @@ def _clip(
         start=start,
         last=survey.last if survey.last != step else 0,
         notes=tuple(_losses(survey, track)),
-        damage=tuple(_damage(path, container, track, survey, times, time_base)),
+        damage=tuple(damage_of(path, container, track, survey, times)),
     )
 
 
-def _losses(survey: _Survey, track: av.VideoStream) -> Iterator[str]:
+def _losses(survey: Survey, track: av.VideoStream) -> Iterator[str]:
     """What refined pictures don't keep."""
     frame = survey.first
     if survey.transparent:
@@ -271,42 +222,6 @@ def _losses(survey: _Survey, track: av.VideoStream) -> Iterator[str]:
         yield f"It is HDR ({curve}, {bits} bits): the result has {_EIGHT_BITS} bits and no mastering data."
     elif bits > _EIGHT_BITS:
         yield f"Its {bits} bits a colour become {_EIGHT_BITS}."
-
-
-def _damage(
-    path: Path,
-    container: av.container.InputContainer,
-    track: av.VideoStream,
-    survey: _Survey,
-    times: tuple[int, ...],
-    time_base: Fraction,
-) -> Iterator[str]:
-    """What of the pictures can't be decoded, and where; empty without evidence of damage."""
-    gaps, known = missing_frames(times), container.format.name
-    short = "matroska" in known and is_cut_off(path)
-    unread = track.frames - survey.packets if "mov" in known and track.frames else 0
-    if not (survey.damaged or survey.marked or short or unread > 0 or _both_missing(survey, times, gaps, time_base)):
-        return
-    lost = sum(count for _, count in gaps)
-    if track.frames and "mov" in known:
-        lost = max(0, track.frames - survey.unseen - len(times))
-    lost = max(lost, len(survey.damaged))
-    places = [f"{float(times[index] * time_base):.1f} s" for index, _ in gaps[:3] if index < len(times) - 1]
-    if unread > 0 or short:
-        places.append(f"from {float(times[-1] * time_base):.1f} s on")
-    what = f"{lost} of {lost + len(times)} frames can't be decoded" if lost else "some frames are damaged"
-    where = f" ({', '.join(places)})" if places else ""
-    yield f"{what}{where}; the others are refined at their own times."
-
-
-def _both_missing(survey: _Survey, times: tuple[int, ...], gaps: list[tuple[int, int]], time_base: Fraction) -> bool:
-    """Whether pictures and sound are missing at one place: a gap of one alone may be as it was recorded."""
-    begin = survey.first.pts or 0
-    for index, _ in gaps:
-        before, after = ((times[place] - times[0] + begin) * time_base for place in (index - 1, index))
-        if any(start < after and before < end for start, end in survey.silences):
-            return True
-    return False
 
 
 def is_animated(path: Path) -> bool:
