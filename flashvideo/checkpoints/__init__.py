@@ -1,5 +1,6 @@
 """Model files: what they are, how they are read, converted, found and downloaded."""
 
+from .keymaps import OWN_PREFIX
 from .reading import (
     STAGE_METADATA,
     STAGE_NAMES,
@@ -14,6 +15,7 @@ from .reading import (
 from .weights import CheckpointError
 
 __all__ = [
+    "OWN_PREFIX",
     "STAGE_METADATA",
     "STAGE_NAMES",
     "Checkpoint",

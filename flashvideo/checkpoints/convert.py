@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..atomic_files import check_space, check_target, sha256, whole_file
 from ..progress import PhaseProgress, Progress, no_phase_progress
-from .keymaps import Source
+from .keymaps import OWN_PREFIX, Source
 from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
 
-LAYOUT_VERSION = "1"  # of the converted files' names
+LAYOUT_VERSION = "2"  # of the converted files' names; 1 had no prefix
 WINDOW = 512 * 2**20  # bytes of the source to read before its pages are freed
 DTYPES = {
     "keep": None,
@@ -115,12 +115,13 @@ def _target_dtype(checkpoint: Checkpoint, source: Source, name: str, dtype: torc
 
 def _header(checkpoint: Checkpoint, items: list[_Item], metadata: dict[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": metadata}
+    prefix = "" if checkpoint.stage == "vae" else OWN_PREFIX  # ComfyUI's own VAE loader knows FlashVideo's VAE
     offset = 0
     for item in items:
         for part, dtype in zip(item.source.parts, item.dtypes, strict=True):
             shape = checkpoint.shapes[part.name]
             end = offset + math.prod(shape) * dtype.itemsize
-            entries[part.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+            entries[prefix + part.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
             offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors start on a multiple of 8 bytes

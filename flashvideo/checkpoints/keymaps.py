@@ -1,6 +1,7 @@
 """Names of weights: from the layouts found in the wild to the one the library uses.
 
-Converted names are those of ComfyUI core's CogVideoX, plus FlashVideo's two extra embeddings. A layout is recognised
+Converted names are those of ComfyUI core's CogVideoX, plus FlashVideo's two extra embeddings. In files a prefix tells
+them from CogVideoX's. A layout is recognised
 by its key names alone; nothing here reads a tensor. The official files follow SwissArmyTransformer's naming with
 LoRA matrices beside the weights they belong to; the VAE's converted names are those of diffusers' CogVideoX.
 """
@@ -120,7 +121,10 @@ _VAE_OFFICIAL = {
 }
 
 _VAE_PREFIX = r"(?P<prefix>first_stage_model\.|vae\.|)"
-_UNET_PREFIX = r"(?P<prefix>(?:model\.)?diffusion_model\.|transformer\.|)"
+# In front of the names in converted files. ComfyUI's own loader takes a file without it for CogVideoX, and would sample
+# with that model's positions and without the strength of the degradation.
+OWN_PREFIX = "flashvideo."
+_UNET_PREFIX = r"(?P<prefix>(?:model\.)?diffusion_model\.(?:flashvideo\.)?|flashvideo\.|transformer\.|)"
 _LAYOUT_MARKS = (
     ("dit", "official", _UNET_PREFIX + r"(?:mixins\.(?:patch_embed|adaln_layer|final_layer)|transformer\.layers)\."),
     ("dit", "diffusers", _UNET_PREFIX + r"transformer_blocks\.\d+\.norm[12]\.norm\."),

@@ -17,7 +17,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...flashvideo.checkpoints import read_dit
+from ...flashvideo.checkpoints import OWN_PREFIX, read_dit
 from ...flashvideo.config import (
     NANO_STAGE1,
     NANO_STAGE2,
@@ -218,6 +218,10 @@ class StageConfig(comfy.supported_models_base.BASE):
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> FlashVideoModel:
         """The stage's model, its weights not yet loaded."""
         return FlashVideoStage2(self) if self.unet_config["config"].stage == 2 else FlashVideoStage1(self)
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Names for Save Checkpoint and ModelSave that ComfyUI's own loaders don't take for CogVideoX's."""
+        return super().process_unet_state_dict_for_saving({OWN_PREFIX + key: each for key, each in state_dict.items()})
 
 
 def load_model(

@@ -55,6 +55,11 @@ def vae(tmp_path: Path) -> Path:
     return tmp_path / "3d-vae.pt"
 
 
+def stored(path: Path) -> dict[str, Tensor]:
+    """A converted network's tensors, without the prefix of their names."""
+    return {name.removeprefix("flashvideo."): tensor for name, tensor in load_file(path).items()}
+
+
 def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(state) == set(expected)
     for name, tensor in state.items():
@@ -72,13 +77,35 @@ def test_converted_file_holds_the_same_network(
     config, state = read(tmp_path / "out.safetensors")
     assert config == read(source)[0]
     assert_same(state, read(source)[1])
-    assert_same(load_file(tmp_path / "out.safetensors"), state)
+    assert_same(stored(tmp_path / "out.safetensors"), state)
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["flashvideo.stage"] == stage
     assert metadata["flashvideo.version"] == convert.LAYOUT_VERSION
     assert metadata["flashvideo.source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_comfyui_does_not_take_a_converted_network_for_cogvideox(
+    stage: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    convert_file(request.getfixturevalue(stage), tmp_path / "out.safetensors")
+    names = set(load_file(tmp_path / "out.safetensors"))
+    # ComfyUI looks for this one, behind any of these.
+    looked_for = {
+        f"{prefix}blocks.0.norm1.linear.weight" for prefix in ("", "model.diffusion_model.", "model.", "net.")
+    }
+    assert not names & looked_for
+    assert "flashvideo.blocks.0.norm1.linear.weight" in names
+
+
+@pytest.mark.parametrize("prefix", ["", "flashvideo.", "model.diffusion_model.", "model.diffusion_model.flashvideo."])
+def test_files_of_all_versions_are_read(prefix: str, stage2: Path, tmp_path: Path) -> None:
+    config, state = read_dit(stage2)
+    save_file({prefix + name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "out.safetensors")
+    assert read_dit(tmp_path / "out.safetensors")[0] == config
+    assert_same(read_dit(tmp_path / "out.safetensors")[1], state)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
@@ -94,12 +121,12 @@ def test_official_and_converted_files_load_the_same(name: str, request: pytest.F
 def test_dtype_casts_every_weight(name: str, dtype: torch.dtype | None, stage1: Path, tmp_path: Path) -> None:
     convert_file(stage1, tmp_path / "out.safetensors", dtype=name)
     expected = {key: value.to(dtype) for key, value in read_dit(stage1)[1].items()}
-    assert_same(load_file(tmp_path / "out.safetensors"), expected)
+    assert_same(stored(tmp_path / "out.safetensors"), expected)
 
 
 def test_eight_bits_are_for_the_matrices_of_the_layers(stage2: Path, tmp_path: Path) -> None:
     convert_file(stage2, tmp_path / "out.safetensors", dtype="fp8_e4m3fn")
-    state = load_file(tmp_path / "out.safetensors")
+    state = stored(tmp_path / "out.safetensors")
     for key, value in read_dit(stage2)[1].items():
         eight_bit = key.startswith("blocks.") and value.ndim == 2
         assert state[key].dtype == (EIGHT_BIT if eight_bit else torch.bfloat16), key
@@ -113,7 +140,7 @@ def test_numbers_too_large_for_the_new_type_become_its_largest(stage1: Path, tmp
     for name, largest in (("fp16", 65504), ("fp8_e4m3fn", 448)):
         torch.save({"module": weights}, stage1)
         convert_file(stage1, tmp_path / "out.safetensors", dtype=name, force=True)
-        row = load_file(tmp_path / "out.safetensors")["blocks.0.ff_proj.weight"][0, :2]
+        row = stored(tmp_path / "out.safetensors")["blocks.0.ff_proj.weight"][0, :2]
         assert row.float().tolist() == [largest, -largest]
 
 
@@ -130,10 +157,10 @@ def test_every_tensor_stands_aligned_for_its_data_type(stage2: Path, tmp_path: P
 
 def test_converting_again_changes_the_data_type_and_keeps_metadata(stage2: Path, tmp_path: Path) -> None:
     convert_file(stage2, tmp_path / "a.safetensors")
-    state = load_file(tmp_path / "a.safetensors")
+    state = stored(tmp_path / "a.safetensors")
     save_file(state, tmp_path / "b.safetensors", metadata={"author": "someone", "flashvideo.stage": "2"})
     convert_file(tmp_path / "b.safetensors", tmp_path / "c.safetensors", dtype="bf16")
-    assert_same(load_file(tmp_path / "c.safetensors"), {name: value.bfloat16() for name, value in state.items()})
+    assert_same(stored(tmp_path / "c.safetensors"), {name: value.bfloat16() for name, value in state.items()})
     with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
         assert file.metadata()["author"] == "someone"
 
@@ -146,7 +173,7 @@ def test_source_is_let_go_of_while_converting(stage1: Path, tmp_path: Path, monk
     convert_file(stage1, tmp_path / "out.safetensors")
     assert len(opened) > 5
     monkeypatch.undo()
-    assert_same(load_file(tmp_path / "out.safetensors"), read_dit(stage1)[1])
+    assert_same(stored(tmp_path / "out.safetensors"), read_dit(stage1)[1])
 
 
 # What is refused
@@ -159,7 +186,7 @@ def test_an_existing_file_is_only_replaced_with_force(stage1: Path, tmp_path: Pa
         convert_file(stage1, out)
     assert out.read_bytes() == b"precious"
     convert_file(stage1, out, force=True)
-    assert_same(load_file(out), read_dit(stage1)[1])
+    assert_same(stored(out), read_dit(stage1)[1])
 
 
 def test_source_and_target_must_differ(stage2: Path, tmp_path: Path) -> None:
@@ -234,7 +261,7 @@ def test_a_published_lora_gets_comfyuis_names(name: str, up: str, down: str, tmp
         state[f"{name.format(0, 'q')}.alpha"] = expected["diffusion_model.blocks.0.q.alpha"] = torch.tensor(4.0)
     save_file(state, tmp_path / "in.safetensors")
     assert cli.main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 0
-    assert_same(load_file(tmp_path / "out.safetensors"), expected)
+    assert_same(stored(tmp_path / "out.safetensors"), expected)
     assert cli.main(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 1
 
 
@@ -317,7 +344,7 @@ def test_convert_command_runs_as_a_module(stage2: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "FlashVideo stage II (2 layers of 128" in done.stdout
     assert "checksum: 100%" in done.stderr and "convert: 100%" in done.stderr
-    assert load_file(out)["proj_out.weight"].dtype == torch.bfloat16
+    assert stored(out)["proj_out.weight"].dtype == torch.bfloat16
 
 
 def test_info_tells_what_a_file_is(stage1: Path, stage2: Path, vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
