@@ -2,9 +2,10 @@
 
     python scripts/run_tests.py [files or folders of tests ...] [options for pytest ...]
 
-Without a file or folder it runs all. Each folder of tests has a process of its own, because a process can hold one
-ComfyUI, and the library's tests none. These have several, file by file, as their tensors are too small for several
-threads. With --newest they run once more with the newest versions of the packages they use.
+Without a file or folder it runs all. Each folder of tests has processes of its own, because a process can hold one
+ComfyUI, and the library's tests none. Those of the library and of the nodes are spread over several, file by file, as
+their tensors are too small for several threads. With --newest the library's run once more with the newest versions of
+the packages they use.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from harness import install
 from harness.bed import ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
 FOLDERS = ("tests/library", "tests/comfy", "tests/fuzz", "tests/browser", "tests/server")
+_SPREAD = FOLDERS[:2]  # over several processes
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
-_PROCESSES = 4  # of the library's tests at most; each takes up to 0.6 GB of main memory
+_PROCESSES = 4  # at most; each takes up to 2 GB of main memory
 _NEWEST = "--newest"
 _NEWEST_NEEDS = (3, 11)
 _ONE_PROCESS = {"-s", "--pdb", "--capture=no"}  # what somebody does who looks closely
@@ -95,7 +97,7 @@ def _run(folder: str, places: list[str], options: list[str], temporary: Path, *,
     report = temporary / f"{name}.xml"
     own = [f"--junitxml={report}", f"--basetemp={temporary / name}", "-q"]
     env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
-    if folder == FOLDERS[0] and not _ONE_PROCESS & set(options):
+    if folder in _SPREAD and not _ONE_PROCESS & set(options):
         own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
         env["OMP_NUM_THREADS"] = "1"
     if newest:

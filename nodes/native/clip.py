@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
@@ -25,6 +24,7 @@ from ...flashvideo.checkpoints.weights import QUANTISATION, open_weights, some
 from ...flashvideo.config import TEXT_TOKENS, T5Config
 from ...flashvideo.nano import nano_state
 from ...flashvideo.t5 import t5_shapes
+from .host import ModelPatcher, remember_loader
 
 try:
     from comfy.utils import convert_old_quants
@@ -122,12 +122,11 @@ def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> com
         model_options=_model_options(weights.label, config, state),
         **({"disable_dynamic": True} if disable_dynamic else {}),
     )
-    if hasattr(clip.patcher, "cached_patcher_init"):  # how newer ComfyUIs load it once more, for Set CLIP Hooks
-        clip.patcher.cached_patcher_init = (_load_patcher, (path,))
+    remember_loader(clip.patcher, _load_patcher, path)  # Set CLIP Hooks loads it once more, too
     return clip
 
 
-def _load_patcher(path: Path | None, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def _load_patcher(path: Path | None, disable_dynamic: bool = False) -> ModelPatcher:
     return load_clip_native(path, disable_dynamic=disable_dynamic).patcher
 
 

@@ -10,7 +10,6 @@ import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
@@ -33,6 +32,7 @@ from ...flashvideo.nano import nano_preview
 from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
+from .host import ModelPatcher, assigned, patcher_class, remember_loader
 from .sampling import RefinerSampling, Stage1Sampling
 from .schedule_guard import guard_stage1
 
@@ -225,12 +225,16 @@ class StageConfig(comfy.supported_models_base.BASE):
 
 
 def load_model(
-    source: Path | dict[str, Tensor], dtype: torch.dtype | None = None, *, fp8_matmul: bool = False
-) -> comfy.model_patcher.ModelPatcher:
+    source: Path | dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    fp8_matmul: bool = False,
+    *,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
     """A MODEL from a checkpoint in any known layout, or from its state dict.
 
-    `dtype` overrides how weights are stored; `fp8_matmul` multiplies in fp8 on cards that can. Raises
-    CheckpointError.
+    `dtype` overrides how weights are stored; `fp8_matmul` multiplies in fp8 on cards that can; `disable_dynamic` loads
+    it without newer ComfyUIs' dynamic VRAM. Raises CheckpointError.
     """
     config, state = read_dit(source)
     stage = StageConfig(config)
@@ -245,10 +249,13 @@ def load_model(
     stage.set_inference_dtype(storage, compute)
     stage.optimizations["fp8"] = fp8_matmul
     model = stage.get_model(state).to(offload_device)
-    model.load_model_weights(state, "")
+    patcher = patcher_class(disable_dynamic=disable_dynamic)(
+        model, load_device=load_device, offload_device=offload_device
+    )
+    model.load_model_weights(state, "", **assigned(patcher))
     for parameter in model.diffusion_model.parameters():  # newer ComfyUIs' layers take weights as the file has them
         parameter.data = parameter.data.to(storage)
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    remember_loader(patcher, load_model, source, dtype, fp8_matmul)
     guard = guard_degradation if config.stage == 2 else guard_stage1
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flashvideo_guard", guard)
     return patcher

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -34,6 +33,7 @@ from ...flashvideo.nano import nano_state
 from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE
 from ...flashvideo.vae.memory import STORE_SHARE, TilePlan, decode_bytes, encode_bytes, plan_within
 from ...flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
+from .host import ModelPatcher, remember_loader, when_on_another_device
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -160,10 +160,13 @@ class FlashVideoVAE(comfy.sd.VAE):
         self.working_dtypes = WORKING_DTYPES
         self.vae_dtype = dtype
         self.device = device
-        self.disable_offload = True  # else all weights stay in main memory where a picture is larger than the card
+        # Else all weights stay in main memory where a picture is larger than the card. ComfyUI, too, gives such a VAE a
+        # patcher without dynamic VRAM.
+        self.disable_offload = True
         self.output_device = comfy.model_management.intermediate_device()
         offload_device = comfy.model_management.vae_offload_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=offload_device)
+        self.patcher = ModelPatcher(network, load_device=device, offload_device=offload_device)
+        when_on_another_device(self.patcher, _follow_device)
         self.model_size()
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
@@ -277,7 +280,18 @@ def load_vae_native(path: Path | None, budget: float | None = None) -> FlashVide
     # Copied, so that a loaded VAE doesn't change when its file is replaced.
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     network.load_state_dict(weights, assign=True)
-    return FlashVideoVAE(network.eval().requires_grad_(False), dtype, device)
+    vae = FlashVideoVAE(network.eval().requires_grad_(False), dtype, device)
+    remember_loader(vae.patcher, _load_patcher, path, budget)
+    return vae
+
+
+def _load_patcher(path: Path | None, budget: float | None, disable_dynamic: bool = False) -> ModelPatcher:
+    return load_vae_native(path, budget).patcher  # which has no dynamic VRAM in any case
+
+
+def _follow_device(patcher: ModelPatcher) -> None:
+    """Let a copy of the network work where ComfyUI has put it."""
+    patcher.model.device = patcher.load_device
 
 
 def _frames(latents: int) -> int:

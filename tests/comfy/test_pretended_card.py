@@ -66,7 +66,7 @@ def card(submodule: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
         monkeypatch.setattr(module, "looks_like_noise", lambda *_: False)
     monkeypatch.setattr(degraded, "check_degraded_start", lambda *_, **__: None)
     for module in (degraded, submodule("nodes.native.schedule_guard")):
-        monkeypatch.setattr(module, "check_spread", lambda *_: None)
+        monkeypatch.setattr(module, "check_spread", lambda *_, **__: None)
     return PretendedCard(answer=True, takes_numbers=True)
 
 
