@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .color import METHODS, match_colors
-from .config import PIXEL_MULTIPLE, next_video_length
+from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, next_video_length
 from .progress import Progress
 
 SIZE_MODES = ("short side", "scale", "exact", "keep")
@@ -164,6 +164,12 @@ def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, prog
     shape = tuple(reference.shape[:3])
     allowed = (padded_shape(*shape), shape)
     if tuple(frames.shape[:3]) not in allowed:
+        count, *size = allowed[0]
+        if tuple(frames.shape[:3]) == (count + TEMPORAL_FACTOR - 1, *size):  # 4 frames for the first latent frame, too
+            raise ValueError(
+                f"images must have {count} frames; got {len(frames)}, as ComfyUI's own Load VAE makes them. Decode, and "
+                "encode, with the VAE of Load FlashVideo VAE."
+            )
         raise ValueError(
             f"images must be the refined form of the reference, {_format(allowed[0])}; got {_format(frames.shape)}. "
             "Take images and reference from the same Prepare Frames."

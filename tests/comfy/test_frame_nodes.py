@@ -112,6 +112,8 @@ def test_mixed_up_wires_are_explained(comfy_nodes: dict) -> None:
     clip = torch.rand(5, 16, 16, 3)
     with pytest.raises(ValueError, match=r"^FlashVideo Finish Frames: images must be the refined form of"):
         comfy_nodes["FlashVideoFinishFrames"].execute(clip, torch.rand(5, 40, 16, 3), "none")
+    with pytest.raises(ValueError, match=r"^FlashVideo Finish Frames: .* 13 frames; got 16, .* Load FlashVideo VAE"):
+        comfy_nodes["FlashVideoFinishFrames"].execute(torch.rand(16, 16, 16, 3), torch.rand(11, 16, 16, 3), "none")
     with pytest.raises(ValueError, match=r"^FlashVideo Compare: before must be"):
         comfy_nodes["FlashVideoCompare"].execute(clip[0], clip, "split")
 
