@@ -165,10 +165,10 @@ def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, prog
     allowed = (padded_shape(*shape), shape)
     if tuple(frames.shape[:3]) not in allowed:
         count, *size = allowed[0]
-        if tuple(frames.shape[:3]) == (count + TEMPORAL_FACTOR - 1, *size):  # 4 frames for the first latent frame, too
+        if tuple(frames.shape[:3]) == (count + TEMPORAL_FACTOR - 1, *size):  # 4 of the first latent frame
             raise ValueError(
-                f"images must have {count} frames; got {len(frames)}, as ComfyUI's own Load VAE makes them. Decode, and "
-                "encode, with the VAE of Load FlashVideo VAE."
+                f"images must have {count} frames; got {len(frames)}, as ComfyUI's own Load VAE makes them. Encode and "
+                "decode with the VAE of Load FlashVideo VAE."
             )
         raise ValueError(
             f"images must be the refined form of the reference, {_format(allowed[0])}; got {_format(frames.shape)}. "
