@@ -8,7 +8,6 @@ picture stays in the top left corner, and cropping back needs only the original 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +48,7 @@ class TargetSize:
     """The rule that turns the input's size into the size of the result.
 
     `mode` is one of SIZE_MODES; the field that the mode names counts, the others are ignored. Pixels.
+    Raises ValueError for an unknown mode, a scale that is no positive number, and a side below 1 or above MAX_SIDE.
     """
 
     mode: str = "short side"
@@ -57,27 +57,32 @@ class TargetSize:
     width: int = 1920
     height: int = 1080
 
+    def __post_init__(self) -> None:
+        if self.mode not in SIZE_MODES:
+            raise ValueError(f"size must be one of {', '.join(SIZE_MODES)}; got {self.mode!r}.")
+        if self.mode == "scale" and not 0 < self.scale <= MAX_SIDE:
+            raise ValueError(f"scale must be a number above 0 and at most {MAX_SIDE}; got {self.scale}.")
+        sides = {"short side": (self.short_side,), "exact": (self.width, self.height)}.get(self.mode, ())
+        for side in sides:
+            if not 1 <= side <= MAX_SIDE:
+                raise ValueError(f"size {self.mode!r}: each side must be 1 to {MAX_SIDE} pixels; got {side}.")
+
     def resolve(self, height: int, width: int) -> PictureSize:
         """The size for an input of `height` x `width` pixels. Resolve it once and hand the result down.
 
         "short side" and "scale" keep the aspect ratio as far as even sides can (to the nearest, halves up), because
         video files store colours at half size. "exact" and "keep" give exactly the named size, also with odd sides;
-        "exact" stretches. Raises ValueError for an unknown mode, a scale that is not a positive number, and a side
-        below 1 or above MAX_SIDE.
+        "exact" stretches. Raises ValueError for a side below 1 or above MAX_SIDE.
         """
         if self.mode == "short side":
             short = min(height, width)
             target = PictureSize(*(2 * ((side * self.short_side + short) // (2 * short)) for side in (height, width)))
         elif self.mode == "scale":
-            if not (math.isfinite(self.scale) and self.scale > 0):
-                raise ValueError(f"scale must be a number above 0; got {self.scale}.")
             target = PictureSize(*(2 * int(side * self.scale / 2 + 0.5) for side in (height, width)))
         elif self.mode == "exact":
             target = PictureSize(self.height, self.width)
-        elif self.mode == "keep":
-            target = PictureSize(height, width)
         else:
-            raise ValueError(f"size must be one of {', '.join(SIZE_MODES)}; got {self.mode!r}.")
+            target = PictureSize(height, width)
         if min(target) < 1 or max(target) > MAX_SIDE:
             raise ValueError(
                 f"size {self.mode!r} would turn {width}x{height} into {target}; "

@@ -16,6 +16,7 @@ TRAIN_STEPS = 1000
 LINEAR_START = 0.00085
 LINEAR_END = 0.012
 STAGE2_SHIFT = 2.5  # FlashVideo's inference setting; 2 to 3.5 is useful
+MAX_SHIFT = 1000.0  # beyond it all steps lie at the degraded end
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,20 @@ def stage1_schedule(steps: int) -> Stage1Schedule:
 def stage2_times(steps: int, shift: float = STAGE2_SHIFT, dtype: torch.dtype = torch.float32) -> Tensor:
     """Time grid of the flow: [steps + 1] from 0 (degraded) to 1 (clean); a larger `shift` takes small first steps.
 
-    `dtype` bfloat16 gives the official code's rounded grid. Raises ValueError if steps < 1 or shift <= 0.
+    `dtype` bfloat16 gives the official code's rounded grid. Raises ValueError for other than 1 to 1000 steps, and
+    as `shift_times`.
     """
-    if steps < 1:
-        raise ValueError(f"stage II takes at least 1 step; got {steps}")
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise ValueError(f"stage II takes at least 1 step and at most {TRAIN_STEPS}; got {steps}")
     return shift_times(torch.linspace(0, 1, steps + 1, dtype=dtype), shift)
 
 
 def shift_times(times: Tensor, shift: float = STAGE2_SHIFT) -> Tensor:
-    """Move times in [0, 1] towards the degraded end, as sampling and training do; `shift` 1 leaves them as they are."""
-    if shift <= 0:
-        raise ValueError(f"the flow shift must be above 0; got {shift}")
+    """Move times in [0, 1] towards the degraded end, as sampling and training do; `shift` 1 leaves them as they are.
+
+    Raises ValueError for a shift outside of 0 to 1000.
+    """
+    if not 0 < shift <= MAX_SHIFT:
+        raise ValueError(f"the flow shift must be above 0 and at most {MAX_SHIFT:g}; got {shift}")
     rest = 1 - times
     return 1 - shift * rest / (1 + (shift - 1) * rest)

@@ -18,6 +18,10 @@ from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
 
 TOKENIZER_IN_COMFYUI = Path("comfy") / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
+_WHERE = (
+    f"Give the tokenizer.json of ComfyUI's {TOKENIZER_IN_COMFYUI.parent} folder with --tokenizer, or ComfyUI's folder "
+    "in COMFYUI_PATH."
+)
 NO_MOTION = "none"
 MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
 
@@ -31,9 +35,12 @@ class T5Tokens:
     """T5's tokenizer, always 226 tokens: padded with 0, and cut where a text is longer."""
 
     def __init__(self, path: str) -> None:
-        """Read a tokenizer.json; an empty path stands for the one that comes with ComfyUI."""
-        tokenizers = _library("tokenizers")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(_find_tokenizer(path)))
+        """Read a tokenizer.json; an empty path stands for the one that comes with ComfyUI. Raises CommandError."""
+        tokenizers, file = _library("tokenizers"), _find_tokenizer(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            raise CommandError(f"{file} is no tokenizer.json ({str(error).splitlines()[0]}). {_WHERE}") from error
         self._tokenizer.enable_truncation(TEXT_TOKENS)
         self._tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
 
@@ -52,10 +59,7 @@ def _find_tokenizer(path: str) -> Path:
         candidates = [root / TOKENIZER_IN_COMFYUI for root in roots]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise CommandError(
-            f"T5's tokenizer isn't at {candidates[0]}. Give the tokenizer.json of ComfyUI's "
-            f"{TOKENIZER_IN_COMFYUI.parent} folder with --tokenizer, or ComfyUI's folder in COMFYUI_PATH."
-        )
+        raise CommandError(f"T5's tokenizer isn't at {candidates[0]}. {_WHERE}")
     return found
 
 
@@ -154,7 +158,12 @@ def load_encoder(
 
 @torch.inference_mode()
 def contexts(encoder: T5Encoder, tokens: T5Tokens, texts: Sequence[str], batch: int = 16) -> Tensor:
-    """Encode texts: [N, 226, width] in float32 on the CPU."""
-    device = next(encoder.parameters()).device
-    parts = [texts[start : start + batch] for start in range(0, len(texts), batch)]
-    return torch.cat([encoder(tokens(part).to(device)).float().cpu() for part in parts])
+    """Encode texts: [N, 226, width] in float32 on the CPU. Raises CommandError for another model's tokens."""
+    device, known = next(encoder.parameters()).device, encoder.network.config.vocab_size
+    numbers = tokens(texts)
+    if int(numbers.max()) >= known:
+        raise CommandError(
+            f"The tokenizer gives token {int(numbers.max())} and the text encoder knows {known}: they don't belong "
+            f"together. {_WHERE}"
+        )
+    return torch.cat([encoder(part.to(device)).float().cpu() for part in numbers.split(batch)])

@@ -9,9 +9,6 @@ from dataclasses import fields
 from comfy_api.latest import io
 
 CATEGORY = "FlashVideo"
-MAX_SEED = 0xFFFFFFFFFFFFFFFF  # what ComfyUI's own samplers take
-
-
 _SEARCH_ALIASES = "search_aliases"
 
 

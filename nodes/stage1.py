@@ -6,10 +6,10 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, latent_shape
+from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR, latent_shape
 from ..flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE
 from .checks import batch_of, check_batch, check_guidance, check_latent, check_room, check_size, check_stage, check_text
-from .common import CATEGORY, MAX_SEED, found_as, named
+from .common import CATEGORY, found_as, named
 from .inputs import checked
 from .native.sampling import stage1_sigmas
 from .native.stages import run_stage1, seeded_noise, with_dynamic_cfg

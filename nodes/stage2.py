@@ -6,14 +6,14 @@ from contextlib import nullcontext
 
 from comfy_api.latest import io, ui
 
-from ..flashvideo.config import PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from ..flashvideo.degradation import degradation_weights
 from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS, TILE
 from ..flashvideo.refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
 from .checks import batch_of, check_batch, check_latent, check_stage, check_text
-from .common import CATEGORY, MAX_SEED, found_as, named, own_id
+from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.degradation import (
     NOISE_LIKE,

@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import real, shown, whole, width_and_height
 from ..atomic_files import write_whole
 from ..checkpoints import load_dit, load_vae
 from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, is_video_length, latent_shape
 from ..devices import open_device
 from ..errors import CommandError
-from ..frames import TargetSize, to_bytes, to_frames
-from ..guidance import STAGE1_SCALE
+from ..frames import MAX_SIDE, TargetSize, to_bytes, to_frames
+from ..guidance import MAX_SCALE, STAGE1_SCALE
 from ..samplers import sample_stage1
+from ..schedule import TRAIN_STEPS
 from .options import (
     BUILT_IN,
     ModelOptions,
@@ -35,6 +37,7 @@ from .terminal import ProgressBars, say
 
 RATE = Fraction(8)  # frames per second of the model's videos
 OFFICIAL_DRAFT, NANO_DRAFT = ("480x256", 49), ("112x64", 17)  # size and frames
+MAX_FRAMES = 1025  # of a draft; far beyond what the model was trained on
 NANO_SCALE = 4.0  # from its draft to its refined video
 DRAFT_ENDING = ".draft.mkv"  # of the draft beside the result
 
@@ -51,9 +54,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv)")
     group = parser.add_argument_group("draft")
     group.add_argument("--draft-size", metavar="WxH", help="multiples of 16 (default: 480x256; Nano: 112x64)")
-    group.add_argument("--frames", type=int, metavar="N", help="4n+1 (default: 49; Nano: 17)")
-    group.add_argument("--draft-steps", type=int, default=50, metavar="N", help="useful: 30 to 50 (default: 50)")
-    group.add_argument("--draft-cfg", type=float, default=STAGE1_SCALE, metavar="F", help="useful: 6 to 8 (default: 8)")
+    group.add_argument("--frames", type=whole, metavar="N", help="4n+1 (default: 49; Nano: 17)")
+    group.add_argument("--draft-steps", type=whole, default=50, metavar="N", help="useful: 30 to 50 (default: 50)")
+    group.add_argument("--draft-cfg", type=real, default=STAGE1_SCALE, metavar="F", help="useful: 6 to 8 (default: 8)")
     group.add_argument("--draft-only", action="store_true", help="make the draft only")
     add_size_options(parser.add_argument_group("size of the result (default: --short-side 1080; Nano: --scale 4)"))
     add_refiner_options(parser.add_argument_group("refiner"))
@@ -81,8 +84,12 @@ def draft_options(options: argparse.Namespace, models: ModelOptions) -> DraftOpt
     """The options of the draft. Raises CommandError for invalid ones."""
     if (options.draft_model is None) != (models.model is None):
         raise CommandError("--draft-model and --model go together: Nano and the official models don't share drafts.")
-    if options.draft_steps < 1:
-        raise CommandError(f"--draft-steps must be at least 1; got {options.draft_steps}.")
+    if not 2 <= options.draft_steps <= TRAIN_STEPS:
+        raise CommandError(f"--draft-steps must be at least 2 and at most {TRAIN_STEPS}; got {options.draft_steps}.")
+    if not 0 <= options.draft_cfg <= MAX_SCALE:
+        raise CommandError(f"--draft-cfg must be 0 to {MAX_SCALE:g}; got {options.draft_cfg:g}.")
+    if options.draft_model is not None:
+        model_file(options.draft_model, "")
     return DraftOptions(
         prompt=options.prompt,
         shape=_shape(options.draft_size, options.frames, NANO_DRAFT if models.model is None else OFFICIAL_DRAFT),
@@ -96,13 +103,16 @@ def draft_options(options: argparse.Namespace, models: ModelOptions) -> DraftOpt
 
 def _shape(size: str | None, count: int | None, default: tuple[str, int]) -> tuple[int, int, int]:
     """(frames, height, width) of the draft."""
-    size, count = size or default[0], count or default[1]
-    sides = size.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % PIXEL_MULTIPLE == 0 for side in sides):
-        raise CommandError(f"--draft-size takes a width and a height in multiples of 16, such as 480x256; got {size}.")
-    if not is_video_length(count):
-        raise CommandError(f"--frames must be 1, 5, 9, ..., 49, ... (4n+1); got {count}.")
-    return count, int(sides[1]), int(sides[0])
+    size, count = default[0] if size is None else size, default[1] if count is None else count
+    sides = width_and_height(size)
+    if sides is None or not all(0 < side <= MAX_SIDE and side % PIXEL_MULTIPLE == 0 for side in sides):
+        raise CommandError(
+            f"--draft-size takes a width and a height in multiples of 16, such as 480x256, up to {MAX_SIDE}; "
+            f"got {shown(size)}."
+        )
+    if not is_video_length(count) or count > MAX_FRAMES:
+        raise CommandError(f"--frames must be 1, 5, 9, ..., 49, ... (4n+1), up to {MAX_FRAMES}; got {count}.")
+    return count, sides[1], sides[0]
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -112,7 +122,7 @@ def _generate(options: argparse.Namespace) -> int:
         from ..video_files import CONTAINERS
     except ModuleNotFoundError as error:
         raise CommandError(f"Video files need the package {error.name}: use ComfyUI's Python.") from error
-    path = options.target.with_name(options.target.name + DRAFT_ENDING)
+    path = options.target.parent / (options.target.name + DRAFT_ENDING)
     size = TargetSize("scale", scale=NANO_SCALE) if options.model is None else TargetSize()
     refining = refine_options(options, path, size)
     draft = draft_options(options, refining.models)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import sys
 
+from ..arguments import Parser
 from ..checkpoints import CheckpointError
 from ..devices import is_out_of_memory
 from ..errors import CommandError, cancelled
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: refused, with a message. 2: the command line is wrong. 3: done as far as the damaged source allows.
     130: cancelled (143 by SIGTERM).
     """
-    parser = argparse.ArgumentParser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
+    parser = Parser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     models = (add_convert, add_info, add_models)
     for add_command in (*models, add_plan, add_generate, add_refine, _add_training, add_bench):

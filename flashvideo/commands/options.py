@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import real, shown, whole, width_and_height
 from ..config import NANO_STRENGTH
 from ..devices import GIB
 from ..errors import CommandError
@@ -25,6 +26,8 @@ from ..t5 import MOTIONS, T5Tokens, contexts, load_encoder
 
 BUILT_IN = "nano"
 AUTO = "auto"
+MAX_CRF = 51  # of x264
+MAX_MEMORY = 1e6  # GiB; anything beyond is a slip
 MOTION = "medium"  # the official script's for stage II
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +58,7 @@ class ModelOptions:
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
     """How OUT is written."""
-    group.add_argument("--crf", type=int, default=14, help="quality of the written video: 0 is lossless, default 14")
+    group.add_argument("--crf", type=whole, default=14, help="quality of the written video: 0 is lossless, default 14")
     group.add_argument(
         "--sound", choices=("copy", "aac", "none"), default="copy", help="copy (default) it as it is, encode it as AAC"
     )
@@ -66,8 +69,8 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
 
 def add_size_options(group: argparse._ArgumentGroup) -> None:
     """How large the result is."""
-    group.add_argument("--short-side", type=int, metavar="N", help="pixels of the shorter side")
-    group.add_argument("--scale", type=float, metavar="F", help="both sides times this")
+    group.add_argument("--short-side", type=whole, metavar="N", help="pixels of the shorter side")
+    group.add_argument("--scale", type=real, metavar="F", help="both sides times this")
     group.add_argument("--exact", metavar="WxH", help="exactly this size; stretches the picture if the shape differs")
     group.add_argument("--keep-size", action="store_true", help="keep the size")
     group.add_argument("--resample", choices=RESAMPLERS, default=RESAMPLERS[0], help="how pixels are interpolated")
@@ -79,13 +82,13 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         "--motion", choices=MOTIONS, default=MOTION, help=f"how much moves; goes before the prompt (default: {MOTION})"
     )
     for name, kind, default, text in (
-        ("steps", int, 4, "4 to 6 is enough"),
-        ("cfg", float, STAGE2_SCALE, "how strongly detail follows the prompt; useful: 10 to 13"),
-        ("shift", float, STAGE2_SHIFT, "how the steps are spaced; useful: 2 to 3.5"),
-        ("seed", int, 0, "another seed gives another version of the fine detail"),
-        ("window", int, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
-        ("overlap", int, OVERLAP_FRAMES, "frames that neighbouring windows share, a multiple of 4"),
-        ("tile", int, 0, f"pixels; refine in tiles of this side, such as {TILE}, an approximation; 0: no tiles"),
+        ("steps", whole, 4, "4 to 6 is enough"),
+        ("cfg", real, STAGE2_SCALE, "how strongly detail follows the prompt; useful: 10 to 13"),
+        ("shift", real, STAGE2_SHIFT, "how the steps are spaced; useful: 2 to 3.5"),
+        ("seed", whole, 0, "another seed gives another version of the fine detail"),
+        ("window", whole, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
+        ("overlap", whole, OVERLAP_FRAMES, "frames that neighbouring windows share, a multiple of 4"),
+        ("tile", whole, 0, f"pixels; refine in tiles of this side, such as {TILE}, an approximation; 0: no tiles"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     group.add_argument(
@@ -110,7 +113,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vae-memory",
         metavar="GiB",
-        type=float,
+        type=real,
         help="memory for the VAE: beyond it works in tiles, slower (default: most of a CUDA card's, else no limit)",
     )
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
@@ -122,20 +125,31 @@ def _strength(text: str) -> int | str:
     if text == AUTO:
         return AUTO
     try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes 0 to {TRAIN_STEPS - 1} or {AUTO}; got {text}") from None
+        return whole(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"takes 0 to {TRAIN_STEPS - 1} or {AUTO}; got {shown(text)}") from None
 
 
 def output_options(options: argparse.Namespace) -> OutputOptions:
-    """The options of `add_file_options`."""
+    """The options of `add_file_options`. Raises CommandError."""
+    if not 0 <= options.crf <= MAX_CRF:
+        raise CommandError(f"--crf must be 0 to {MAX_CRF}; got {options.crf}.")
     return OutputOptions(options.crf, options.sound, options.work, options.force, options.anew)
 
 
 def model_options(options: argparse.Namespace) -> ModelOptions:
-    """The options of `add_model_options`. Raises CommandError if --model comes without --vae, or the reverse."""
+    """The options of `add_model_options`. Raises CommandError if --model comes without --vae, or the reverse,
+    for files that aren't there, and for numbers out of range.
+    """
     if (options.model is None) != (options.vae is None):
         raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
+    if options.vae_memory is not None and not 0 < options.vae_memory <= MAX_MEMORY:
+        raise CommandError(f"--vae-memory must be above 0, in GiB; got {options.vae_memory:g}.")
+    for path in (options.model, options.vae, options.text_encoder):
+        if path is not None:
+            model_file(path, "")
+    if options.tokenizer:
+        T5Tokens(options.tokenizer)
     return ModelOptions(
         model=options.model,
         vae=options.vae,
@@ -154,27 +168,34 @@ def target_size(options: argparse.Namespace, default: TargetSize) -> TargetSize:
     if len(wanted) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted)
         raise CommandError(f"{names} are two sizes: give one of them.")
-    if options.exact:
-        sides = options.exact.lower().split("x")
-        if len(sides) != 2 or not all(side.isdigit() for side in sides):
-            raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {options.exact}.")
-        return TargetSize("exact", width=int(sides[0]), height=int(sides[1]))
+    if options.exact is not None:
+        sides = width_and_height(options.exact)
+        if sides is None:
+            raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {shown(options.exact)}.")
+        return _checked_size("exact", width=sides[0], height=sides[1])
     if options.scale is not None:
-        return TargetSize("scale", scale=options.scale)
+        return _checked_size("scale", scale=options.scale)
     if options.keep_size:
         return TargetSize("keep")
-    return default if options.short_side is None else TargetSize("short side", short_side=options.short_side)
+    return default if options.short_side is None else _checked_size("short side", short_side=options.short_side)
+
+
+def _checked_size(mode: str, **choices: float) -> TargetSize:
+    try:
+        return TargetSize(mode, **choices)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSettings:
     """The options of `add_refiner_options`, and the size. Raises CommandError for what can't be."""
     try:
-        return RefineSettings(
+        settings = RefineSettings(
             size=size,
             resample=options.resample,
             strength=None if options.strength in (None, AUTO) else options.strength,
             steps=options.steps,
-            cfg=1.0 if options.prompt is None else options.cfg,
+            cfg=options.cfg,
             shift=options.shift,
             solver=options.solver,
             seed=options.seed,
@@ -185,6 +206,7 @@ def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSett
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
+    return replace(settings, cfg=1.0) if options.prompt is None else settings
 
 
 def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

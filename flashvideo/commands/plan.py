@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import real, whole
 from ..devices import GIB, open_device
 from ..errors import CommandError
 from .terminal import say
@@ -25,16 +26,16 @@ NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an exi
 def add_plan(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser("plan", help="estimate memory and time of a video before it is made")
-    parser.add_argument("--width", type=int, default=1920, help="pixels of the final video (default 1920)")
-    parser.add_argument("--height", type=int, default=1080, help="pixels of the final video (default 1080)")
-    parser.add_argument("--frames", type=int, default=49, help="length of the video (default 49)")
-    parser.add_argument("--stage1-steps", type=int, default=50, metavar="N", help=NO_DRAFT_HELP)
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the refiner (default 4)")
+    parser.add_argument("--width", type=whole, default=1920, help="pixels of the final video (default 1920)")
+    parser.add_argument("--height", type=whole, default=1080, help="pixels of the final video (default 1080)")
+    parser.add_argument("--frames", type=whole, default=49, help="length of the video (default 49)")
+    parser.add_argument("--stage1-steps", type=whole, default=50, metavar="N", help=NO_DRAFT_HELP)
+    parser.add_argument("--steps", type=whole, default=4, metavar="N", help="steps of the refiner (default 4)")
     parser.add_argument(
-        "--cfg", type=float, default=13.0, help="guidance of the refiner (default 13); 1 halves its work"
+        "--cfg", type=real, default=13.0, help="guidance of the refiner (default 13); 1 halves its work"
     )
     parser.add_argument(
-        "--tile", type=int, default=0, metavar="N", help="side in pixels of refine --tile; 0 (default): no tiles"
+        "--tile", type=whole, default=0, metavar="N", help="side in pixels of refine --tile; 0 (default): no tiles"
     )
     parser.add_argument("--dtype", choices=("bf16", "fp8", "fp32"), default="bf16", help="precision (default bf16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -45,8 +46,8 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="MODEL",
         help="official (default), nano, or model files: parts without a file stay official",
     )
-    parser.add_argument("--memory", type=float, metavar="GiB", help="a budget: memory of the card (default: this card)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="a budget: time for the video")
+    parser.add_argument("--memory", type=real, metavar="GiB", help="a budget: memory of the card (default: this card)")
+    parser.add_argument("--seconds", type=real, metavar="S", help="a budget: time for the video")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the plan as a picture")
     parser.add_argument("--json", action="store_true", help="write JSON instead of text")
     parser.set_defaults(run=_plan)

@@ -32,7 +32,7 @@ from ..config import (
 from ..devices import GIB
 from ..dit import dit_tokens
 from ..frames import MAX_SIDE, padded_shape
-from ..guidance import STAGE2_SCALE
+from ..guidance import MAX_SCALE, STAGE2_SCALE
 from ..memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
 from ..refiner import tiles
 from ..refiner.windows import WINDOW, plan_windows
@@ -43,6 +43,7 @@ from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tilin
 T5_XXL = T5Config(num_layers=24, d_model=4096, d_ff=10240, d_kv=64, num_heads=64)
 DRAFT_PIXELS = 480 * 256  # of the official draft
 MAX_STEPS = 1000
+MAX_FRAMES = 10_000_000  # five days at 24 a second
 STORE = 16 * GIB  # of main memory, for what the VAE's tiles store between them
 
 
@@ -110,11 +111,14 @@ class Setting:
             "frames": (1, math.inf),
             "stage1_steps": (0, MAX_STEPS),
             "stage2_steps": (1, MAX_STEPS),
+            "cfg": (0, MAX_SCALE),
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                limit = f"{low} to {high}" if math.isfinite(high) else f"at least {low}"
+                limit = f"{low} to {high:g}" if math.isfinite(high) else f"at least {low}"
                 raise ValueError(f"{name.replace('_', ' ')} must be {limit}; got {getattr(self, name)}.")
+        if self.frames > MAX_FRAMES:
+            raise ValueError(f"frames must be at most {MAX_FRAMES}; got {self.frames}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if self.tile:

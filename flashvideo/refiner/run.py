@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..color import AdainMatch, WaveletMatch, clip_statistics, frame_statistics
-from ..config import STAGE2_LATENT_SCALE, latent_frames, latent_shape, video_frames
+from ..config import MAX_SEED, STAGE2_LATENT_SCALE, latent_frames, latent_shape, video_frames
 from ..degradation import DEGRADATION_STEP, auto_strength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
 from ..frames import (
@@ -33,7 +33,7 @@ from ..frames import (
     to_frames,
     to_video,
 )
-from ..guidance import STAGE2_SCALE
+from ..guidance import MAX_SCALE, STAGE2_SCALE
 from ..progress import PhaseProgress, no_phase_progress
 from ..samplers import guided_velocity
 from ..schedule import STAGE2_SHIFT, stage2_times
@@ -113,6 +113,10 @@ class RefineSettings:
         plan_windows(1, self.window, self.overlap)
         if self.tile:
             plan_tiles(2, 2, self.tile)
+        if not 0 <= self.cfg <= MAX_SCALE:
+            raise ValueError(f"cfg must be 0 to {MAX_SCALE:g}; got {self.cfg}.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"a seed must be 0 to {MAX_SEED}; got {self.seed}.")
         for name, options in (("resample", RESAMPLERS), ("color_match", COLOR_MATCHES)):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")

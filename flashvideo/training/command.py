@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..arguments import duration, positive
 from ..devices import open_device
 from ..errors import cancelled, exit_code
 from .errors import TrainingError
@@ -44,8 +45,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--only", metavar="PARTS", help="of nano: these trainings alone, such as vae_decoder,stage2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
-    parser.add_argument("--steps", type=_count, metavar="N", help="do at most N steps now (the schedule stays)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes, with a checkpoint")
+    parser.add_argument("--steps", type=positive, metavar="N", help="do at most N steps now (the schedule stays)")
+    parser.add_argument("--minutes", type=duration, metavar="M", help="stop after M minutes, with a checkpoint")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the one in ComfyUI)")
     parser.add_argument(
@@ -66,13 +67,6 @@ def _add_fetch_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--caption", type=Path, metavar="FILE", help="JSON object or CSV table of the clips' file names and captions"
     )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -102,7 +103,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_convert(item, entry, where) for item, entry in zip(kinds, value, strict=True))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise TrainingError(f"{where} must be a finite number; got {value}.")
     if kind is Path and isinstance(value, str):
         return Path(value)
     if type(value) is not kind:

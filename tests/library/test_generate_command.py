@@ -81,7 +81,7 @@ def test_a_draft_is_kept_for_a_second_run_and_no_other(
     [
         (["--draft-size", "50x32"], "multiples of 16"),
         (["--frames", "6"], "4n+1"),
-        (["--draft-steps", "0"], "at least 1"),
+        (["--draft-steps", "1"], "at least 2"),
         (["--draft-model", "stage1.safetensors"], "go together"),
     ],
 )

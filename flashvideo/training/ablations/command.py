@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import duration, positive, whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,9 +44,9 @@ def add_ablate(commands: argparse._SubParsersAction) -> None:
         "--real", type=Path, metavar="DIR",
         help="folder of real videos, or a clip library of `train fetch`: the clips of the table `quality`",
     )  # fmt: skip
-    parser.add_argument("--strength", type=int, help="of the table `quality` (default: the config's)")
-    parser.add_argument("--steps", type=int, help="evaluations of the table `quality` (default: the config's)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; run it again to resume")
+    parser.add_argument("--strength", type=whole, help="of the table `quality` (default: the config's)")
+    parser.add_argument("--steps", type=positive, help="evaluations of the table `quality` (default: the config's)")
+    parser.add_argument("--minutes", type=duration, metavar="M", help="stop after M minutes; run it again to resume")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the one in ComfyUI)")
     parser.set_defaults(run=_ablate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...schedule import STAGE2_SHIFT
+from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..config import LoopSettings
 from ..data.latents import ClipSettings
 from ..errors import TrainingError
@@ -69,9 +69,13 @@ class Quality:
     strength: int = AUTO
 
     def __post_init__(self) -> None:
-        """Refuse an unknown draft."""
+        """Refuse an unknown draft, and a strength or steps that can't be."""
         if self.draft not in DRAFTS:
             raise TrainingError(f"[quality] drafts are {', '.join(DRAFTS)}; got {self.draft!r}.")
+        if not AUTO <= self.strength < TRAIN_STEPS:
+            raise TrainingError(f"[quality] strength must be 0 to {TRAIN_STEPS - 1}, or {AUTO}; got {self.strength}.")
+        if not 1 <= self.steps <= TRAIN_STEPS:
+            raise TrainingError(f"[quality] steps must be 1 to {TRAIN_STEPS}; got {self.steps}.")
 
 
 @dataclass(frozen=True)
