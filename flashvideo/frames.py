@@ -48,7 +48,7 @@ class TargetSize:
     """The rule that turns the input's size into the size of the result.
 
     `mode` is one of SIZE_MODES; the field that the mode names counts, the others are ignored. Pixels.
-    Raises ValueError for an unknown mode, a scale that is no positive number, and a side below 1 or above MAX_SIDE.
+    Raises ValueError for an unknown mode, a scale that is no positive number, and a short side that can't be.
     """
 
     mode: str = "short side"
@@ -62,10 +62,8 @@ class TargetSize:
             raise ValueError(f"size must be one of {', '.join(SIZE_MODES)}; got {self.mode!r}.")
         if self.mode == "scale" and not 0 < self.scale <= MAX_SIDE:
             raise ValueError(f"scale must be a number above 0 and at most {MAX_SIDE}; got {self.scale}.")
-        sides = {"short side": (self.short_side,), "exact": (self.width, self.height)}.get(self.mode, ())
-        for side in sides:
-            if not 1 <= side <= MAX_SIDE:
-                raise ValueError(f"size {self.mode!r}: each side must be 1 to {MAX_SIDE} pixels; got {side}.")
+        if self.mode == "short side" and not 1 <= self.short_side <= MAX_SIDE:
+            raise ValueError(f"the short side must be 1 to {MAX_SIDE} pixels; got {self.short_side}.")
 
     def resolve(self, height: int, width: int) -> PictureSize:
         """The size for an input of `height` x `width` pixels. Resolve it once and hand the result down.

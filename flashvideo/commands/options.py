@@ -14,7 +14,7 @@ from ..arguments import real, shown, whole, width_and_height
 from ..config import NANO_STRENGTH
 from ..devices import GIB
 from ..errors import CommandError
-from ..frames import COLOR_MATCHES, RESAMPLERS, TargetSize
+from ..frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, TargetSize
 from ..guidance import STAGE2_SCALE
 from ..nano import nano_state
 from ..refiner.run import RefineSettings
@@ -172,7 +172,9 @@ def target_size(options: argparse.Namespace, default: TargetSize) -> TargetSize:
         sides = width_and_height(options.exact)
         if sides is None:
             raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {shown(options.exact)}.")
-        return _checked_size("exact", width=sides[0], height=sides[1])
+        if not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
+            raise CommandError(f"--exact takes sides of 1 to {MAX_SIDE} pixels; got {options.exact}.")
+        return TargetSize("exact", width=sides[0], height=sides[1])
     if options.scale is not None:
         return _checked_size("scale", scale=options.scale)
     if options.keep_size:
