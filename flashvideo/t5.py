@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import CheckpointError
-from .checkpoints.text_encoder import TIED, t5_config
-from .checkpoints.weights import QUANTISATION, open_weights, some
+from .checkpoints.text_encoder import TIED, open_text_encoder, t5_config
+from .checkpoints.weights import QUANTISATION, some
 from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
 
@@ -136,7 +136,7 @@ def load_encoder(
 
     Raises CheckpointError for another model's file, an incomplete one and a quantised one.
     """
-    weights = open_weights(path)
+    weights = open_text_encoder(path)
     if any(QUANTISATION.search(name) for name in weights.shapes):
         raise CheckpointError(f"{weights.label} is quantised, which only ComfyUI reads: take t5xxl_fp16.safetensors.")
     config = t5_config(weights)

@@ -7,12 +7,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..config import DiTConfig, VAEConfig
+from .keymaps import NORM_GROUPS_METADATA
 from .weights import CheckpointError, short, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MAX_NORM_GROUPS = 32
-NORM_GROUPS_METADATA = "flashvideo.norm_groups"  # in a VAE's file; its shapes don't show it
 MAX_LAYERS = 512  # of any kind: more are a mistake or an attack, and building takes about 65 KB and 2 ms each
 MAX_BLOCKS = 32  # of the VAE, in a level; the official one has 4
 EXTRA_EMBEDDINGS = ("degradation_embedding", "frame_count_embedding")  # only stage II has these

@@ -124,6 +124,8 @@ _VAE_PREFIX = r"(?P<prefix>first_stage_model\.|vae\.|)"
 # In front of the names in converted files. ComfyUI's own loader takes a file without it for CogVideoX, and would sample
 # with that model's positions and without the strength of the degradation.
 OWN_PREFIX = "flashvideo."
+# Of a VAE, whose weights don't show it: a file's metadata say it, or an empty tensor of so many rows.
+NORM_GROUPS_METADATA = "flashvideo.norm_groups"
 _UNET_PREFIX = r"(?P<prefix>(?:model\.)?diffusion_model\.(?:flashvideo\.)?|flashvideo\.|transformer\.|)"
 _LAYOUT_MARKS = (
     ("dit", "official", _UNET_PREFIX + r"(?:mixins\.(?:patch_embed|adaln_layer|final_layer)|transformer\.layers)\."),
@@ -135,7 +137,7 @@ _LAYOUT_MARKS = (
 _UNUSED = {
     # A table that the transformer library always makes; rotary tables; positions that CogVideoX's other models add.
     "dit": re.compile(r"transformer\.position_embeddings\.|mixins\.pos_embed\.|patch_embed\.pos_embedding$"),
-    "vae": re.compile(r"loss"),
+    "vae": re.compile(rf"loss|{re.escape(NORM_GROUPS_METADATA)}$"),
 }
 # Empty tensors that ComfyUI saves with a model to mark how it samples.
 _SAMPLING_MARK = re.compile(r"v_pred|ztsnr|edm_vpred\.sigma_(?:min|max)")

@@ -23,7 +23,7 @@ from ..dit import FlashVideoDiT
 from ..vae import VideoVAE
 from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, vae_config
 from .foreign import describe_foreign, is_lora
-from .keymaps import Layout, Part, Plan, Source, find_layout, make_plan, original_name
+from .keymaps import NORM_GROUPS_METADATA, Layout, Part, Plan, Source, find_layout, make_plan, original_name
 from .weights import QUANTISATION, CheckpointError, Weights, check_finite, open_weights, short, some
 
 __all__ = [
@@ -134,10 +134,16 @@ def open_checkpoint(source: FileSource, *, kind: str | None = None, stage: int |
 
 def _config(weights: Weights, layout: Layout, shapes: Shapes) -> DiTConfig | VAEConfig:
     try:
-        return dit_config(shapes) if layout.kind == "dit" else vae_config(shapes, weights.metadata)
+        return dit_config(shapes) if layout.kind == "dit" else vae_config(shapes, _vae_metadata(weights, layout))
     except CheckpointError as error:
         what = "a FlashVideo diffusion model" if layout.kind == "dit" else "FlashVideo's VAE"
         raise CheckpointError(f"{weights.label} was taken for {what} ({layout.naming} layout): {error}") from error
+
+
+def _vae_metadata(weights: Weights, layout: Layout) -> dict[str, str]:
+    """A VAE's metadata. ComfyUI's VAE Save and Save Checkpoint keep tensors alone, so that one's shape may say it."""
+    mark = weights.shapes.get(layout.prefix + NORM_GROUPS_METADATA)
+    return weights.metadata if mark is None else {NORM_GROUPS_METADATA: str(mark[0] if mark else 0), **weights.metadata}
 
 
 def _refuse_relatives(checkpoint: Checkpoint, stage: str) -> None:

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..config import T5Config
 from .architecture import Shapes, layer_count
 from .foreign import describe_foreign
 from .keymaps import find_layout
-from .weights import CheckpointError, Weights
+from .weights import CheckpointError, Weights, open_weights
 
+_FIRST = "encoder.block.0.layer.0.SelfAttention.q.weight"  # every T5 has it
 T5_VOCABULARY = 32128
 UMT5_VOCABULARY = 256384
 BYT5_VOCABULARIES = (384, 1510)
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 ADVICE = "Use t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
+
+
+def open_text_encoder(source: str | Path | Mapping[str, Any]) -> Weights:
+    """Open a file of a text encoder, or one that holds one beside other networks, as Save Checkpoint writes it.
+
+    Names are those of the encoder alone. Raises CheckpointError as `open_weights` does.
+    """
+    weights = open_weights(source)
+    prefix = next((name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(f".{_FIRST}")), "")
+    if not prefix or _FIRST in weights.shapes:
+        return weights
+
+    def reopen() -> Callable[[str], Tensor]:
+        read = weights.reopen()
+        return lambda name: read(prefix + name)
+
+    inside = {name: name.removeprefix(prefix) for name in weights.shapes if name.startswith(prefix)}
+    return Weights(
+        weights.label,
+        weights.container,
+        {short: weights.shapes[name] for name, short in inside.items()},
+        {short: weights.dtypes[name] for name, short in inside.items()},
+        reopen,
+        weights.metadata,
+    )
 
 
 def t5_config(weights: Weights) -> T5Config:

@@ -19,8 +19,8 @@ from comfy.text_encoders.sd3_clip import T5XXLModel, T5XXLTokenizer, t5_xxl_dete
 from torch import Tensor
 
 from ...flashvideo.checkpoints import CheckpointError
-from ...flashvideo.checkpoints.text_encoder import ADVICE, t5_config
-from ...flashvideo.checkpoints.weights import QUANTISATION, open_weights, some
+from ...flashvideo.checkpoints.text_encoder import ADVICE, open_text_encoder, t5_config
+from ...flashvideo.checkpoints.weights import QUANTISATION, some
 from ...flashvideo.config import TEXT_TOKENS, T5Config
 from ...flashvideo.nano import nano_state
 from ...flashvideo.t5 import t5_shapes
@@ -100,7 +100,7 @@ def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> com
 
     `disable_dynamic` loads it without newer ComfyUIs' dynamic VRAM.
     """
-    weights = open_weights(nano_state("text_encoder") if path is None else path)
+    weights = open_text_encoder(nano_state("text_encoder") if path is None else path)
     config = t5_config(weights)
     state = {name: weights.read(name) for name in weights.shapes if _KEPT.match(name)}
     if "shared.weight" not in state:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ...flashvideo.checkpoints import read_vae
+from ...flashvideo.checkpoints.architecture import default_norm_groups
+from ...flashvideo.checkpoints.keymaps import NORM_GROUPS_METADATA
 from ...flashvideo.config import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
@@ -168,6 +170,14 @@ class FlashVideoVAE(comfy.sd.VAE):
         self.patcher = ModelPatcher(network, load_device=device, offload_device=offload_device)
         when_on_another_device(self.patcher, _follow_device)
         self.model_size()
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The weights as VAE Save and Save Checkpoint write them, with what their shapes don't say."""
+        state, config = dict(super().get_sd()), self.first_stage_model.config
+        widths = (config.base_channels * multiplier for multiplier in config.channel_multipliers)
+        if config.norm_groups != default_norm_groups(widths):
+            state[NORM_GROUPS_METADATA] = torch.empty(config.norm_groups, 0)
+        return state
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Frames [4n + 1, H, W, 3] in [0, 1] to a latent [1, 16, n + 1, H/8, W/8]. Raises ValueError for others."""

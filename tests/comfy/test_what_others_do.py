@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -216,9 +217,33 @@ def test_what_save_checkpoint_writes_loads_again(
     loaded = submodule("nodes.native.model").load_model(file)
     before, after = (each.model.diffusion_model.state_dict() for each in (model, loaded))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    again = submodule("nodes.native.clip").load_clip_native(file)
+    assert torch.equal(*(each.encode_from_tokens(each.tokenize("a red ball")) for each in (clip, again)))
     network = [name for name in load_file(file) if name.startswith("model.diffusion_model.")]
     # Without this prefix, newer versions of ComfyUI take the network for CogVideoX's.
     assert network and all(name.startswith("model.diffusion_model.flashvideo.") for name in network)
+    file.unlink()
+
+
+@pytest.mark.parametrize("node", ["VAESave", "CheckpointSave"])
+def test_a_saved_vae_keeps_its_norm_groups(
+    node: str, comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType], comfy_base: Path, model: Any
+) -> None:
+    """Shapes don't show them, and ComfyUI's nodes save no metadata of ours."""
+    native, checkpoints = submodule("nodes.native.vae"), submodule("flashvideo.checkpoints")
+    config = replace(submodule("flashvideo.config").NANO_VAE, norm_groups=4)
+    state = submodule("flashvideo.vae").VideoVAE(config).state_dict()
+    source = comfy_base / "models" / "four.safetensors"
+    save_file(state, source, {"flashvideo.norm_groups": "4"})
+    vae = native.load_vae_native(source)
+    if node == "VAESave":
+        comfy_nodes[node]().save(vae, "vae_again")
+    else:
+        comfy_nodes[node]().save(model, None, vae, "vae_again")
+    (file,) = (comfy_base / "output").glob("vae_again_*.safetensors")
+    assert checkpoints.load_vae(file).config == config
+    again, frames = native.load_vae_native(file), torch.rand(5, 32, 48, 3)
+    assert torch.equal(vae.encode(frames), again.encode(frames))
     file.unlink()
 
 
