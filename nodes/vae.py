@@ -6,10 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..flashvideo.checkpoints.tiny_vae import is_tiny
+from ..flashvideo.checkpoints.weights import open_weights
 from ..flashvideo.devices import GIB
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.files import BUILT_IN, check_file, file_fingerprint, notice, options, resolve, shared
+from .native.tiny_vae import load_tiny_vae
 from .native.vae import load_vae_native
 
 FOLDER = "vae"
@@ -80,7 +83,10 @@ class FlashVideoVAELoader(io.ComfyNode):
         with named(cls.NAME):
             path = resolve(FOLDER, vae_name)
             budget = BUDGETS[memory_budget]
-            vae = shared(path, lambda: load_vae_native(path, budget), memory_budget)
+            if path is not None and is_tiny(open_weights(path).shapes):
+                vae = shared(path, lambda: load_tiny_vae(path))
+            else:
+                vae = shared(path, lambda: load_vae_native(path, budget), memory_budget)
         return io.NodeOutput(vae, ui=notice(path, own_id(cls)))
 
 

@@ -18,6 +18,7 @@ from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
 from .sampling import AutoRefinerSampling, RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
 from .schedule_guard import DYNAMIC
+from .tiny_vae import previewer
 
 # A guidance scale other than 1: at 1 ComfyUI skips the unconditional branch.
 ANY_SCALE = 2.0
@@ -147,7 +148,7 @@ def run_stage1(
         positive,
         negative,
         torch.zeros_like(latent),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=_progress(model, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
@@ -176,10 +177,23 @@ def run_stage2(
         positive,
         negative,
         degraded,
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=_progress(model, steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=0,
     )
+
+
+def _progress(model: comfy.model_patcher.ModelPatcher, steps: int) -> Callable[..., None]:
+    """ComfyUI's callback for progress and previews; with the tiny autoencoder's previews where it is there."""
+    tiny = previewer(model.model.latent_format.scale_factor, model.load_device)
+    if tiny is None:
+        return latent_preview.prepare_callback(model, steps)
+    bar = comfy.utils.ProgressBar(steps)
+
+    def callback(step: int, x0: Tensor, _x: Tensor, total: int) -> None:
+        bar.update_absolute(step + 1, total, tiny.decode_latent_to_preview_image("JPEG", x0))
+
+    return callback
 
 
 def refiner_settings(

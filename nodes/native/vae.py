@@ -145,15 +145,14 @@ class FlashVideoVAE(comfy.sd.VAE):
     """
 
     def __init__(self, network: NativeVideoVAE, dtype: torch.dtype, device: torch.device) -> None:
-        with _silent(_NO_WEIGHTS):
+        with silent_about_weights():
             super().__init__(sd={})  # the defaults of the installed ComfyUI, and no network
         config = network.config
         self.first_stage_model = network
         self.latent_channels = config.latent_channels
         self.output_channels = config.image_channels
         self.latent_dim = 3
-        self.upscale_ratio = (_frames, SPATIAL_FACTOR, SPATIAL_FACTOR)
-        self.downscale_ratio = (_latents, SPATIAL_FACTOR, SPATIAL_FACTOR)
+        self.upscale_ratio, self.downscale_ratio = latent_counts()
         self.upscale_index_formula = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
         self.downscale_index_formula = self.upscale_index_formula
         most = math.inf if network.budget is None else network.budget
@@ -312,12 +311,17 @@ def _latents(frames: int) -> int:
     return latent_frames(frames) if frames > 0 else 0
 
 
+def latent_counts() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What ComfyUI counts with: from latent frames, rows and columns to the video's, and back."""
+    return (_frames, SPATIAL_FACTOR, SPATIAL_FACTOR), (_latents, SPATIAL_FACTOR, SPATIAL_FACTOR)
+
+
 @contextmanager
-def _silent(text: str) -> Iterator[None]:
-    """Drop log messages that contain this text: ComfyUI always warns about a VAE of another architecture."""
+def silent_about_weights() -> Iterator[None]:
+    """Drop ComfyUI's warning about a VAE of another architecture."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return text not in str(record.msg)
+        return _NO_WEIGHTS not in str(record.msg)
 
     root = logging.getLogger()
     root.addFilter(keep)
