@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checkpoints.architecture import NORM_GROUPS_METADATA
 from .checkpoints.weights import StateDict, open_weights
 from .config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE
 from .dit import FlashVideoDiT
@@ -61,7 +62,7 @@ def nano_state(part: str, folder: Path = NANO_FOLDER) -> StateDict:
     Raises CheckpointError for a damaged file.
     """
     if not nano_is_trained(folder):
-        return StateDict(_build(part, NANO_SEED), {})
+        return _build(part, NANO_SEED)
     weights = open_weights(_file(part, folder))
     return StateDict({name: weights.read(name) for name in weights.shapes}, weights.metadata)
 
@@ -77,7 +78,7 @@ def nano_preview(folder: Path = NANO_FOLDER) -> Tensor | None:
     return None if factors is None else torch.tensor(json.loads(factors))
 
 
-def build_nano(seed: int) -> dict[str, dict[str, Tensor]]:
+def build_nano(seed: int) -> dict[str, StateDict]:
     """Untrained weights of all parts: part -> name -> tensor, the same for a seed on every machine."""
     return {part: _build(part, seed) for part in NANO_PARTS}
 
@@ -86,8 +87,10 @@ def _file(part: str, folder: Path) -> Path:
     return folder / f"{part}.safetensors"
 
 
-def _build(part: str, seed: int) -> dict[str, Tensor]:
-    return {name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in _shapes(part).items()}
+def _build(part: str, seed: int) -> StateDict:
+    metadata = {NORM_GROUPS_METADATA: str(NANO_VAE.norm_groups)} if part == "vae" else {}
+    shapes = _shapes(part).items()
+    return StateDict({name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in shapes}, metadata)
 
 
 def _initial(key: str, shape: tuple[int, ...], seed: int) -> Tensor:

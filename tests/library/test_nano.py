@@ -55,7 +55,7 @@ def test_the_trained_weights_come_along_and_fit_the_budget() -> None:
 
 
 def test_the_trained_vae_gives_clips_back_and_its_latents_are_normalised() -> None:
-    """It reached 25.0 dB on held-out drafts; an untrained one stays below 10."""
+    """It reaches 25 dB on held-out drafts; an untrained one stays below 10."""
     vae, stream = load_vae(nano_state("vae"), dtype=torch.float32).eval(), SceneStream("test", 64, 112, 17, 11)
     scores, spreads = [], []
     with torch.no_grad():
