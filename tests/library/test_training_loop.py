@@ -175,7 +175,7 @@ def test_an_interrupt_saves_the_step_at_hand(vae_config: Callable, tmp_path: Pat
     output, _ = finished(process)
     assert process.returncode == 128 + number
     step = load_state(tmp_path / "run" / LAST)["step"]
-    assert f"step {step} of 100000; --resume goes on" in output
+    assert f"step {step} of 100000; --resume continues" in output
     assert metrics(tmp_path / "run")[-1]["step"] == step  # the very last step, not the last multiple of ten
 
 
@@ -253,7 +253,7 @@ def test_ctrl_c_before_the_first_step_says_what_is_kept(
     """The loop's own answer to Ctrl+C begins with its first step; clips are made before."""
     monkeypatch.setattr(VAETask, "prepare", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert train("vae", vae_config()) == 128 + signal.SIGINT
-    assert "that were stored are kept, and the same command goes on" in capsys.readouterr().err
+    assert "Stored clips and checkpoints stay, and the same command resumes" in capsys.readouterr().err
 
 
 def test_resuming_needs_a_whole_checkpoint_of_the_same_network(
@@ -263,7 +263,7 @@ def test_resuming_needs_a_whole_checkpoint_of_the_same_network(
     assert train("vae", config, "--resume") == 1
     assert "no checkpoint to resume from; start without --resume" in capsys.readouterr().err
     assert train("vae", config, "--export", str(tmp_path)) == 1
-    assert "best.pt: there is none yet" in capsys.readouterr().err
+    assert "best.pt doesn't exist yet" in capsys.readouterr().err
     assert train("vae", config, "--steps", "1") == 0
     config.write_text(config.read_text().replace("decoder_blocks = 1", "decoder_blocks = 2"))
     assert train("vae", config, "--resume") == 1
