@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import lint
 import set_up
 from harness import install
-from harness.bed import ROOT, TEMPORARY, say, seconds, stop_on_terminate
+from harness.bed import CANCELLED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
 FOLDERS = ("tests/library", "tests/comfy", "tests/fuzz", "tests/browser", "tests/server")
 _SPREAD = FOLDERS[:2]  # over several processes
@@ -64,7 +64,7 @@ def main() -> int:
                 outcomes.append(_run(FOLDERS[0], places[FOLDERS[0]], options, Path(own), newest=True))
     except KeyboardInterrupt:
         say("\nCancelled.")
-        return 130
+        return CANCELLED
     return _sum_up(outcomes, style_is_good)
 
 

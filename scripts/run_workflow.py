@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import set_up
-from harness.bed import ROOT, Bed, say, seconds, stop_on_terminate
+from harness.bed import CANCELLED, ROOT, Bed, say, seconds, stop_on_terminate
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         say("\nCancelled.")
-        return 130
+        return CANCELLED
     return 0
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from harness import comfy_sources, install
-from harness.bed import BED, EXTRA, ROOT, VENV, Bed, alone, inside, say, seconds, stop_on_terminate
+from harness.bed import BED, CANCELLED, EXTRA, ROOT, VENV, Bed, alone, inside, say, seconds, stop_on_terminate
 from harness.install import HARNESS, REQUIREMENTS, SetUpError
 
 SCRIPTS = ROOT / "scripts"
@@ -85,7 +85,7 @@ def run_inside(script: str, work: Callable[[], None], what: str = "Stopped.") ->
         return 1
     except KeyboardInterrupt:
         say("\nCancelled.")
-        return 130
+        return CANCELLED
     return 0
 
 
@@ -159,7 +159,7 @@ def _ensure_or_exit() -> Bed:
         sys.exit(1)
     except KeyboardInterrupt:
         say("\nSet-up interrupted. Run it again: it resumes where it stopped.")
-        sys.exit(130)
+        sys.exit(CANCELLED)
 
 
 def main() -> int:

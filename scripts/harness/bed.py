@@ -33,6 +33,8 @@ STAMP = BED / "bed.json"
 TEMPORARY = BED / "tmp"
 LOCK = BED / "lock"
 
+CANCELLED = 128 + signal.SIGINT  # exit code after Ctrl+C, as flashvideo/errors.py has it, which needs packages
+
 _LOOK_AGAIN_SECONDS = 0.5
 _INSIDE = "FLASHVIDEO_INSIDE_BED"
 _PRIVATE_FOLDERS = {
@@ -147,10 +149,10 @@ def inside() -> bool:
 
 
 def stop_on_terminate() -> None:
-    """Let a polite request to end this program (SIGTERM) run its cleaning-up, as Ctrl+C does.
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl+C does, so that this program cleans up.
 
-    Ctrl+C itself is heeded again, too: what a script starts in the background ignores it, and so would all that is
-    started here, a ComfyUI that is to be stopped with it among them.
+    Ctrl+C is handled again too: a program that a shell script starts in the background ignores it, and all that is
+    started here would inherit that, such as a ComfyUI that must be stopped by Ctrl+C.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -162,11 +164,11 @@ def stop_on_terminate() -> None:
 
 
 def say(text: str = "") -> None:
-    """Tell the person something, at once."""
+    """Print a line, at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def seconds(value: float) -> str:
-    """A duration as a person says it: `4.2 s`, `3 min 05 s`."""
+    """A duration in words: `4.2 s`, `3 min 05 s`."""
     return f"{value:.1f} s" if value < 60 else f"{int(value) // 60} min {int(value) % 60:02d} s"
