@@ -23,6 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # glibc keeps freed memory for later once the process has freed a block of this size, as any process has that decoded
 # a video. Without it whoever allocates more pays for fresh pages from the kernel each time.
 ALLOCATOR_LIMIT = 2**25 - 2**16
+MIB, GIB = 2**20, 2**30  # bytes; memory is counted in these, files in GB
 SEED = 250205179  # FlashVideo's arXiv number
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import GIB
 from safetensors import safe_open
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def main() -> None:
         sys.stdout.write(
             "| file | to | size | peak resident | of it anonymous | time |\n|---|---|---|---|---|---|\n"
             f"| stage I, LoRA split | {options.dtype} | {source.stat().st_size / 1e9:.2f} GB | "
-            f"{peak.resident / 1e9:.2f} GB | {peak.anonymous / 1e9:.2f} GB | {peak.seconds:.0f} s |\n"
+            f"{peak.resident / GIB:.2f} GiB | {peak.anonymous / GIB:.2f} GiB | {peak.seconds:.0f} s |\n"
         )
 
 

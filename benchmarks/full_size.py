@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from common import DTYPES, SEED, add_options, alternate, load_library, medians, peak_memory, report
+from common import DTYPES, GIB, SEED, add_options, alternate, load_library, medians, peak_memory, report
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,7 @@ BACKENDS = {
 }
 SAMPLE_LAYERS = 3  # timed for each backend and precision
 TIME_BUDGET = 420.0  # seconds after which no further row is started
-COLUMNS = ["work", "precision", "attention", "layers timed", "seconds", "peak memory, GB", "TFLOP", "TFLOP/s"]
+COLUMNS = ["work", "precision", "attention", "layers timed", "seconds", "peak memory, GiB", "TFLOP", "TFLOP/s"]
 COLUMNS += ["of matmul"]
 
 
@@ -122,7 +122,7 @@ class Bench:
         else:
             try:
                 run = make()
-                memory = peak_memory(run, self.device) / 1e9
+                memory = peak_memory(run, self.device) / GIB
                 seconds = self.seconds(run) * scale
             except torch.OutOfMemoryError:
                 layers = "out of memory"

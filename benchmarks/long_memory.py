@@ -15,7 +15,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from common import ROOT, add_options, load_library, report
+from common import MIB, ROOT, add_options, load_library, report
 
 load_library()
 
@@ -55,10 +55,10 @@ def main() -> None:
         held = refine(source, source.with_name("out.mp4"), options)
     rows = []
     for phase in PHASES:
-        minutes = [max(held[phase, minute], default=0) / 2**20 for minute in range(options.minutes)]
+        minutes = [max(held[phase, minute], default=0) / MIB for minute in range(options.minutes)]
         rows.append([phase, *minutes, 100 * (minutes[-1] / minutes[0] - 1)])
     report(
-        f"Resident memory between pieces of work, {options.minutes} minutes of {options.width}x{options.height}, MB",
+        f"Resident memory between pieces of work, {options.minutes} minutes of {options.width}x{options.height}, MiB",
         ["phase", *(f"minute {minute + 1}" for minute in range(options.minutes)), "growth, %"],
         rows,
         device=options.device,
@@ -97,7 +97,7 @@ def refine(source: Path, target: Path, options: argparse.Namespace) -> dict[tupl
         minute = min(int(options.minutes * (done - 1e-6) / max(total, 1)), options.minutes - 1)
         held[phase, max(minute, 0)].append(resident())
         if phase != READ and next(lines) % 20 == 0:
-            sys.stderr.write(f"{phase} {done:.0f}/{total}: {resident() / 2**20:.0f} MB\n")
+            sys.stderr.write(f"{phase} {done:.0f}/{total}: {resident() / MIB:.0f} MiB\n")
 
     refine_video(networks, source, target, settings, on_progress=note)
     return held

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 
 import torch
-from common import DTYPES, SEED, add_options, is_single_thread, load_library, peak_memory, report, synchronize
+from common import DTYPES, MIB, SEED, add_options, is_single_thread, load_library, peak_memory, report, synchronize
 from torch import Tensor
 
 load_library()
@@ -39,10 +39,10 @@ def main() -> None:
     rows = [measure(network, size, options.rounds, options.device) for size in SIZES[: options.sizes]]
     exponents = [fit([row[1] for row in rows], [row[i] for row in rows]) for i in (2, 3)]
     for before, row in zip([None, *rows], rows, strict=False):
-        row.append(None if before is None else (row[5] - before[5]) * 1e6 / (row[1] - before[1]))
+        row.append(None if before is None else (row[5] - before[5]) * MIB / (row[1] - before[1]))
     rows.append(["exponent", None, *exponents, None, None, None])
     columns = ["latent frames x rows x columns", "tokens", "attention, s", "all else, s", "all else, us / token"]
-    columns += ["peak memory, MB", "bytes for each token more"]
+    columns += ["peak memory, MiB", "bytes for each token more"]
     facts = {"width": options.width, "layers": options.layers, "dtype": options.dtype, "rounds": options.rounds}
     report("Scaling of one evaluation", columns, rows, device=options.device, facts=facts, target=options.json)
 
@@ -89,7 +89,7 @@ def measure(network: FlashVideoDiT, size: tuple[int, int, int], rounds: int, dev
     tokens = TEXT_TOKENS + frames * grid_rows * grid_columns
     memory = peak_memory(run, device)
     name = f"{frames} x {grid_rows} x {grid_columns}"
-    return [name, tokens, attention, rest, rest / tokens * 1e6, memory / 1e6]
+    return [name, tokens, attention, rest, rest / tokens * 1e6, memory / MIB]
 
 
 def fit(sizes: list[float], values: list[float]) -> float:

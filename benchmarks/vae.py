@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import DTYPES, SEED, add_options, alternate, load_library, medians, peak_memory, report
+from common import DTYPES, MIB, SEED, add_options, alternate, load_library, medians, peak_memory, report
 from torch import Tensor
 
 load_library()
@@ -137,7 +137,7 @@ def main() -> None:
                         name,
                         seconds[name],
                         seconds[THEIRS] / seconds[name],
-                        memory[name] / 2**20,
+                        memory[name] / MIB,
                         memory[name] / memory[THEIRS],
                         off,
                     ]
