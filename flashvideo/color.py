@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .progress import Progress, no_progress
@@ -55,12 +56,11 @@ class LowBand:
 
     def __call__(self, picture: Tensor, out: Tensor | None = None) -> Tensor:
         """The low band of a picture [H, W, 3], float32; `out`, contiguous, receives it if given."""
-        height, width, channels = picture.shape
-        low = self._row_means @ picture.reshape(height, -1)  # [h, W*3]
-        low = low.unflatten(1, (width, channels)).transpose(1, 2)  # [h, 3, W]
+        low = self._row_means @ rearrange(picture, "h w c -> h (w c)")
+        low = rearrange(low, "h (w c) -> h c w", c=picture.shape[2])
         low = low @ self._column_means.T @ self._columns.T
         out = torch.empty_like(picture, memory_format=torch.contiguous_format) if out is None else out
-        torch.mm(self._rows, low.transpose(1, 2).flatten(1), out=out.view(height, -1))  # [H, W*3]
+        torch.mm(self._rows, rearrange(low, "h c w -> h (w c)"), out=out.view(len(out), -1))
         return out
 
 

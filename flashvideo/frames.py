@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .color import METHODS, match_colors
@@ -240,11 +241,11 @@ def resize(
     for start in range(0, count, step):
         chunk = frames[start : start + step]
         if not same_size:
-            planes = chunk.permute(0, 3, 1, 2)  # [t, 3, H, W]
+            planes = rearrange(chunk, "t h w c -> t c h w")
             if planes.device.type in _ALIASING:
                 planes = planes.cpu()
             planes = F.interpolate(planes, (height, width), mode=resample, **antialias)
-            chunk = planes.clamp_(0, 1).permute(0, 2, 3, 1)  # [t, height, width, 3]; bicubic overshoots
+            chunk = rearrange(planes.clamp_(0, 1), "t c h w -> t h w c")  # bicubic overshoots
         out[start : start + step] = chunk
         if progress is not None:
             progress(min(start + step, count), count)
@@ -266,12 +267,12 @@ def extend_edges(canvas: Tensor, frames: int, height: int, width: int) -> None:
 
 def to_video(frames: Tensor) -> Tensor:
     """Frames [T, H, W, 3] in [0, 1] as a video [1, 3, T, H, W] in [-1, 1]."""
-    return (frames * 2 - 1).permute(3, 0, 1, 2).unsqueeze(0)
+    return rearrange(frames * 2 - 1, "t h w c -> 1 c t h w")
 
 
 def to_frames(video: Tensor) -> Tensor:
     """A video [B, 3, T, H, W] in [-1, 1] as frames [B*T, H, W, 3], clamped to [0, 1]."""
-    return ((video + 1) / 2).clamp_(0, 1).permute(0, 2, 3, 4, 1).flatten(0, 1)
+    return rearrange(((video + 1) / 2).clamp_(0, 1), "b c t h w -> (b t) h w c")
 
 
 def to_bytes(frames: Tensor) -> Tensor:

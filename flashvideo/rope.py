@@ -8,6 +8,7 @@ column. Positions are plain integers at every resolution: nothing is interpolate
 from __future__ import annotations
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 ROPE_BASE = 10000.0
@@ -30,15 +31,21 @@ def rope_table(frames: int, rows: int, columns: int, head_dim: int, device: torc
     head_dim / 2] in float32.
     """
     angles = []
-    for axis, (length, width) in enumerate(zip((frames, rows, columns), rope_axes(head_dim), strict=True)):
+    for length, width in zip((frames, rows, columns), rope_axes(head_dim), strict=True):
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
         positions = torch.arange(length, dtype=torch.float32, device=device)
-        shape = [1, 1, 1, width // 2]
-        shape[axis] = length
-        angle = torch.outer(positions, 1.0 / ROPE_BASE**exponents).view(shape)
-        angles.append(angle.expand(frames, rows, columns, -1))
-    table = torch.cat(angles, dim=-1).flatten(0, 2)  # [N, head_dim / 2]
+        angles.append(torch.outer(positions, 1.0 / ROPE_BASE**exponents))
+    table = per_token(*angles)
     return table.cos(), table.sin()
+
+
+def per_token(times: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Numbers of frames [T, a], rows [H, b] and columns [W, c] for each video token: [T * H * W, a + b + c]."""
+    t, h, w = times.shape[0], rows.shape[0], columns.shape[0]
+    by_frame = repeat(times, "t c -> t h w c", h=h, w=w)
+    by_row = repeat(rows, "h c -> t h w c", t=t, w=w)
+    by_column = repeat(columns, "w c -> t h w c", t=t, h=h)
+    return rearrange(torch.cat((by_frame, by_row, by_column), dim=-1), "t h w c -> (t h w) c")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import DiTConfig, VAEConfig, video_shape
@@ -131,7 +132,7 @@ def _linear_layers(config: DiTConfig, device: torch.device, dtype: torch.dtype) 
     step = torch.zeros(1, device=device) if config.degradation_embedding else None
 
     def skip(q: Tensor, _k: Tensor, _v: Tensor, _heads: int, _start: int) -> Tensor:
-        return q.transpose(1, 2).flatten(2)
+        return rearrange(q, "b heads n width -> b n (heads width)")
 
     def work(side: int) -> tuple[Callable[[], Tensor], float]:
         latent = torch.randn(1, config.in_channels, LATENT_FRAMES, side, side, device=device, dtype=dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...color import LowBand
@@ -135,13 +136,14 @@ def optical_flow(truth: Tensor) -> Tensor:
 
 
 def warp(frames: Tensor, flow: Tensor) -> Tensor:
-    """The next frame brought back along the flow [T - 1, 2, H, W] to lie on each frame: [T - 1, H, W, 3], bilinear."""
+    """The next frame moved back along the flow [T - 1, 2, H, W] onto each frame: [T - 1, H, W, 3], bilinear."""
     height, width = frames.shape[1:3]
     rows = torch.arange(height)[:, None] + flow[:, 0]
     columns = torch.arange(width)[None] + flow[:, 1]
     grid = torch.stack((columns * 2 / max(width - 1, 1) - 1, rows * 2 / max(height - 1, 1) - 1), dim=-1)
-    after = frames[1:].permute(0, 3, 1, 2)
-    return F.grid_sample(after, grid, padding_mode="border", align_corners=True).permute(0, 2, 3, 1)
+    after = rearrange(frames[1:], "t h w c -> t c h w")
+    warped = F.grid_sample(after, grid, padding_mode="border", align_corners=True)
+    return rearrange(warped, "t c h w -> t h w c")
 
 
 def warp_error(frames: Tensor, truth: Tensor, flow: Tensor) -> float:
@@ -186,7 +188,7 @@ def colour_shift(frames: Tensor, others: Tensor) -> float:
 
 
 def _shift(low: Tensor, other: Tensor) -> float:
-    """`colour_shift` of low bands. They are smooth: a pixel of SPARSE in each direction tells enough."""
+    """`colour_shift` of low bands. They are smooth: one pixel of SPARSE in each direction is enough."""
     low, other = (band[:, ::SPARSE, ::SPARSE].clamp(0, 1) for band in (low, other))
     return float(delta_e(low, other).mean())
 

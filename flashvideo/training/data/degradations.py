@@ -1,9 +1,9 @@
-"""What a draft lacks, done to a clean clip: the inputs from which stage II learns (FlashVideo section 3.3).
+"""Degradations of clean clips, which make them as poor as drafts: stage II learns from these (FlashVideo section 3.3).
 
-A transform is called with a clip [3, T, H, W] in [-1, 1], float32, and a CPU generator, from which all its random
-numbers come; it gives a clip in [-1, 1] back, on the same device, and leaves the one it was given alone. Its
-parameters are drawn once a clip, so that no degradation flickers but noise. Transforms are settings as well: frozen
-dataclasses whose ranges (low, high) a config can set.
+A transform takes a clip [3, T, H, W] in [-1, 1], float32, and a CPU generator for all its random numbers. It returns a
+new clip in [-1, 1] on the same device and doesn't change its input. Its parameters are drawn once per clip, so that no
+degradation flickers except noise. Transforms are settings as well: frozen dataclasses whose ranges (low, high) a config
+can set.
 
 The weak pixel degradation is the official code's. It left the strong one out; ours follows the practice of
 Real-ESRGAN (arXiv 2107.10833) and RealBasicVSR (arXiv 2111.12704): blur, resizing, noise and compression in random
@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...degradation import degrade_latent
@@ -71,8 +72,8 @@ def resize_frames(video: Tensor, height: int, width: int, resampler: str) -> Ten
     if resampler not in RESAMPLERS:
         raise ValueError(f"resampler must be one of {', '.join(RESAMPLERS)}; got {resampler!r}")
     options = {} if resampler == "area" else {"antialias": True, "align_corners": False}
-    resized = F.interpolate(video.transpose(0, 1), (height, width), mode=resampler, **options)
-    return resized.transpose(0, 1).clamp(-1, 1)
+    resized = F.interpolate(rearrange(video, "c t h w -> t c h w"), (height, width), mode=resampler, **options)
+    return rearrange(resized, "t c h w -> c t h w").clamp(-1, 1)
 
 
 def shrink_and_enlarge(video: Tensor, factor: float) -> Tensor:
@@ -86,8 +87,9 @@ def shrink_and_enlarge(video: Tensor, factor: float) -> Tensor:
     if not 1 <= factor <= min(height, width):
         raise ValueError(f"factor must be from 1 to the shorter side of {height}x{width} pixels; got {factor}")
     options = {"mode": "bilinear", "antialias": True, "align_corners": False}
-    small = F.interpolate(video.transpose(0, 1), scale_factor=1 / factor, recompute_scale_factor=False, **options)
-    return F.interpolate(small, (height, width), **options).transpose(0, 1)
+    frames = rearrange(video, "c t h w -> t c h w")
+    small = F.interpolate(frames, scale_factor=1 / factor, recompute_scale_factor=False, **options)
+    return rearrange(F.interpolate(small, (height, width), **options), "t c h w -> c t h w")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def sinc_kernel(cutoff: float) -> Tensor:
     """Round low-pass filter that ends at `cutoff`, 0 to pi radians a pixel, and rings: [21, 21], sum 1."""
     x, y = _grid(SINC_RADIUS)
     distance = (x**2 + y**2).sqrt()
-    distance[SINC_RADIUS, SINC_RADIUS] = 1  # the formula's limit stands there below
+    distance[SINC_RADIUS, SINC_RADIUS] = 1  # replaced by the formula's limit below
     kernel = cutoff * torch.special.bessel_j1(cutoff * distance) / (2 * math.pi * distance)
     kernel[SINC_RADIUS, SINC_RADIUS] = cutoff**2 / (4 * math.pi)
     return kernel / kernel.sum()
@@ -148,7 +150,8 @@ def _grid(radius: int) -> tuple[Tensor, Tensor]:
 def filter_frames(video: Tensor, kernel: Tensor) -> Tensor:
     """Convolve every frame of [3, T, H, W] with [K, K], K odd; borders repeat the last pixel; clamped to [-1, 1]."""
     reach = kernel.shape[0] // 2
-    padded = F.pad(video, (reach, reach, reach, reach), mode="replicate").flatten(0, 1)  # [3 * T, H + K - 1, W + K - 1]
+    padded = F.pad(video, (reach, reach, reach, reach), mode="replicate")
+    padded = rearrange(padded, "c t h w -> (c t) h w")
     # As channels of one picture frames go through several times faster on a CPU than as a batch of one channel.
     kernels = kernel.to(video).repeat(len(padded), 1, 1, 1)
     return F.conv2d(padded[None], kernels, groups=len(padded)).view(video.shape).clamp(-1, 1)
@@ -156,7 +159,7 @@ def filter_frames(video: Tensor, kernel: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Blur:
-    """A Gaussian, round or oblong, or now and then a sinc filter, which rings at edges as sharpened videos do."""
+    """A Gaussian, round or oblong, or sometimes a sinc filter, which rings at edges as sharpened videos do."""
 
     sigma: tuple[float, float] = (0.3, 2.0)  # pixels
     oblong: float = 0.5  # probability that the two directions' sigmas differ
@@ -192,7 +195,7 @@ def add_gaussian_noise(
 def add_photon_noise(
     video: Tensor, photons: float, generator: torch.Generator, *, grey: bool = False, still: bool = False
 ) -> Tensor:
-    """Count photons in [3, T, H, W], `photons` of them at white: Poisson noise, clamped to [-1, 1].
+    """Add Poisson noise to [3, T, H, W], that of `photons` counted photons at white; clamped to [-1, 1].
 
     With x the brightness in [0, 1], the variance is x / photons. `grey` counts the luma's and adds their noise to the
     three colours, `still` adds the first frame's noise to all.
@@ -215,7 +218,7 @@ class Noise:
     photons: tuple[float, float] = (150.0, 10000.0)  # Poisson's, at white
     poisson: float = 0.5  # probability of Poisson
     grey: float = 0.4  # probability that the colours share it
-    still: float = 0.2  # probability that the frames share it, as a dirty lens's
+    still: float = 0.2  # probability that the frames share it, like that of a dirty lens
 
     def __call__(self, video: Tensor, generator: torch.Generator) -> Tensor:
         """[3, T, H, W] -> the same shape."""
@@ -259,7 +262,7 @@ class VideoCompression:
 
 @dataclass(frozen=True)
 class Sometimes:
-    """A transform that is done with a probability."""
+    """A transform that is applied with a probability."""
 
     transform: Transform
     probability: float
@@ -271,7 +274,7 @@ class Sometimes:
 
 @dataclass(frozen=True)
 class RandomOrder:
-    """All of some transforms, one after the other in an order drawn anew for each clip."""
+    """Several transforms, one after the other, in an order that is drawn for each clip."""
 
     transforms: tuple[Transform, ...]
 
@@ -286,7 +289,7 @@ class RandomOrder:
 class StrongDegradation:
     """Rounds of blur, resizing, noise, JPEG and video compression, each round in its own random order.
 
-    Each is done with its own probability; at the end the clip is resized to the size it had.
+    Each is applied with its own probability; at the end the clip is resized to the size it had.
     """
 
     rounds: int = 2

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import TrainingError
@@ -81,11 +82,11 @@ class RealClips:
         top, left = draw.randint(0, clip.height - rows), draw.randint(0, clip.width - columns)
         times = self._times(clip, draw)
         pixels = self._frames(clip)[times, top : top + rows, left : left + columns]
-        video = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)  # [T, 3, rows, columns]
+        video = rearrange(torch.from_numpy(np.array(pixels)), "t row column c -> t c row column")
         if (rows, columns) != (self.height, self.width):
             size = self.height, self.width
             video = F.interpolate(video, size, mode="bicubic", antialias=True, align_corners=False)
-        video = video.permute(1, 0, 2, 3).float() / 127.5 - 1
+        video = rearrange(video, "t c h w -> c t h w").float() / 127.5 - 1
         flipped = draw.random() < 0.5 and self.cut.flip and not _SIDES.search(clip.caption)
         return (video.flip(-1) if flipped else video.contiguous()), clip.caption
 

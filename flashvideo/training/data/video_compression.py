@@ -12,6 +12,7 @@ import types
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -106,9 +107,10 @@ def _pyav() -> types.ModuleType:
 def _to_bytes(video: Tensor) -> np.ndarray:
     """[3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
     levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round()
-    return levels.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return rearrange(levels.byte(), "c t h w -> t h w c").contiguous().cpu().numpy()
 
 
 def _to_video(frames: np.ndarray, like: Tensor) -> Tensor:
     """Uint8 [T, H, W, 3] -> [3, T, H, W] in [-1, 1], on the device and of the type of `like`."""
-    return (torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).to(like.device) / 127.5 - 1).to(like)
+    video = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> c t h w")
+    return (video.to(like.device) / 127.5 - 1).to(like)

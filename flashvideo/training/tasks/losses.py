@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...schedule import STAGE2_SHIFT, TRAIN_STEPS, shift_times, zero_snr_signal
@@ -42,7 +43,7 @@ def pixel_loss(
     "loss" = "reconstruction" + `gradient` * "gradient" + `texture` * "texture" + `motion` * "motion", where
     "reconstruction" is the mean absolute error, "gradient" that of the differences between neighbouring frames, rows
     and columns, which keeps edges sharp and stills steady, "texture" see `texture_distance`, and "motion" the frames'
-    part of "gradient" once more. The names hold scalars; terms without a weight are left out where they aren't free.
+    part of "gradient" once more. All values are scalars; terms without a weight are left out if they cost time.
     """
     error = prediction.float() - video.float()
     terms = {"reconstruction": error.abs().mean(), "gradient": _gradient(error)}
@@ -70,17 +71,17 @@ def vae_loss(
 
 
 def texture_distance(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """How differently strong the detail of two videos [B, 3, T, H, W] is, wherever exactly it lies: a scalar.
+    """By how much the strength of detail differs between two videos [B, 3, T, H, W], wherever exactly it is: a scalar.
 
-    Compares the root mean square of pixel differences in every patch of 8 x 8: grass may be other grass, not a blur.
-    Without it, what a latent can't hold is best painted as its mean.
+    Compares the root mean square of pixel differences in patches of 8 x 8: grass may be other grass, but not a blur.
+    Without this loss, detail that a latent can't hold is best painted as its mean.
     """
     return (_roughness(reconstruction) - _roughness(video)).abs().mean()
 
 
 def _roughness(video: Tensor) -> Tensor:
     """Root mean square of the differences between neighbouring pixels, over patches: [B, 3 T, H / 8, W / 8]."""
-    frames = video.flatten(1, 2)
+    frames = rearrange(video, "b c t h w -> b (c t) h w")
     down, right = F.pad(frames.diff(dim=-2), (0, 0, 0, 1)), F.pad(frames.diff(dim=-1), (0, 1))
     return (F.avg_pool2d(down.square() + right.square(), TEXTURE_PATCH, ceil_mode=True) + TEXTURE_FLOOR).sqrt()
 

@@ -1,4 +1,4 @@
-"""What both stages' training shares: the diffusion transformer to be trained, its text, and its export."""
+"""What the training of both stages shares: the diffusion transformer that learns, its text, and its export."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +53,7 @@ class NetworkSettings:
 
 @dataclass(frozen=True)
 class ShortText:
-    """The first part of training sees only the beginning of contexts: after a short caption follows padding."""
+    """In the first part of training only the beginning of contexts is seen: the rest of a short caption is padding."""
 
     tokens: int = TEXT_TOKENS
     until: int = 0  # the step from which on whole contexts are seen, as they are in use
@@ -63,7 +64,7 @@ class ShortText:
             raise TrainingError(f"[short_text] tokens must be 1 to {TEXT_TOKENS}; got {self.tokens}.")
 
     def cut(self, text: Tensor, step: int) -> Tensor:
-        """What is seen of contexts [B, 226, width], or of tokens [B, 226], in this step."""
+        """The part of contexts [B, 226, width], or of tokens [B, 226], that is seen in this step."""
         return text[:, : self.tokens] if step < self.until else text
 
 
@@ -122,11 +123,11 @@ def attention_products(q: Tensor, k: Tensor, v: Tensor, heads: int, start: int =
 
     It is the same wherever the queries `start`.
     """
-    q, k, v = (each.flatten(0, 1) for each in (q, k, v))
-    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    q, k, v = (rearrange(each, "b heads n width -> (b heads) n width") for each in (q, k, v))
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.mT)
     with torch.autocast(q.device.type, enabled=False):
         weights = scores.softmax(-1)
-    return torch.bmm(weights, v).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+    return rearrange(torch.bmm(weights, v), "(b heads) n width -> b n (heads width)", heads=heads)
 
 
 def export_network(
@@ -146,14 +147,14 @@ def export_network(
 
 
 class FrozenText:
-    """A text encoder that doesn't learn: gives contexts for the latents' shards, and is then let go."""
+    """A text encoder that doesn't learn: it gives contexts for the cached latents, and is then freed."""
 
     def __init__(self, path: str, tokenizer: str, device: torch.device) -> None:
         """Check the files; the encoder itself is read when it is first needed."""
         if not Path(path).is_file():
             raise TrainingError(f"{path or 'text_encoder'}: there is no such text encoder. Train it, or set `text`.")
         self.path, self.device = Path(path), device
-        self.digest = sha256(self.path, lambda *_: None)  # tells the latents of one encoder from another's
+        self.digest = sha256(self.path, lambda *_: None)  # separates the cached latents of different encoders
         self.tokens = T5Tokens(tokenizer)
         self._encoder: T5Encoder | None = None
 
@@ -171,7 +172,7 @@ class FrozenText:
 
 @contextmanager
 def set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a model wait in main memory while others need the device."""
+    """Keep a model in main memory while others need the device."""
     model.to("cpu")
     try:
         yield

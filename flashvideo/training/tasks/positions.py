@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import DiTConfig
 from ...dit import FlashVideoDiT, PatchEmbed, sinusoid
-from ...rope import rope_axes
+from ...rope import per_token, rope_axes
 
 
 def sinusoidal_positions(frames: int, rows: int, columns: int, width: int, device: torch.device) -> Tensor:
@@ -21,13 +21,8 @@ def sinusoidal_positions(frames: int, rows: int, columns: int, width: int, devic
     The width is shared among the axes as rotary positions share a head's: a quarter for time, the rest for rows and
     columns. Positions are plain integers. Raises ValueError if `width` is no multiple of 16.
     """
-    axes = []
-    for axis, (length, part) in enumerate(zip((frames, rows, columns), rope_axes(width), strict=True)):
-        shape = [1, 1, 1, part]
-        shape[axis] = length
-        waves = sinusoid(torch.arange(length, device=device), part).view(shape)
-        axes.append(waves.expand(frames, rows, columns, -1))
-    return torch.cat(axes, dim=-1).flatten(0, 2)
+    sizes = zip((frames, rows, columns), rope_axes(width), strict=True)
+    return per_token(*(sinusoid(torch.arange(length, device=device), part) for length, part in sizes))
 
 
 class AbsolutePatchEmbed(PatchEmbed):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,22 +33,12 @@ from ..errors import TrainingError
 from ..loop.checkpointing import export_weights
 from ..loop.metrics import sheet
 from ..randomness import generator_for, normal_like
+from . import networks
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
-from .networks import (
-    FrozenText,
-    NetworkSettings,
-    ShortText,
-    as_called,
-    describe_network,
-    export_network,
-    held_out_batch,
-    make_network,
-    set_aside,
-)
 from .text import fresh_encoder, text_metadata
 
 VALIDATION_SEED = 1
-LAYOUT_LAYER = 3  # whose tokens must tell where subjects are: the layers after it draw
+LAYOUT_LAYER = 3  # whose tokens must contain where the subjects are; later layers draw them
 LAYOUT_CELL = 4  # pixels
 
 
@@ -63,9 +54,9 @@ class SheetSettings:
 
 @dataclass(frozen=True)
 class ShortClips:
-    """The first part of training sees the beginnings of clips, stills among them; all of a step have one length.
+    """In the first part of training only the beginnings of clips are seen, stills included; a step has one length.
 
-    They teach what things look like at a fraction of a clip's time. Whole clips are for motion.
+    They teach how things look, in a fraction of the time of whole clips. Whole clips teach motion.
     """
 
     lengths: tuple[int, ...] = ()  # in latent frames: one is drawn for each step; empty for whole clips
@@ -97,9 +88,9 @@ class Stage1Settings:
     caption_dropout: float = CAPTION_DROPOUT
     timestep_power: float = 1.0  # below 1, noisy timesteps are drawn more often: there the layout is decided
     layout_weight: float = 0.0  # of the layout's loss; it is of the whole drawn scenes among the clips
-    short_text: ShortText = field(default_factory=ShortText)
+    short_text: networks.ShortText = field(default_factory=networks.ShortText)
     short_clips: ShortClips = field(default_factory=ShortClips)
-    network: NetworkSettings = field(default_factory=NetworkSettings)
+    network: networks.NetworkSettings = field(default_factory=networks.NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
 
     def __post_init__(self) -> None:
@@ -113,9 +104,9 @@ class Stage1Settings:
 class Layout(nn.Module):
     """Predicts from a layer's video tokens how much of each square of 4 x 4 pixels the subjects cover.
 
-    Learns along with the network and is then left behind. A draft's shapes are few tokens large, and v says little
-    of them: with this, the layers before it must settle them from the first steps on (as arXiv 2410.06940 does with
-    the features of another network).
+    It learns along with the network and isn't exported. A draft's shapes are few tokens large, and count little in the
+    loss of v: with this loss, the layers before it must place them from the first steps on (as arXiv 2410.06940 does
+    with the features of another network).
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -127,15 +118,15 @@ class Layout(nn.Module):
         nn.init.zeros_(self.read.bias)
 
     def forward(self, tokens: Tensor, layout: Tensor) -> Tensor:
-        """Binary cross entropy of tokens [B, T' * rows * columns, hidden] to a layout [B, T, H / 4, W / 4].
+        """Binary cross entropy between tokens [B, T' * rows * columns, hidden] and a layout [B, T, H / 4, W / 4].
 
         The layout may be of a longer clip. Clips whose layout isn't known (NaN) don't count.
         """
         # The first latent frame is of one frame, the others of four each.
-        later = layout[:, 1:].unflatten(1, (-1, TEMPORAL_FACTOR)).mean(2)
+        later = reduce(layout[:, 1:], "b (t frame) y x -> b t y x", "mean", frame=TEMPORAL_FACTOR)
         frames = torch.cat((layout[:, :1], later), dim=1)
-        cells = frames.unflatten(-1, (-1, self.side)).unflatten(2, (-1, self.side))
-        wanted = cells.transpose(3, 4).flatten(4).flatten(1, 3)[:, : tokens.shape[1]]  # [B, T' * rows * columns, ...]
+        squares = "b t (row y) (column x) -> b (t row column) (y x)"
+        wanted = rearrange(frames, squares, y=self.side, x=self.side)[:, : tokens.shape[1]]
         known = ~wanted.isnan()
         losses = F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted.nan_to_num(), reduction="none")
         return (losses * known).sum() / known.sum().clamp(min=1)
@@ -178,7 +169,7 @@ class Stage1Task:
         """Build or load the networks, and encode the held-out clips that aren't in the cache yet."""
         self.settings, self.device = settings, device
         self.vae = FrozenVAE(settings.vae, device)
-        frozen = None if settings.train_text else FrozenText(settings.text, settings.tokenizer, device)
+        frozen = None if settings.train_text else networks.FrozenText(settings.text, settings.tokenizer, device)
         self.frozen, self.tokens = frozen, frozen.tokens if frozen else T5Tokens(settings.tokenizer)
         self.clips, self.held_out = (self._cached(split) for split in ("train", "validation"))
         self.held_out.fill()
@@ -189,7 +180,7 @@ class Stage1Task:
         if frozen is not None:  # before the network needs its place
             self._prompt_contexts = frozen(self.prompts)
             frozen.release()
-        dit = make_network(settings.network, 1, settings.seed, device)
+        dit = networks.make_network(settings.network, 1, settings.seed, device)
         self.model = nn.ModuleDict({"dit": dit})
         if frozen is None:
             self.model["text"] = self._encoder().to(device)
@@ -197,7 +188,7 @@ class Stage1Task:
             self.model["layout"] = Layout(dit.config.hidden_size, dit.config.patch_size).to(device)
         source = settings.clips.open("train", settings.seed) if settings.layout_weight else None
         self.data = DraftData(self.clips, settings.batch, settings.seed, None if frozen else self.tokens, source)
-        self.description = {**describe_network(dit, settings.network), "train_text": settings.train_text}
+        self.description = {**networks.describe_network(dit, settings.network), "train_text": settings.train_text}
 
     def _encoder(self) -> T5Encoder:
         if self.settings.text:
@@ -222,7 +213,7 @@ class Stage1Task:
 
     def prepare(self) -> None:
         """Encode the clips that aren't in the cache yet."""
-        with set_aside(self.model, self.device):
+        with networks.set_aside(self.model, self.device):
             self.clips.fill()
             if self.frozen is not None:
                 self.frozen.release()
@@ -242,7 +233,7 @@ class Stage1Task:
         places = generator_for(settings.seed, "time", index)
         timestep = _spread_timesteps(len(latent), places, settings.timestep_power).to(latent.device)
         layers: dict[int, Tensor] = {}
-        network = as_called(
+        network = networks.as_called(
             self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks, watch=layers.__setitem__
         )
         loss = stage1_loss(network, latent, context, noise, timestep)
@@ -253,12 +244,12 @@ class Stage1Task:
 
     def validate(self) -> dict[str, float]:
         """Part of v that is explained on held-out clips, over fixed noise and timesteps; and without the text."""
-        batch = {name: value.to(self.device) for name, value in held_out_batch(self.held_out, 16).items()}
+        batch = {name: value.to(self.device) for name, value in networks.held_out_batch(self.held_out, 16).items()}
         if "text" in self.model:
             captions = [self.held_out.caption(index) for index in range(len(batch["latent"]))]
             batch["tokens"] = self.tokens(captions).to(self.device)
         latent, context = batch["latent"] * STAGE1_LATENT_SCALE, self._context(batch)
-        network = as_called(self.model["dit"])
+        network = networks.as_called(self.model["dit"])
         totals = torch.zeros(3)
         for draw in range(4):
             noise = normal_like(latent, generator_for(VALIDATION_SEED, "noise", draw))
@@ -301,7 +292,7 @@ class Stage1Task:
         with torch.no_grad():
             scores = self.validate()
         written: dict[Path, dict[str, Any]] = {
-            export_network(folder, self.model["dit"], self.settings.network, step, scores): scores
+            networks.export_network(folder, self.model["dit"], self.settings.network, step, scores): scores
         }
         if "text" in self.model:
             path = folder / "text_encoder.safetensors"
@@ -311,7 +302,7 @@ class Stage1Task:
 
 
 def _nothing(latent: Tensor, *_: Any) -> Tensor:
-    """What an untrained network says."""
+    """The output of an untrained network."""
     return torch.zeros_like(latent)
 
 

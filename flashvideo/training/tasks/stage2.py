@@ -31,18 +31,8 @@ from ..data.latents import (
 from ..errors import TrainingError
 from ..loop.metrics import psnr, sheet
 from ..randomness import generator_for, normal_like, randint
+from . import networks
 from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step
-from .networks import (
-    FrozenText,
-    NetworkSettings,
-    ShortText,
-    as_called,
-    describe_network,
-    export_network,
-    held_out_batch,
-    make_network,
-    set_aside,
-)
 from .pixels import PixelSettings, visible_loss, visible_part, weighted_loss
 
 VALIDATION_SEED = 1
@@ -144,10 +134,10 @@ class Stage2Settings:
     tokenizer: str = ""
     shift: float = STAGE2_SHIFT
     caption_dropout: float = CAPTION_DROPOUT
-    short_text: ShortText = field(default_factory=ShortText)
+    short_text: networks.ShortText = field(default_factory=networks.ShortText)
     degradation: DegradationSettings = field(default_factory=DegradationSettings)
     pixels: PixelSettings = field(default_factory=PixelSettings)
-    network: NetworkSettings = field(default_factory=NetworkSettings)
+    network: networks.NetworkSettings = field(default_factory=networks.NetworkSettings)
     sheet: SheetSettings = field(default_factory=SheetSettings)
 
     def __post_init__(self) -> None:
@@ -214,23 +204,23 @@ class Stage2Task:
         """Build or load the network, and encode the held-out clips that aren't in the cache yet."""
         self.settings, self.device = settings, device
         self.vae = FrozenVAE(settings.vae, device)
-        self.text = FrozenText(settings.text, settings.tokenizer, device)
+        self.text = networks.FrozenText(settings.text, settings.tokenizer, device)
         self.clips = [self._cached(phase.clips, "train") for phase in settings.phases]
         self.held_out = self._cached(settings.phases[-1].clips, "validation")
         self.held_out.fill()
         self.text.release()
         self.model = self.network()
         self.data = PairData(settings, self.clips)
-        self.description = describe_network(self.model, settings.network)
+        self.description = networks.describe_network(self.model, settings.network)
         self._references: list[tuple[Tensor, Tensor]] = []
 
     def network(self) -> FlashVideoDiT:
         """Make the network that learns; a variant of stage II has another one."""
-        return make_network(self.settings.network, 2, self.settings.seed, self.device)
+        return networks.make_network(self.settings.network, 2, self.settings.seed, self.device)
 
     def called(self, _reference: Tensor) -> Network:
         """The network as losses and samplers call it; a variant may show it the scaled reference [B, C, T, H, W]."""
-        return as_called(self.model, checkpoint_blocks=self.settings.network.checkpoint_blocks)
+        return networks.as_called(self.model, checkpoint_blocks=self.settings.network.checkpoint_blocks)
 
     def _degraded(self, video: Tensor, *names: str | int) -> dict[str, Tensor]:
         weak = WeakDegradation(self.settings.degradation.factor)
@@ -263,7 +253,7 @@ class Stage2Task:
 
     def prepare(self) -> None:
         """Encode the clips that aren't in the cache yet."""
-        with set_aside(self.model, self.device):
+        with networks.set_aside(self.model, self.device):
             for clips in self.clips:
                 clips.fill()
             self.text.release()
@@ -288,10 +278,9 @@ class Stage2Task:
     def validate(self) -> dict[str, float]:
         """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references.
 
-        Where pixels count, first what is left of their error, with the other sign: a velocity that shows in pixels may
-        explain less of the whole.
+        If pixels count, minus their loss comes first: a velocity that is better in pixels may explain less.
         """
-        entries = held_out_batch(self.held_out, 8)
+        entries = networks.held_out_batch(self.held_out, 8)
         batch = choose_reference(entries, self.settings.degradation, torch.ones(len(entries["clean"])))
         explained = []
         for row in range(len(batch["clean"])):  # one by one: full resolution takes memory
@@ -353,8 +342,8 @@ class Stage2Task:
         return self._references
 
     def sheet(self) -> Image.Image:
-        """Held-out clips: what goes in, what comes out, what it should be."""
-        entries = held_out_batch(self.held_out, self._shown())
+        """Held-out clips: the reference, the refined clip and the clean clip."""
+        entries = networks.held_out_batch(self.held_out, self._shown())
         batch = choose_reference(entries, self.settings.degradation, torch.ones(len(entries["clean"])))
         rows = []
         for index, (refined, (low, clean)) in enumerate(zip(self.refine(batch), self._pairs(), strict=True)):
@@ -366,7 +355,7 @@ class Stage2Task:
         """Write stage2.safetensors, or stage2_lora.safetensors."""
         with torch.no_grad():
             scores = self.validate()
-        return {export_network(folder, self.model, self.settings.network, step, scores): scores}
+        return {networks.export_network(folder, self.model, self.settings.network, step, scores): scores}
 
 
 def _spread_uniform(count: int, generator: torch.Generator) -> Tensor:

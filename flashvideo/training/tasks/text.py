@@ -1,10 +1,12 @@
 """Training of the miniature text encoder.
 
-The miniature learns twice. First alone, and fast: every token's output must tell the token itself and its neighbours
-("circle" knows that it is red and striped, and that it moves), so that no word is lost and a colour stays with its
-shape. Then, if the config says so, together with stage I, which tells it what matters for the picture.
+The miniature learns twice. First alone, and fast: every token's output must predict the token itself and its
+neighbours (the output of "circle" knows that the circle is red, striped and moves), so that no word is lost and a
+colour stays with its shape. Then, if the config asks for it, together with stage I, from which it learns what matters
+for the picture.
 
-An earlier aim, to read all words from the mean of the outputs, lost the shapes: 48 numbers don't hold a sentence.
+Predicting all words from the mean of the outputs was tried before, and lost the shapes: 48 numbers can't hold a
+sentence.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,7 +30,7 @@ from ..loop.metrics import text_page
 from ..scenes.stream import SceneStream
 from .networks import ShortText
 
-NEIGHBOURS = (-3, -2, -1, 0, 1, 2)  # places, seen from a token, whose tokens it must tell: "a dotted red circle moves"
+NEIGHBOURS = (-3, -2, -1, 0, 1, 2)  # positions, relative to a token, of those that it must predict
 _PADDING = 0
 _UNKNOWN = -100  # the target of tokens that captions don't have; such places are left out of the loss
 
@@ -69,7 +72,7 @@ class CaptionData(Dataset):
 
 
 class TextTask:
-    """The text encoder's own training as the loop sees it."""
+    """The text encoder's own training, for the training loop."""
 
     def __init__(self, settings: TextSettings, device: torch.device) -> None:
         """Build the encoder with fresh weights, and a linear layer that reads each token's output."""
@@ -96,25 +99,25 @@ class TextTask:
         return {"loss": F.cross_entropy(guesses, targets, ignore_index=_UNKNOWN)}
 
     def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What each token's output [B, N] tells of its neighbours, [K, known], and what they are, [K].
+        """Predictions of the neighbours of each token of [B, N], [K, known], and what the neighbours are, [K].
 
-        Padding tells nothing; it is a neighbour like any other. What lies outside the text is left out.
+        Padding predicts nothing, but is predicted as a neighbour. Positions outside the text are left out.
         """
         guesses = self.model["reader"](self.model["encoder"](tokens)).float()
-        guesses = guesses.unflatten(-1, (len(NEIGHBOURS), -1))  # [B, N, neighbours, known]
+        guesses = rearrange(guesses, "b n (neighbours known) -> b n neighbours known", neighbours=len(NEIGHBOURS))
         reach = max(map(abs, NEIGHBOURS))
         around = F.pad(self._places.to(tokens.device)[tokens], (reach, reach), value=_UNKNOWN)
         count = tokens.shape[1]
         targets = torch.stack([around[:, reach + place :][:, :count] for place in NEIGHBOURS], -1)
         written = tokens != _PADDING
-        return guesses[written].flatten(0, 1), targets[written].flatten()
+        return rearrange(guesses[written], "n neighbours known -> (n neighbours) known"), targets[written].flatten()
 
     def validate(self) -> dict[str, float]:
         """Of held-out captions: the share of neighbours that are predicted right, and of captions without a mistake."""
-        told = [self._predicted(row) for row in self._held_out[0]["tokens"]]
+        right = [self._predicted(row) for row in self._held_out[0]["tokens"]]
         return {
-            "told": torch.cat(told).float().mean().item(),
-            "flawless": sum(each.all().item() for each in told) / len(told),
+            "told": torch.cat(right).float().mean().item(),
+            "flawless": sum(each.all().item() for each in right) / len(right),
         }
 
     def _predicted(self, tokens: Tensor) -> Tensor:
@@ -141,5 +144,5 @@ def _captions(split: str, seed: int) -> SceneStream:
 
 
 def text_metadata(step: int) -> dict[str, str]:
-    """Return what a text encoder's file says of itself."""
+    """The metadata of a text encoder's file."""
     return {"flashvideo.trained": "true", "flashvideo.step": str(step)}

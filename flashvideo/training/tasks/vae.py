@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -119,7 +120,7 @@ class VAESettings:
     clips: Footage = field(default_factory=Footage)  # where clips come from
 
     def __post_init__(self) -> None:
-        """Refuse noise on latents that are still being learnt: there is no telling how much of it would be left.
+        """Refuse noise on latents that still learn: they could grow until the noise no longer counts.
 
         And sources that can't be opened.
         """
@@ -186,7 +187,7 @@ def initialise(vae: VideoVAE, seed: int) -> None:
 
 
 class VAETask:
-    """The VAE as the training loop sees it."""
+    """Training of the VAE, for the training loop."""
 
     def __init__(self, settings: VAESettings, device: torch.device) -> None:
         """Build the network with fresh weights."""
@@ -237,9 +238,9 @@ class VAETask:
         return vae_loss(video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss))
 
     def validate(self) -> dict[str, float]:
-        """What is minimised, of held-out clips and with the other sign, first; their PSNR; the latents' deviation.
+        """Scores of held-out clips: first minus the loss, then PSNR and the latents' deviation.
 
-        PSNR alone would choose a blur where texture is learnt.
+        PSNR alone would prefer a blur where texture is learnt.
         """
         scores: dict[str, float] = {}
         losses, spreads = [], []
@@ -257,7 +258,7 @@ class VAETask:
         return {"score": score, "psnr": mean, **scores, "latent_std": sum(spreads) / len(spreads)}
 
     def _distance(self, video: Tensor, clip: Tensor) -> float:
-        """The loss of a reconstruction but for its latent's part."""
+        """The loss of a reconstruction without the latent's part."""
         nothing, weights = torch.zeros(1, device=clip.device), dataclasses.asdict(self.settings.loss)
         return vae_loss(video, clip, nothing, nothing, **{**weights, "kl": 0.0})["loss"].item()
 
@@ -313,7 +314,7 @@ class VAETask:
             for clip in self._clips(kind):
                 posterior = self.model.encode(clip.to(device))
                 noise = normal_like(posterior.mean, generator_for(VALIDATION_SEED, kind.name, len(draws)))
-                draws.append(posterior.sample(noise)[0].flatten(1))
+                draws.append(rearrange(posterior.sample(noise)[0], "c t h w -> c (t h w)"))
         return torch.cat(draws, dim=1).std(dim=1)
 
 
@@ -349,8 +350,8 @@ def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
         starts = range(1, video.shape[1], TEMPORAL_FACTOR)  # the first frame stands alone
         frames = [video[:, :1], *(video[:, start : start + TEMPORAL_FACTOR] for start in starts)]
         small = torch.stack([F.adaptive_avg_pool2d(part.mean(dim=1), size) for part in frames], dim=1)
-        rows.append(latent.float().flatten(1).T)
-        colours.append(small.float().flatten(1).T)
+        rows.append(rearrange(latent.float(), "c t h w -> c (t h w)").T)
+        colours.append(rearrange(small.float(), "c t h w -> c (t h w)").T)
     inputs = torch.cat(rows)
     inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), dim=1)
     return torch.linalg.lstsq(inputs, torch.cat(colours)).solution
