@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import tokenizers
+import torch
 from safetensors.torch import save_file
 
 from flashvideo.config import DiTConfig, VAEConfig
+from flashvideo.dit import FlashVideoDiT
 from flashvideo.nano import build_nano
+from flashvideo.refiner import Networks
 from flashvideo.training.tasks.text import fresh_encoder
 from flashvideo.training.tasks.vae import initialise
 from flashvideo.vae import VideoVAE
@@ -30,6 +33,12 @@ def write_models(folder: Path) -> None:
         if stage.startswith("stage"):
             save_file(state, folder / f"{stage}.safetensors")
     write_tokenizer(folder / "tokenizer.json")
+
+
+def tiny_networks() -> Networks:
+    """The refiner's networks with random weights, the same in every process."""
+    torch.manual_seed(0)
+    return Networks(FlashVideoDiT(TINY_REFINER).eval(), VideoVAE(TINY_VAE).eval(), torch.randn(1, 6, 8))
 
 
 def write_tokenizer(path: Path) -> None:

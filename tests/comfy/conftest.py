@@ -197,6 +197,27 @@ def submodule(pack: ModuleType) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture(scope="session")
+def our_nodes(comfy_nodes: dict[str, Any], pack: ModuleType) -> dict[str, Any]:
+    """The pack's own nodes by id."""
+    return {name: node for name, node in comfy_nodes.items() if node.__module__.startswith(f"{pack.__name__}.")}
+
+
+@pytest.fixture()
+def model_folder(comfy_base: Path) -> Iterator[Callable[[str], Path]]:
+    """ComfyUI's folder of a kind of models, emptied after the test."""
+    used: list[Path] = []
+
+    def folder(kind: str) -> Path:
+        used.append(comfy_base / "models" / kind)
+        used[-1].mkdir(parents=True, exist_ok=True)
+        return used[-1]
+
+    yield folder
+    for file in (file for path in used for file in path.iterdir()):
+        file.unlink()
+
+
+@pytest.fixture(scope="session")
 def model(submodule: Callable[[str], ModuleType]) -> Any:
     """Nano's refiner as a MODEL."""
     return submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage2"))
@@ -210,6 +231,22 @@ def text(model: Any) -> dict[str, list]:
     width = model.model.diffusion_model.config.text_dim
     context = torch.randn((1, 8, width), generator=torch.Generator().manual_seed(0))
     return {"positive": [[context, {}]], "negative": [[torch.zeros_like(context), {}]]}
+
+
+@pytest.fixture(scope="session")
+def degrade_and_refine(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., Any]:
+    """Degrade a latent with seed 1 and refine it, with the two nodes; `choices` are the refiner's inputs."""
+    import torch
+
+    degradation, refiner = (comfy_nodes[f"FlashVideo{name}"] for name in ("LatentDegradation", "Stage2Refiner"))
+
+    def run(model: Any, latent: torch.Tensor, strength: int, **choices: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            degraded = degradation.execute({"samples": latent}, strength=strength, seed=1).result[0]
+            choices = {"shift": 2.5, "solver": "euler", **text, **choices}
+            return refiner.execute(model=model, latent=degraded, **choices).result[0]["samples"]
+
+    return run
 
 
 @pytest.fixture()

@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 AUTO = -1
 HEIGHT, WIDTH = 48, 64  # pixels
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +25,7 @@ def chosen(submodule: Callable[[str], ModuleType]) -> int:
 @pytest.fixture()
 def latent() -> dict[str, Tensor]:
     """A LATENT of HEIGHT x WIDTH pixels, nine frames."""
-    return {"samples": numbers(1, 16, 3, HEIGHT // 8, WIDTH // 8, seed=1)}
+    return {"samples": normal(1, 16, 3, HEIGHT // 8, WIDTH // 8, seed=1)}
 
 
 @pytest.fixture()
@@ -114,7 +110,7 @@ def test_the_guiders_model_is_its_own_again(
         comfy_nodes[name].execute(value).result[0] for name, value in (("KSamplerSelect", "euler"), ("RandomNoise", 5))
     )
     runs = []
-    for latents in (latent, {"samples": numbers(1, 16, 3, 8, 8, seed=2)}, latent):  # another size in between
+    for latents in (latent, {"samples": normal(1, 16, 3, 8, 8, seed=2)}, latent):  # another size in between
         with torch.inference_mode():
             run = comfy_nodes["SamplerCustomAdvanced"].execute(noise, guider, sampler, sigmas, latents)
         runs.append(run.result[0]["samples"])

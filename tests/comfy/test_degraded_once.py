@@ -10,20 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 STRENGTH, OTHER = 675, 500
 Wire = list[Any]
 
 
-def numbers(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def smooth(*shape: int, seed: int) -> Tensor:
     """Numbers whose neighbours resemble each other, as in the latent of a picture."""
-    coarse = numbers(*shape[:-2], 3, 3, seed=seed)
+    coarse = normal(*shape[:-2], 3, 3, seed=seed)
     return torch.nn.functional.interpolate(coarse, (shape[2], *shape[-2:]), mode="trilinear")
 
 

@@ -12,6 +12,7 @@ import comfy.ldm.modules.attention as core_attention
 import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
+from draws import normal
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,11 +24,6 @@ VIEWS = ["wide view", "medium view", "narrow view"]
 TOLERANCE = 1e-4
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def fast(comfy_nodes: dict[str, Any], model: Any) -> Callable[..., Any]:
     """The MODEL behind the node."""
@@ -36,15 +32,11 @@ def fast(comfy_nodes: dict[str, Any], model: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def refine(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., Tensor]:
+def refine(degrade_and_refine: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Degrade a latent and refine it, with the two nodes."""
-    degradation, refiner = (comfy_nodes[f"FlashVideo{name}"] for name in ("LatentDegradation", "Stage2Refiner"))
 
     def run(model: Any, shape: tuple[int, ...] = SHAPE) -> Tensor:
-        with torch.inference_mode():
-            degraded = degradation.execute({"samples": normal(*shape)}, strength=STRENGTH, seed=1).result[0]
-            settings = {"steps": STEPS, "cfg": CFG, "shift": SHIFT, "solver": "euler"}
-            return refiner.execute(model=model, **text, latent=degraded, **settings).result[0]["samples"]
+        return degrade_and_refine(model, normal(*shape), STRENGTH, steps=STEPS, cfg=CFG, shift=SHIFT)
 
     return run
 

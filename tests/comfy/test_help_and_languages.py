@@ -30,11 +30,9 @@ Texts = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def schemas(comfy_nodes: dict[str, Any], pack: ModuleType) -> dict[str, Any]:
+def schemas(our_nodes: dict[str, Any]) -> dict[str, Any]:
     """The pack's schemas by node id."""
-    module = pack.__name__
-    nodes = {name: node for name, node in comfy_nodes.items() if node.__module__.startswith(f"{module}.")}
-    return {name: node.define_schema() for name, node in nodes.items()}
+    return {name: node.define_schema() for name, node in our_nodes.items()}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +15,9 @@ WIRES = ("IMAGE", "LATENT", "MODEL", "CONDITIONING", "VAE", "CLIP", "VIDEO")
 
 
 @pytest.fixture(scope="module")
-def schemas(comfy_nodes: dict[str, Any], pack: ModuleType) -> dict[str, tuple[Any, Any]]:
+def schemas(our_nodes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The pack's nodes with their schemas, by id."""
-    ours = {name: node for name, node in comfy_nodes.items() if node.__module__.startswith(f"{pack.__name__}.")}
-    return {name: (node, node.define_schema()) for name, node in ours.items()}
+    return {name: (node, node.define_schema()) for name, node in our_nodes.items()}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 STRENGTH, STEPS, SCALE = 675, 30, 1.15258426  # the latent's scale in the network
@@ -19,11 +20,6 @@ SPREAD_TOLERANCE = 0.12
 # LCM keeps nothing of a sample, and the other one narrows what it makes of any model: neither ends at the full spread.
 NARROW = {"lcm", "dpmpp_2s_ancestral_cfg_pp"}
 SAMPLERS = sorted(set(comfy.samplers.SAMPLER_NAMES) - NARROW)
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def expecting(weights: tuple[float, float]) -> Callable[..., Tensor]:
@@ -68,7 +64,7 @@ def test_every_sampler_ends_at_the_right_spread(
 ) -> None:
     ideal = model.clone()
     ideal.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "ideal", expecting(weights))
-    latent = numbers(1, 16, 3, 16, 16, seed=1) / SCALE
+    latent = normal(1, 16, 3, 16, 16, seed=1) / SCALE
     refined = sample(ideal, sampler, latent) * SCALE
     assert abs(float(refined.std()) - 1) < SPREAD_TOLERANCE
 
@@ -77,7 +73,7 @@ def test_every_sampler_ends_at_the_right_spread(
 def test_the_refiners_solvers_are_the_samplers_of_that_name(
     comfy_nodes: dict[str, Any], model: Any, text: dict[str, list], sample: Callable[..., Tensor], solver: str
 ) -> None:
-    latent, settings = numbers(1, 16, 3, 4, 6, seed=1), {"steps": 4, "cfg": 4.0}
+    latent, settings = normal(1, 16, 3, 4, 6, seed=1), {"steps": 4, "cfg": 4.0}
     refiner, choices = comfy_nodes["FlashVideoStage2Refiner"], {**text, **settings, "shift": 2.5}
     degraded = comfy_nodes["FlashVideoLatentDegradation"].execute({"samples": latent}, STRENGTH, 2).result[0]
 
@@ -101,7 +97,7 @@ def test_videos_of_a_batch_are_refined_as_alone(
 ) -> None:
     degrade = submodule("nodes.native.degradation").degrade
     shape = {"whole": (3, 4, 6), "windows": (8, 4, 4), "tiles": (1, 16, 24)}[way]
-    latents, noise = numbers(2, 16, *shape, seed=1), numbers(2, 16, *shape, seed=2)
+    latents, noise = normal(2, 16, *shape, seed=1), normal(2, 16, *shape, seed=2)
     if way == "tiles":
         model = comfy_nodes["FlashVideoSpatialTiles"].execute(model, 128).result[0]
     settings = {"steps": 2, "cfg": 4.0, "shift": 2.5, "solver": "euler", "window": 17, "overlap": 8}
@@ -119,9 +115,9 @@ def test_videos_of_a_batch_are_refined_as_alone(
 
 def test_videos_of_a_batch_are_drafted_as_alone(submodule: Callable[[str], ModuleType]) -> None:
     model = submodule("nodes.native.model").load_model(submodule("flashvideo.nano").nano_state("stage1"))
-    context = numbers(1, 8, model.model.diffusion_model.config.text_dim, seed=3)
+    context = normal(1, 8, model.model.diffusion_model.config.text_dim, seed=3)
     texts = [[[context, {}]], [[torch.zeros_like(context), {}]]]
-    noise = [numbers(2, 16, 3, 4, 6, seed=seed) for seed in range(4)]
+    noise = [normal(2, 16, 3, 4, 6, seed=seed) for seed in range(4)]
 
     def draft(rows: slice) -> Tensor:
         draws = iter(noise)
@@ -142,7 +138,7 @@ def test_the_preferred_samplers_exist() -> None:
 def test_ancestral_steps_without_noise_are_eulers(
     comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]
 ) -> None:
-    latent = {"samples": numbers(1, 16, 3, 4, 6, seed=1)}
+    latent = {"samples": normal(1, 16, 3, 4, 6, seed=1)}
     sigmas = comfy_nodes["BasicScheduler"].execute(model, "simple", 4, 1.0).result[0]
 
     def run(sampler: Any) -> Tensor:
@@ -156,7 +152,7 @@ def test_ancestral_steps_without_noise_are_eulers(
 
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
 def test_a_mask_keeps_what_is_outside(model: Any, sample: Callable[..., Tensor], denoise: float) -> None:
-    latent, mask = numbers(1, 16, 3, 4, 8, seed=1), torch.zeros(1, 1, 32, 64)
+    latent, mask = normal(1, 16, 3, 4, 8, seed=1), torch.zeros(1, 1, 32, 64)
     mask[..., :32] = 1
     refined = sample(model, "euler", latent, steps=3, cfg=4.0, denoise=denoise, extras={"noise_mask": mask})
     assert (refined - latent)[..., 5:].abs().max() < 1e-5
@@ -175,7 +171,7 @@ def test_sigmas_and_the_flow_are_two_names_of_one_thing(submodule: Callable[[str
 
 
 def test_sigmas_of_another_model_are_refused(comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]) -> None:
-    latent = {"samples": numbers(1, 16, 1, 4, 4, seed=1)}
+    latent = {"samples": normal(1, 16, 1, 4, 4, seed=1)}
     sigmas = comfy_nodes["KarrasScheduler"].execute(4, 14.6, 0.03, 7.0).result[0]
     sampler = comfy_nodes["KSamplerSelect"].execute("euler").result[0]
     with pytest.raises(ValueError, match=r"sigmas begin at 14.6, but 3.65 is the most.* Take them from BasicScheduler"):

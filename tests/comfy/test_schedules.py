@@ -11,16 +11,12 @@ import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 STRENGTH, STEPS = 675, 6
 LOW, HIGH = 0.7, 1.3
 SCALES = {1: 0.7, 2: 1.15258426}  # of the latents
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def test_every_sampler_ends_at_the_right_spread_or_says_so(
 ) -> None:
     width = {1: draft_model, 2: model}[stage].model.diffusion_model.config.text_dim
     text = [[torch.zeros(1, 4, width), {}]]
-    latent = {"samples": numbers(1, 16, 1, 16, 16, seed=1) / SCALES[stage]}
+    latent = {"samples": normal(1, 16, 1, 16, 16, seed=1) / SCALES[stage]}
     if stage == 1:
         latent = {"samples": torch.zeros_like(latent["samples"])}
     wrong = []
@@ -101,7 +97,7 @@ def test_the_ways_that_the_help_names_are_passed_in_silence(
         (2, "res_multistep", "simple", 4),
     ):
         text = [[torch.zeros(1, 4, ideal[stage].model.diffusion_model.config.text_dim), {}]]
-        latent = {"samples": numbers(1, 16, 1, 16, 16, seed=1) / SCALES[stage]}
+        latent = {"samples": normal(1, 16, 1, 16, 16, seed=1) / SCALES[stage]}
         with torch.inference_mode():
             comfy_nodes["KSampler"]().sample(ideal[stage], 2, steps, 1.0, sampler, scheduler, text, text, latent, 1.0)
     assert "don't suit each other" not in caplog.text
@@ -119,7 +115,7 @@ def test_dynamic_guidance_needs_a_negative(
     comfy_nodes: dict[str, Any], draft_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     width = draft_model.model.diffusion_model.config.text_dim
-    positive, empty = [[numbers(1, 4, width, seed=2), {}]], [[torch.zeros(1, 4, width), {}]]
+    positive, empty = [[normal(1, 4, width, seed=2), {}]], [[torch.zeros(1, 4, width), {}]]
     dynamic = comfy_nodes["FlashVideoDynamicCFG"].execute(draft_model, 8.0, 5).result[0]
     sigmas = comfy_nodes["FlashVideoStage1Scheduler"].execute(draft_model, 4, 1.0).result[0]
     latent, sampler = {"samples": torch.zeros(1, 16, 1, 4, 4)}, comfy_nodes["KSamplerSelect"].execute("euler").result[0]

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import folder_paths
@@ -91,10 +90,9 @@ def _input_breaks(old: Node, new: Node) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def live(comfy_nodes: dict[str, Any], pack: ModuleType) -> dict[str, Node]:
+def live(our_nodes: dict[str, Any]) -> dict[str, Node]:
     """The nodes as the code has them now."""
-    nodes = {name: node for name, node in comfy_nodes.items() if node.__module__.startswith(f"{pack.__name__}.")}
-    return {name: node_facts(node.define_schema()) for name, node in sorted(nodes.items())}
+    return {name: node_facts(node.define_schema()) for name, node in sorted(our_nodes.items())}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,9 @@ def load(submodule: Callable) -> Callable[..., Any]:
 
 
 @pytest.fixture()
-def folder(comfy_base: Path) -> Iterator[Path]:
-    """ComfyUI's models/text_encoders, emptied afterwards."""
-    path = comfy_base / "models" / "text_encoders"
-    path.mkdir(parents=True, exist_ok=True)
-    yield path
-    for file in path.iterdir():
-        file.unlink()
+def folder(model_folder: Callable[[str], Path]) -> Path:
+    """ComfyUI's models/text_encoders."""
+    return model_folder("text_encoders")
 
 
 @pytest.fixture()

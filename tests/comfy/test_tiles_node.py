@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 STRENGTH, STEPS, SHIFT, TILE = 450, 2, 2.5, 128
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +22,9 @@ def tiled(comfy_nodes: dict[str, Any], model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def refine(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Callable[..., Tensor]:
+def refine(degrade_and_refine: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Degrade a latent and refine it, with the two nodes."""
-    degradation, refiner = (comfy_nodes[f"FlashVideo{name}"] for name in ("LatentDegradation", "Stage2Refiner"))
-
-    def run(model: Any, latent: Tensor, **windows: int) -> Tensor:
-        with torch.inference_mode():
-            degraded = degradation.execute({"samples": latent}, strength=STRENGTH, seed=1).result[0]
-            settings = {"steps": STEPS, "cfg": 4.0, "shift": SHIFT, "solver": "euler"}
-            return refiner.execute(model=model, **text, latent=degraded, **settings, **windows).result[0]["samples"]
-
-    return run
+    return partial(degrade_and_refine, strength=STRENGTH, steps=STEPS, cfg=4.0, shift=SHIFT)
 
 
 def expected(submodule: Callable[[str], ModuleType], text: dict[str, list], latent: Tensor, window: int = 0) -> Tensor:

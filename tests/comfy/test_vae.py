@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,9 @@ def vae(submodule: Callable) -> Any:
 
 
 @pytest.fixture()
-def vae_folder(comfy_base: Path) -> Iterator[Path]:
-    """ComfyUI's models/vae, emptied afterwards."""
-    folder = comfy_base / "models" / "vae"
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    for file in folder.iterdir():
-        file.unlink()
+def vae_folder(model_folder: Callable[[str], Path]) -> Path:
+    """ComfyUI's models/vae."""
+    return model_folder("vae")
 
 
 @pytest.fixture()

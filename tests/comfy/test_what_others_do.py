@@ -12,13 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from draws import normal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ def draft_model(submodule: Callable[[str], ModuleType]) -> Any:
 def draft_text(draft_model: Any) -> list[list]:
     """A prompt and the empty one for it."""
     width = draft_model.model.diffusion_model.config.text_dim
-    return [[[numbers(1, 8, width, seed=0), {}]], [[torch.zeros(1, 8, width), {}]]]
+    return [[[normal(1, 8, width, seed=0), {}]], [[torch.zeros(1, 8, width), {}]]]
 
 
 @pytest.fixture()
@@ -79,7 +75,7 @@ def test_easycache_skips_steps_and_leaves_a_picture(
 
 def test_what_samplings_give_is_never_what_they_were_given(submodule: Callable[[str], ModuleType]) -> None:
     """ComfyUI and its nodes may write to it."""
-    library, latent = submodule("nodes.native.sampling"), numbers(1, 16, 1, 2, 2, seed=1)
+    library, latent = submodule("nodes.native.sampling"), normal(1, 16, 1, 2, 2, seed=1)
     sigma = torch.tensor([0.5])
     for sampling in (library.Stage1ExactSampling(4), library.Stage1Sampling(), library.RefinerSampling()):
         for made in (
@@ -273,7 +269,7 @@ def test_out_of_memory_names_window_tiles_and_size(
         return
     broken = comfy_nodes["FlashVideoSpatialTiles"].execute(broken, 128).result[0]
     degraded = comfy_nodes["FlashVideoLatentDegradation"].execute(
-        {"samples": numbers(1, 16, 3, 16, 32, seed=1)}, 600, 0
+        {"samples": normal(1, 16, 3, 16, 32, seed=1)}, 600, 0
     )
     pattern = r"stage II ran out of memory with 256x128, 9 frames, window 49, tiles of 128 pixels\. .*Tried to allocate"
     with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=pattern):

@@ -9,14 +9,10 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 STRENGTH, STEPS, SHIFT = 675, 4, 2.5
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def wandering(frames: int, seed: int) -> Tensor:
@@ -29,15 +25,11 @@ def wandering(frames: int, seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def refine(comfy_nodes: dict[str, Any], model: Any, text: dict[str, list]) -> Callable[..., Tensor]:
+def refine(degrade_and_refine: Callable[..., Tensor], model: Any) -> Callable[..., Tensor]:
     """Degrade a latent and refine it, with the two nodes."""
-    degradation, refiner = (comfy_nodes[f"FlashVideo{name}"] for name in ("LatentDegradation", "Stage2Refiner"))
 
     def run(latent: Tensor, cfg: float = 13.0, use: Any = model, **windows: int) -> Tensor:
-        with torch.inference_mode():
-            degraded = degradation.execute({"samples": latent}, strength=STRENGTH, seed=1).result[0]
-            settings = {"steps": STEPS, "cfg": cfg, "shift": SHIFT, "solver": "euler"}
-            return refiner.execute(model=use, **text, latent=degraded, **settings, **windows).result[0]["samples"]
+        return degrade_and_refine(use, latent, STRENGTH, steps=STEPS, cfg=cfg, shift=SHIFT, **windows)
 
     return run
 

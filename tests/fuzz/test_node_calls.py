@@ -169,16 +169,15 @@ def trouble_of_call(node: Any, values: dict[str, Any]) -> str:
 
 
 def test_random_calls_give_what_is_promised_or_one_plain_sentence(
-    comfy_nodes: dict[str, Any], pack: ModuleType, loaded: dict[str, list[Any]], pytestconfig: pytest.Config
+    our_nodes: dict[str, Any], loaded: dict[str, list[Any]], pytestconfig: pytest.Config
 ) -> None:
-    nodes = {name: node for name, node in comfy_nodes.items() if node.__module__.startswith(f"{pack.__name__}.")}
-    names, inputs, troubles = sorted(nodes), Inputs(loaded), []
+    names, inputs, troubles = sorted(our_nodes), Inputs(loaded), []
     first, calls = pytestconfig.getoption("--first"), pytestconfig.getoption("--calls")
     for number in range(first, first + calls):
         pick = random.Random(number)
         (name,) = pick.choices(names, [COSTLY.get(each, 1) for each in names])
-        ports = nodes[name].define_schema().inputs
+        ports = our_nodes[name].define_schema().inputs
         values = {port.id: inputs.value(port, pick) for port in ports if not port.optional or pick.random() < 0.5}
-        if trouble := trouble_of_call(nodes[name], values):
+        if trouble := trouble_of_call(our_nodes[name], values):
             troubles.append(f"call {number}, {name}: {trouble}")
     assert not troubles, f"{len(troubles)} of {calls} calls:\n" + "\n".join(troubles[:20])

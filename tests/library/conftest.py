@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,14 @@ class _FlashVideoFinder:
 
 sys.meta_path.insert(0, _FlashVideoFinder)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share
+
+
+@pytest.fixture(scope="module")
+def tiny_networks() -> Any:
+    """Stage II, VAE and prompt (`refiner.Networks`), small enough for many runs, with random weights."""
+    from small_models import tiny_networks
+
+    return tiny_networks()
 
 
 @pytest.fixture

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import TINY_REFINER, TINY_VAE
 from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
-from flashvideo.dit import FlashVideoDiT
 from flashvideo.errors import CommandError
 from flashvideo.frames import COLOR_MATCHES, PictureSize, TargetSize, finish, prepare, to_frames, to_video
 from flashvideo.nano import nano_state
@@ -27,17 +25,10 @@ from flashvideo.refiner.work_folder import MemoryWork, WorkFolder
 from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.training.scenes.stream import SceneStream
-from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
+from flashvideo.vae import decode_chunks, encode_chunks
 from flashvideo.vae.stream import TiledVAEStream, latent_of, stream_within
 
 KEEP = TargetSize("keep")
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Networks:
-    """The real networks, small enough for many runs, with random weights."""
-    torch.manual_seed(0)
-    return Networks(FlashVideoDiT(TINY_REFINER).eval(), VideoVAE(TINY_VAE).eval(), torch.randn(1, 6, 8))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +63,7 @@ def whole(networks: Networks, frames: Tensor, settings: RefineSettings) -> Tenso
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_any_clip_comes_out_with_its_frames_and_the_wanted_size(seed: int, tiny: Networks) -> None:
+def test_any_clip_comes_out_with_its_frames_and_the_wanted_size(seed: int, tiny_networks: Networks) -> None:
     pick = random.Random(seed)
     count, height, width = pick.choice([1, 2, 5, 17, pick.randint(1, 60)]), pick.randint(16, 50), pick.randint(16, 50)
     frames = picture_waves(count, height, width, seed)
@@ -81,7 +72,7 @@ def test_any_clip_comes_out_with_its_frames_and_the_wanted_size(seed: int, tiny:
     untouched = frames.clone()
     size = TargetSize("exact", width=pick.randint(16, 70), height=pick.randint(16, 70))
     settings = RefineSettings(size, color_match=pick.choice(COLOR_MATCHES), window=17, overlap=8, steps=2, seed=seed)
-    refined = refine_frames(tiny, frames, settings)
+    refined = refine_frames(tiny_networks, frames, settings)
 
     assert refined.shape == (count, size.height, size.width, 3)
     assert float(refined.min()) >= 0
@@ -91,12 +82,15 @@ def test_any_clip_comes_out_with_its_frames_and_the_wanted_size(seed: int, tiny:
 
 @pytest.mark.parametrize("color_match", COLOR_MATCHES)
 @pytest.mark.parametrize(("count", "solver"), [(1, "euler"), (43, "euler"), (30, "heun")])
-def test_piece_by_piece_gives_what_all_at_once_gives(count: int, solver: str, color_match: str, tiny: Networks) -> None:
+def test_piece_by_piece_gives_what_all_at_once_gives(
+    count: int, solver: str, color_match: str, tiny_networks: Networks
+) -> None:
     settings = RefineSettings(
         TargetSize("scale", scale=1.5), window=17, overlap=8, solver=solver, color_match=color_match
     )
     frames = picture_waves(count, 30, 41)
-    torch.testing.assert_close(refine_frames(tiny, frames, settings), whole(tiny, frames, settings), rtol=0, atol=1e-5)
+    refined = refine_frames(tiny_networks, frames, settings)
+    torch.testing.assert_close(refined, whole(tiny_networks, frames, settings), rtol=0, atol=1e-5)
 
 
 def test_nano_gives_the_same_for_the_same_seed_and_another_for_another(nano: Networks) -> None:
@@ -160,9 +154,9 @@ def test_a_shift_would_be_seen(axis: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 2e5])
-def test_encoder_and_decoder_can_be_put_aside_after_any_chunk(budget: float | None, tiny: Networks) -> None:
+def test_encoder_and_decoder_can_be_put_aside_after_any_chunk(budget: float | None, tiny_networks: Networks) -> None:
     video = to_video(picture_waves(37, 48, 64))
-    vae = tiny.vae
+    vae = tiny_networks.vae
     with torch.no_grad():
         latent = vae.encode(video).mode()
         for network, sizes, source, piece_of, expected in (
@@ -171,7 +165,7 @@ def test_encoder_and_decoder_can_be_put_aside_after_any_chunk(budget: float | No
         ):
             pieces, state = [], {}
             for done, chunk in enumerate(source.split(sizes, dim=2)):
-                stream = stream_within(network, sizes, (6, 8), budget, tiny.device)
+                stream = stream_within(network, sizes, (6, 8), budget, tiny_networks.device)
                 assert isinstance(stream, TiledVAEStream) == (budget is not None)
                 stream.restore(done, state)
                 pieces.append(piece_of(stream(chunk)))
@@ -180,15 +174,15 @@ def test_encoder_and_decoder_can_be_put_aside_after_any_chunk(budget: float | No
             torch.testing.assert_close(torch.cat(pieces, dim=2), expected, rtol=0, atol=2e-4 if budget else 0)
 
 
-def test_a_memory_budget_for_the_vae_changes_nothing_but_rounding(tiny: Networks) -> None:
+def test_a_memory_budget_for_the_vae_changes_nothing_but_rounding(tiny_networks: Networks) -> None:
     frames = picture_waves(26, 48, 64)
     settings = RefineSettings(KEEP, window=17, overlap=8, cfg=1)
-    little, size = replace(tiny, vae_memory=2e5), PictureSize(48, 64)
+    little, size = replace(tiny_networks, vae_memory=2e5), PictureSize(48, 64)
     assert RefineRun(little, TensorClip(frames), size, settings, MemoryWork(ENCODE)).main_bytes() > 0  # in tiles
-    assert RefineRun(tiny, TensorClip(frames), size, settings, MemoryWork(ENCODE)).main_bytes() == 0
+    assert RefineRun(tiny_networks, TensorClip(frames), size, settings, MemoryWork(ENCODE)).main_bytes() == 0
     refined = refine_frames(little, frames, settings)
     # Latents rest in half precision, where rounding may turn either way.
-    torch.testing.assert_close(refined, refine_frames(tiny, frames, settings), rtol=0, atol=1e-2)
+    torch.testing.assert_close(refined, refine_frames(tiny_networks, frames, settings), rtol=0, atol=1e-2)
 
 
 def test_a_state_that_does_not_fit_the_disk_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +226,12 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("color_match", ["wavelet", "adain"])
 def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(
-    color_match: str, tiny: Networks, tmp_path: Path
+    color_match: str, tiny_networks: Networks, tmp_path: Path
 ) -> None:
     settings = RefineSettings(KEEP, window=17, overlap=8, color_match=color_match)
     clip, size = TensorClip(picture_waves(50, 16, 16)), PictureSize(16, 16)
     uninterrupted: dict[int, Tensor] = {}
-    RefineRun(tiny, clip, size, settings, MemoryWork(ENCODE), segment_chunks=4).run(collecting(uninterrupted))
+    RefineRun(tiny_networks, clip, size, settings, MemoryWork(ENCODE), segment_chunks=4).run(collecting(uninterrupted))
 
     parts: dict[int, Tensor] = {}
     for stops in range(100):
@@ -248,7 +242,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(
                 raise Interrupted
 
         with closing(WorkFolder(tmp_path / "work", {}, ENCODE)) as work:
-            run = RefineRun(tiny, clip, size, settings, work, stop, 4)
+            run = RefineRun(tiny_networks, clip, size, settings, work, stop, 4)
             try:
                 run.run(collecting(parts))
             except Interrupted:
@@ -289,11 +283,11 @@ def test_auto_strength_needs_a_picture(arguments: tuple[int, ...]) -> None:
         auto_strength(*arguments)
 
 
-def test_auto_refines_as_the_number_that_it_stands_for(tiny: Networks) -> None:
+def test_auto_refines_as_the_number_that_it_stands_for(tiny_networks: Networks) -> None:
     frames, size = picture_waves(5, 40, 64), TargetSize("scale", scale=2)
     settings = RefineSettings(size, steps=1, strength=None)
     chosen = auto_strength(80, 128)  # padded: 80 is a multiple of 16
     assert settings.strength_for(settings.size.resolve(40, 64)) == chosen
-    automatic = refine_frames(tiny, frames, settings)
-    assert torch.equal(automatic, refine_frames(tiny, frames, replace(settings, strength=chosen)))
-    assert not torch.equal(automatic, refine_frames(tiny, frames, replace(settings, strength=675)))
+    automatic = refine_frames(tiny_networks, frames, settings)
+    assert torch.equal(automatic, refine_frames(tiny_networks, frames, replace(settings, strength=chosen)))
+    assert not torch.equal(automatic, refine_frames(tiny_networks, frames, replace(settings, strength=675)))

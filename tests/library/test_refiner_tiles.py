@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
@@ -18,11 +19,6 @@ from flashvideo.samplers import guided_velocity, solve_flow
 from flashvideo.schedule import stage2_times
 
 TIMES = stage2_times(4)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

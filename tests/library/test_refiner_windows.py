@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,11 +32,6 @@ from flashvideo.vae import DECODE_CHUNK
 
 TIMES = stage2_times(4)
 STRENGTH = NANO_STRENGTH
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def mixing(latent: Tensor, time: Tensor) -> Tensor:

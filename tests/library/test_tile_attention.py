@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from draws import normal
 from torch import Tensor
 
 from flashvideo import dit as dit_module
@@ -20,11 +21,6 @@ TEXT, GRID = 40, (4, 9, 11)
 # Each view, windows in time, and so many tiles that some axis has fewer places than tiles.
 CUTS = [*VIEWS.values(), (4, 2, 1), (4, 5, 20)]
 TOLERANCE = 2e-6  # float32: the two ways sum in different orders
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sequence(grid: Grid = GRID, text: int = TEXT, seed: int = 0) -> list[Tensor]:
