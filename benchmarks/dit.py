@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import DTYPES, SEED, add_options, alternate, load_library, medians, peak_memory, report
@@ -108,18 +109,23 @@ def random_state(width: int, layers: int) -> dict[str, Tensor]:
     return state
 
 
+def _sizes(config: DiTConfig) -> dict[str, Any]:
+    """The arguments that diffusers' network and core's have in common."""
+    return {
+        "num_attention_heads": config.num_heads,
+        "time_embed_dim": config.time_embed_dim,
+        "text_embed_dim": config.text_dim,
+        "num_layers": config.num_layers,
+        "use_rotary_positional_embeddings": True,
+    }
+
+
 def diffusers_forward(ours: FlashVideoDiT) -> Forward:
     """diffusers' network with the weights of ours."""
     from diffusers import CogVideoXTransformer3DModel
 
     config, weight = ours.config, ours.proj_out.weight
-    peer = CogVideoXTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        time_embed_dim=config.time_embed_dim,
-        text_embed_dim=config.text_dim,
-        num_layers=config.num_layers,
-        use_rotary_positional_embeddings=True,
-    )
+    peer = CogVideoXTransformer3DModel(**_sizes(config))
     layout = Layout("dit", "diffusers")
     peer.load_state_dict({original_name(name, layout): value for name, value in ours.state_dict().items()})
     peer.to(weight).eval()
@@ -147,12 +153,8 @@ def core_forward(ours: FlashVideoDiT, comfyui: str) -> Forward:
 
     config, weight = ours.config, ours.proj_out.weight
     core = CogVideoXTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        time_embed_dim=config.time_embed_dim,
-        text_embed_dim=config.text_dim,
-        num_layers=config.num_layers,
+        **_sizes(config),
         spatial_interpolation_scale=1.0,
-        use_rotary_positional_embeddings=True,
         device=weight.device,
         dtype=weight.dtype,
         operations=comfy.ops.disable_weight_init,

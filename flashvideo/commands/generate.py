@@ -21,17 +21,8 @@ from ..frames import MAX_SIDE, TargetSize, to_bytes, to_frames
 from ..guidance import MAX_SCALE, STAGE1_SCALE
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
-from .options import (
-    BUILT_IN,
-    ModelOptions,
-    add_file_options,
-    add_model_options,
-    add_refiner_options,
-    add_size_options,
-    dtypes,
-    encode_prompt,
-    model_file,
-)
+from .loading import BUILT_IN, dtypes, encode_prompt, model_file
+from .options import ModelOptions, add_file_options, add_model_options, add_refiner_options, add_size_options
 from .refine import refine, refine_options
 from .terminal import ProgressBars, say
 

@@ -1,14 +1,12 @@
-"""Options that commands share, and the dataclasses that hold them: sizes, refiner, model files, data types, prompts."""
+"""Options that commands share, and the dataclasses that hold them: sizes, refiner, model files, output."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..arguments import real, shown, whole, width_and_height
 from ..config import NANO_STRENGTH
@@ -16,15 +14,13 @@ from ..devices import GIB
 from ..errors import CommandError
 from ..frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, TargetSize
 from ..guidance import STAGE2_SCALE
-from ..nano import nano_state
 from ..refiner.run import RefineSettings
 from ..refiner.tiles import TILE
 from ..refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..samplers import SOLVERS
 from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
-from ..t5 import MOTIONS, T5Tokens, contexts, load_encoder
+from ..t5 import MOTIONS
 
-BUILT_IN = "nano"
 AUTO = "auto"
 MAX_CRF = 51  # of x264
 MAX_MEMORY = 1e6  # GiB; anything beyond is a slip
@@ -209,35 +205,3 @@ def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSett
     except ValueError as error:
         raise CommandError(str(error)) from error
     return replace(settings, cfg=1.0) if options.prompt is None else settings
-
-
-def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """Data types of the transformers and of the VAE: the chosen one, or those that suit the device."""
-    if name:
-        return DTYPES[name], DTYPES[name]
-    return (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
-
-
-def model_file(path: Path | None, part: str) -> Any:
-    """The chosen file, or the built-in weights of `part`. Raises CommandError if there is no such file."""
-    if path is None:
-        return nano_state(part)
-    if not path.is_file():
-        raise CommandError(f"There is no file {path}.")
-    return path
-
-
-def encode_prompt(text: str, options: ModelOptions, text_dim: int, device: torch.device) -> Tensor:
-    """A text's encoding [1, 226, text_dim] by the chosen encoder. Raises CommandError."""
-    if options.text_encoder is None and options.model is not None:
-        raise CommandError("A prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
-    source = model_file(options.text_encoder, "text_encoder")
-    tokens = T5Tokens(options.tokenizer)
-    dtype = torch.float32 if options.text_encoder is None else torch.bfloat16  # as in the official script
-    context = contexts(load_encoder(source, device, dtype), tokens, [text])
-    if context.shape[2] != text_dim:
-        raise CommandError(
-            f"The text encoder gives {context.shape[2]} numbers per token and the model takes {text_dim}: "
-            "they don't belong together."
-        )
-    return context

@@ -19,17 +19,14 @@ from ..nano import NANO_NOTICE, nano_is_trained
 from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
+from .loading import BUILT_IN, dtypes, encode_prompt, model_file
 from .options import (
-    BUILT_IN,
     ModelOptions,
     OutputOptions,
     add_file_options,
     add_model_options,
     add_refiner_options,
     add_size_options,
-    dtypes,
-    encode_prompt,
-    model_file,
     model_options,
     output_options,
     refine_settings,
