@@ -25,7 +25,7 @@ def open_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch says it in one way or the other
+    except (RuntimeError, AssertionError) as error:  # torch raises either of them
         raise CommandError(f"There is no device {name!r} here ({str(error).splitlines()[0]}).") from error
 
 
@@ -33,13 +33,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was no more memory, on a card or in the machine."""
     import torch
 
-    told = str(error).lower()
+    message = str(error).lower()
     on_card = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    return on_card or (isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY))
+    return on_card or (isinstance(error, RuntimeError) and any(words in message for words in NO_MEMORY))
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on a graphics card; None for devices that don't tell."""
+    """Bytes that this process can still take on a graphics card; None for devices that don't report it."""
     import torch
 
     if device.type != "cuda":
@@ -58,8 +58,8 @@ def main_memory() -> int:
 def return_memory() -> bool:
     """Let this process give large blocks of main memory back as soon as they are free; returns whether it will.
 
-    glibc learns from what is freed to keep ever larger blocks in its heap, between which a long run leaves gaps. Told
-    a size once and for all, it doesn't. Other C libraries have no such setting, and are left as they are.
+    By default glibc raises its limit when large blocks are freed: it keeps ever larger ones in its heap, and a long run
+    leaves gaps between them. With a fixed limit it doesn't. Other C libraries have no such setting.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK))

@@ -9,7 +9,7 @@ _SIGNAL_EXIT = 128  # plus the signal's number is the exit code of a program tha
 
 
 class CommandError(Exception):
-    """A command can't do what it was asked to; the message says why, and is for the one who typed it.
+    """A command can't be carried out; the message gives the reason in the user's words.
 
     `hint` names the option of the command line that helps; a node, which has no such options, shows the message alone.
     """

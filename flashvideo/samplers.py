@@ -51,7 +51,7 @@ def solve_vp(
             return clean
         here, after = signal[i], signal[i + 1]
         h = log_snr[i + 1] - log_snr[i]
-        if i < 2:  # no earlier estimate counts: before the second step lies an infinite log-SNR
+        if i < 2:  # no earlier estimate counts: the log-SNR of the first step is infinite
             target = clean
         else:
             ratio = (log_snr[i] - log_snr[i - 1]) / h
@@ -72,7 +72,7 @@ def solve_flow(
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) over the grid `times` [steps + 1]; "heun" takes two evaluations a step.
 
-    `on_step` receives where the path would end if it went on straight.
+    `on_step` receives the end point of a straight path from here.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; one of {', '.join(SOLVERS)}")

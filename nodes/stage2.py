@@ -242,8 +242,8 @@ class FlashVideoStage2Refiner(io.ComfyNode):
             if strength is None:
                 raise ValueError(
                     "this latent was never degraded. Put FlashVideo Latent Degradation between VAE Encode and this "
-                    "node. Or it was, but that isn't known here, for example after Load Latent: then tell its strength "
-                    "in degraded_strength"
+                    "node. Or it was, but that isn't known here, for example after Load Latent: then give its "
+                    "strength as degraded_strength"
                 )
             model = with_windows(model, window, overlap)
             how = nullcontext() if degraded_strength == AS_KNOWN else counted_as_degraded(samples, strength)

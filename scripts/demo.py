@@ -111,7 +111,7 @@ def _show(workflows: Path, out: Path) -> None:
 
 
 def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip: Clip | None) -> None:
-    """Run one example; writes its videos and its contact sheet, and says how long each node took."""
+    """Run one example; writes its videos and its contact sheet, and prints how long each node took."""
     from harness.contact_sheet import Row, contact_sheet, describe, side_by_side
     from harness.workflow_files import committed
     from harness.workflow_runs import run_workflow
@@ -145,7 +145,7 @@ def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip
 
 
 def _notice() -> list[str]:
-    """What is to be said of the built-in model that the workflows run on: that it is untrained, if it is."""
+    """A notice if the built-in model that the workflows run on is untrained."""
     sys.path.append(str(ROOT))  # last, so that nothing of the pack hides another module
     from flashvideo.nano import NANO_NOTICE, nano_is_trained
 
@@ -222,7 +222,7 @@ def _device(server: ComfyServer) -> str:
 
 
 def _shown(path: Path) -> Path:
-    """A path as short as it can be said."""
+    """The shortest form of a path."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 

@@ -83,7 +83,7 @@ def _places(chosen: list[str]) -> dict[str, list[str]]:
 
 
 def _newest_fit() -> bool:
-    """Whether the newest packages run on this Python; says so where they don't."""
+    """Whether the newest packages run on this Python; prints a line if they don't."""
     fit = sys.version_info[:2] >= _NEWEST_NEEDS
     if not fit:
         say("\nThe newest packages need Python 3.11: the library's tests don't run with them here.")

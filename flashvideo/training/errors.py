@@ -1,4 +1,4 @@
-"""What can go wrong in training, said so that it can be put right."""
+"""Errors of training that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ..errors import CommandError
 
 
 class TrainingError(CommandError):
-    """Training can't start or go on; the message says why, and what is kept."""
+    """Training can't start or continue; the message gives the reason, and what is kept."""

@@ -172,7 +172,7 @@ class _Grouping:
         self.units, self.by_chunk, self.move = units, by_chunk, move
         frames = min(latents, chunk) if by_chunk else latents
         self.positions = [((latents - 1) * unit.time + 1) * unit.scale**2 * area for unit in units]
-        # Of the picture before each unit, as it is stored; what goes in and what comes out lie elsewhere.
+        # Size of the stored picture before each unit; the group's own input and result are stored elsewhere.
         results = [unit.channels * ((frames - 1) * unit.out_time + 1) * unit.out_scale**2 * area for unit in units]
         self.stored = [0, *results[:-1], 0]
         self.rounds = latents / frames  # in which so much passes through the store

@@ -73,7 +73,7 @@ def _chunks(total: int, chunk: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the encoder says of a video: a normal distribution of latents, [B, 16, T, h, w] each.
+    """The encoder's result for a video: a normal distribution of latents, [B, 16, T, h, w] each.
 
     `logvar` is as the network gives it; sampling clamps it.
     """
@@ -97,7 +97,7 @@ class Unit:
     `run(held, beside, latent, context)` takes what the unit before gave out of the list `held`, so that its memory can
     be freed early; in the decoder also the latent; and where it `joins`, the input of the unit before, to be added up.
     A position of the input stands for 1/scale of a latent pixel a side, and a frame for 1/time of a latent frame;
-    `out_scale` and `out_time` tell the same of the result.
+    `out_scale` and `out_time` are the same for the result.
     """
 
     run: Callable[[list[Tensor], Tensor | None, Tensor | None, ChunkContext], Tensor]

@@ -2,7 +2,7 @@
 
 Everything lives in `.bed/` inside the project: virtual environment, ComfyUI, caches, temporary files, the base
 folder of the demo's server. Programs of the bed run with a home folder of their own, so that nothing outside the
-project changes and nothing of a person's own set-up leaks in. Only the standard library is used here: this file also
+project changes and nothing of the user's own set-up leaks in. Only the standard library is used here: this file also
 runs before anything is installed.
 """
 
@@ -62,7 +62,7 @@ class Bed:
     python: str
     comfyui: str
     origin: str  # "yours" (COMFYUI_PATH), "comfy-cli" or "wheel"
-    own_python: bool  # False: the Python of a person's ComfyUI, into which nothing is installed
+    own_python: bool  # False: the Python of the user's ComfyUI, into which nothing is installed
     key: str
 
     @property
@@ -77,10 +77,10 @@ class Bed:
         env.update({_INSIDE: "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"})
         env["FLASHVIDEO_COMFYUI"] = self.comfyui
         if not self.own_python:
-            env["PYTHONPATH"] = str(EXTRA)  # the test tools, which are not installed into a person's Python
+            env["PYTHONPATH"] = str(EXTRA)  # the test tools, which are not installed into the user's Python
             env["PYTHONNOUSERSITE"] = "1"
         if self.origin == "yours":
-            env["PYTHONPYCACHEPREFIX"] = str(BED / "cache" / "pycache")  # leave no byte code in a person's ComfyUI
+            env["PYTHONPYCACHEPREFIX"] = str(BED / "cache" / "pycache")  # leave no byte code in the user's ComfyUI
         for folder in _PRIVATE_FOLDERS.values():
             (BED / folder).mkdir(parents=True, exist_ok=True)
         return env
@@ -111,7 +111,7 @@ def clean_environment() -> dict[str, str]:
 
 @contextmanager
 def alone(waiting: str) -> Iterator[None]:
-    """Change the bed while no other program does; says `waiting` where it has to wait for one.
+    """Change the bed while no other program does; prints `waiting` if it has to wait for one.
 
     The system frees the lock of a program that was killed.
     """

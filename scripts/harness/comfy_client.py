@@ -230,7 +230,7 @@ class ComfyClient:
 
 
 def saved_files(outputs: dict[str, Any], output_folder: Path) -> list[Path]:
-    """The files in one node's outputs that lie in the output folder (not previews in the temporary folder)."""
+    """The files in one node's outputs in the output folder (not previews in the temporary folder)."""
     entries = [entry for values in outputs.values() if isinstance(values, list) for entry in values]
     return [
         output_folder / entry.get("subfolder", "") / entry["filename"]

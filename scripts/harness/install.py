@@ -23,7 +23,7 @@ _CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-st
 
 
 class SetUpError(RuntimeError):
-    """The set-up can't go on; the message says why in the person's words."""
+    """The set-up can't continue; the message gives the reason in the user's words."""
 
 
 def has_nvidia() -> bool:
@@ -138,7 +138,7 @@ def start_check(bed: Bed) -> None:
 
 
 def pip(python: Path, what: str, arguments: Sequence[str]) -> None:
-    """Run the environment's own pip, quietly; says what it installs and how long that took."""
+    """Run the environment's own pip, quietly; prints what it installs and how long that took."""
     _install([str(python), "-m", "pip"], what, arguments)
 
 
@@ -212,7 +212,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _run(command: Sequence[str], trouble: str) -> None:
-    """Run a command; on failure raise SetUpError with the end of what it said."""
+    """Run a command; on failure raise SetUpError with the end of its output."""
     result = subprocess.run(
         command, env=pip_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

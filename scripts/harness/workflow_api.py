@@ -35,7 +35,7 @@ except WorkflowConversionError as error:
 
 
 class WorkflowError(RuntimeError):
-    """A workflow can't be run as it is; the message says why in a user's words."""
+    """A workflow can't be run as it is; the message gives the reason in the user's words."""
 
 
 def read_workflow(path: Path) -> dict[str, Any]:

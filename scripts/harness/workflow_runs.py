@@ -1,4 +1,4 @@
-"""Runs a workflow file on a server from its first node to its last, and tells what happens on the way."""
+"""Runs a workflow file on a server from its first node to its last, and reports its progress."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Phase:
 
 @dataclass
 class Run:
-    """A finished run: its phases in order, its files by the save node's `filename_prefix`, and what nodes said."""
+    """A finished run: its phases in order, its files by the save node's `filename_prefix`, and the texts of nodes."""
 
     phases: list[Phase] = field(default_factory=list)
     files: dict[str, list[Path]] = field(default_factory=dict)

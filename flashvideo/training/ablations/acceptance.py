@@ -1,4 +1,4 @@
-"""Whether the refiner does what it is for: detail that plain enlargement lacks, and nothing else changed."""
+"""Whether the refiner does its job: it adds detail that plain enlargement lacks, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLOUR_SHIFT = 1.0  # mean Delta E of broad areas, to the draft's; about 2 is ju
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is asked, and what came of it."""
+    """One requirement, and its result."""
 
     wanted: str
     found: str
@@ -37,7 +37,7 @@ class Check:
 
 
 def held_out_report(lab: Lab) -> list[Check]:
-    """Measure the refiner on held-out clips, print what was asked of it and what came of it, and write both.
+    """Measure the refiner on held-out clips, print the requirements and their results, and write both.
 
     The numbers go to tables/acceptance.json in the lab's folder, the checks to acceptance.json beside it.
     """

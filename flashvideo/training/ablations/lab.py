@@ -58,7 +58,7 @@ class Lab:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """What measures."""
+        """The evaluator, made when first needed."""
         shipped, out = self.settings.shipped, self.settings.out
         text = FrozenText(shipped.text, shipped.tokenizer, self.device)
         store = ClipStore(out / "clips", shipped.vae, text, self.device)
@@ -82,7 +82,7 @@ class Lab:
     # Ways from a draft to a finished video
 
     def suite_of(self, height: int, width: int, frames: int) -> Suite:
-        """A suite that only says a size."""
+        """A suite with a size and no clips."""
         return Suite(ClipSettings(height, width, frames, clips=1), 0, self.settings.held_out.draft)
 
     def strength(self, suite: Suite) -> int:
@@ -160,7 +160,7 @@ class Lab:
     def _train(self, name: str, settings: Any, make_task: Callable[[], Task], kind: str = "") -> Path:
         return train_once(name, settings, make_task, self.settings.out / "variants", self.deadline, kind)
 
-    # What the document says of a measurement
+    # Facts about a measurement, for the document
 
     def facts(self, stage: str = STAGE2, /, **more: str) -> dict[str, str]:
         """Sha256 of the shipped `stage` and the VAE, device, date, and whatever a table adds."""

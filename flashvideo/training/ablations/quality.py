@@ -122,7 +122,7 @@ def gathered(folder: Path) -> tuple[RealClip, ...]:
 
 
 def _moves(path: Path) -> bool:
-    """Whether a file may be a video or an animation: stills are none."""
+    """Whether a file may be a video or an animation, not a still."""
     if path.suffix.lower() not in PICTURE_ENDINGS:
         return path.is_file()
     try:
@@ -137,7 +137,7 @@ def _caption(path: Path) -> str:
 
 
 def _named(clips: Sequence[RealClip]) -> tuple[RealClip, ...]:
-    """Clips with a name of its own for each."""
+    """The clips, each with a different name."""
     seen: dict[str, int] = {}
     named = []
     for clip in clips:
@@ -158,7 +158,7 @@ def clip_table(table: TableResult) -> str:
 
 
 def aims(table: TableResult) -> list[Check]:
-    """What is aimed at, and what came of it."""
+    """The aims, and their results."""
     clips = table.real
     vae = [table.row(CODED_TRUTH).clips[name]["psnr"] for name in clips]
     bicubic, refined, once = (table.row(label).mean(clips) for label in (BICUBIC, REFINED, ONCE))

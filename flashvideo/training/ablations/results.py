@@ -1,4 +1,4 @@
-"""What a table holds once it is measured: rows of numbers and pictures, and orderings that are asked of them."""
+"""Measured tables: rows of numbers and pictures, and the orderings that are expected of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .measures import METRICS, mean_of
 
 @dataclass(frozen=True)
 class Row:
-    """One way, and what came of it: numbers of each clip by name, and where pictures lie."""
+    """A compared method and its results: numbers of each clip by name, and the paths of pictures."""
 
     label: str
     clips: dict[str, dict[str, float]]
@@ -48,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a claim came out."""
+    """Whether a claim holds."""
 
     claim: Claim
     holds: bool
@@ -78,7 +78,7 @@ class TableResult:
         return next(row for row in self.rows if row.label == label)
 
     def findings(self, clips: list[str]) -> list[Finding]:
-        """What became of the claims, on the mean over these clips and on each of them."""
+        """Whether the claims hold, on the mean over these clips and on each of them."""
         return [self._finding(claim, clips) for claim in self.claims] if clips else []
 
     def _finding(self, claim: Claim, clips: list[str]) -> Finding:
@@ -103,7 +103,7 @@ class TableResult:
 
 
 def holds(claim: Claim, better: float, worse: float) -> bool:
-    """Whether two numbers stand as a claim says. A missing number proves nothing."""
+    """Whether two numbers are ordered as a claim expects. With a missing number they are not."""
     if math.isnan(better) or math.isnan(worse):
         return False
     lead = better - worse if METRICS[claim.metric].better == "higher" else worse - better

@@ -128,7 +128,7 @@ class DraftTuning:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the document that isn't measured: why an ordering came out as it did."""
+    """A sentence for the document that isn't measured: why an ordering has its result."""
 
     table: str
     text: str

@@ -152,7 +152,7 @@ def train_once(
 
 
 def _digest(settings: Any, kind: str) -> str:
-    """Name of what is trained; where its files lie doesn't matter, what they hold does."""
+    """Name of a training: it depends on the content of its files, not on their paths."""
     weights = settings.network.weights
     files = [settings.vae, *([Path(weights)] if weights else []), Path(settings.text)]
     contents = [sha256(path, lambda *_: None) for path in files if path.is_file()]

@@ -1,7 +1,7 @@
 """Smooth camera motion over a flat picture: pans, zooms and turns of a chosen speed, and where each moment looks.
 
-Lengths are in heights of the clip's picture. What the camera sees at (x, y) from the picture's middle lies on the
-photograph at centre + zoom * turned(x, y); a pan of 0.5 moves what is seen by half a picture height a second.
+Lengths are in heights of the clip's picture. The point (x, y), from the picture's middle, shows the photograph at
+centre + zoom * turned(x, y). A pan of 0.5 moves the picture's content by half its height a second.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ class Path:
     angle: Tensor  # [N], radians
 
     def corners(self, aspect: float) -> Tensor:
-        """Where the picture's corners lie at each moment, [N, 4, 2]; `aspect` is width by height."""
+        """Positions of the picture's corners on the photograph at each moment, [N, 4, 2]; `aspect`: width by height."""
         signs = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])
         return self.places(signs * torch.tensor([aspect / 2, 0.5]))
 
     def places(self, seen: Tensor) -> Tensor:
-        """Where places [M, 2] in the picture lie on the photograph at each moment, [N, M, 2]."""
+        """Positions on the photograph of places [M, 2] in the picture, at each moment, [N, M, 2]."""
         return torch.einsum("nij,mj->nmi", self.turns(), seen) + self.centre[:, None]
 
     def turns(self) -> Tensor:
-        """What turns and enlarges places in the picture at each moment, [N, 2, 2]."""
+        """Matrices that turn and enlarge places in the picture at each moment, [N, 2, 2]."""
         cos, sin = self.angle.cos() * self.zoom, self.angle.sin() * self.zoom
         return torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), dim=-2)
 
 
 def random_motion(draw: random.Random, speed: float, seconds: float) -> Motion:
-    """Motion of a kind that is drawn, at a speed in picture heights a second.
+    """Motion of a random kind, at a speed in picture heights a second.
 
-    Zooms and turns are slower where a clip of so many seconds would else show next to nothing of its first frame.
+    Zooms and turns are slower if otherwise a clip of `seconds` would end with almost nothing of its first frame.
     """
     kind = draw.choices(KINDS, weights=(4, 2, 1, 3))[0]
     shares = {"pan": (1.0, 0.0, 0.0), "zoom": (0.0, 1.0, 0.0), "turn": (0.0, 0.0, 1.0)}.get(kind)
@@ -88,7 +88,7 @@ def random_motion(draw: random.Random, speed: float, seconds: float) -> Motion:
 
 
 def follow(motion: Motion, times: Tensor, frame: float) -> Path:
-    """Where a camera that moves so looks at `times` [N] in seconds, from 0 on; `frame` is a frame's time."""
+    """The path of a camera with this motion at `times` [N] in seconds, from 0 on; `frame` is a frame's time."""
     end = max(float(times.max()), frame)
     steps = max(2, math.ceil(end / frame * _FINEST_STEPS))
     step = end / steps
@@ -99,7 +99,7 @@ def follow(motion: Motion, times: Tensor, frame: float) -> Path:
     angle = _summed(pace * motion.turn / _EDGE, step)
     log_zoom = log_zoom - log_zoom.min()
     zoom = log_zoom.exp()
-    # What is seen moves by the pan's speed: on the photograph that is more where the camera shows more of it.
+    # The picture moves by the pan's speed: on the photograph, that is more where the camera shows more of it.
     direction = motion.direction + motion.bend * (middle / end - 0.5) + _between(angle)
     stride = pace * motion.pan * _between(zoom)
     centre = torch.stack((_summed(stride * direction.cos(), step), _summed(stride * direction.sin(), step)), -1)
@@ -108,7 +108,7 @@ def follow(motion: Motion, times: Tensor, frame: float) -> Path:
 
 
 def _summed(rates: Tensor, step: float) -> Tensor:
-    """Rates in the middle of each step -> their sums from 0 on, one more."""
+    """Rates in the middle of each step, [N] -> their sums from 0 on, [N + 1]."""
     return torch.cat((torch.zeros(1, dtype=rates.dtype), rates.cumsum(0) * step))
 
 
@@ -117,7 +117,7 @@ def _between(values: Tensor) -> Tensor:
 
 
 def _at(times: Tensor, grid: Tensor, values: Tensor) -> Tensor:
-    """Values [G] or [G, 2] on an even grid, at times [N]: straight between."""
+    """Values [G] or [G, 2] on an even grid, interpolated linearly at times [N]."""
     place = (times / (grid[1] - grid[0])).clamp(0, len(grid) - 1)
     index = place.long().clamp(max=len(grid) - 2)
     share = place - index

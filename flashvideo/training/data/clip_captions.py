@@ -13,12 +13,12 @@ from typing import Any
 from ..errors import TrainingError
 
 TEMPLATE_INDEX = "index.json"  # of the workflow templates: which file each picture of a template shows
-_INPUT = "input/"  # where that file lies if a workflow reads it; what it makes lies elsewhere
+_INPUT = "input/"  # folder of that file if a workflow reads it; results are in other folders
 _FEWEST_WORDS = 4  # of a prompt; shorter texts are names and choices
 _WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")  # letters of Chinese and Japanese
 _MOST_LETTERS = 1000  # of a caption: more than the text encoder's 226 tokens
 _NOT_SHOWN = ("note", "math", "sigma", "regex")  # parts of the types of nodes whose text is no prompt
-_MUTED, _BYPASSED = 2, 4  # modes of a node that does nothing
+_MUTED, _BYPASSED = 2, 4  # modes of nodes that don't run
 
 
 def read_caption_file(path: Path) -> dict[str, str]:
@@ -87,7 +87,7 @@ def prompt_of(workflow: Mapping[str, Any]) -> str:
     """The text that a workflow (ComfyUI's own format) makes its video from; empty if there is none.
 
     The longest of the texts that are most clearly one: in a node that is called a prompt, then at the top level, then
-    in a subgraph. Notes, negative prompts and what is switched off don't count.
+    in a subgraph. Notes, negative prompts and nodes that don't run don't count.
     """
     found: list[tuple[int, int, str]] = []
     for depth, graph in enumerate((workflow, *_subgraphs(workflow))):

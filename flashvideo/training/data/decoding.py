@@ -22,10 +22,10 @@ VIDEO_ENDINGS = tuple(ending for ending in _VIDEO_FILES if ending not in PICTURE
 ENDINGS = PICTURE_ENDINGS + VIDEO_ENDINGS
 
 _MATTE = (255, 255, 255)  # behind transparent pixels
-_FALLBACK_RATE = 8.0  # frames a second, where a video doesn't say
-_FALLBACK_SECONDS = 0.1  # that a frame of an animation stays, where it doesn't say: what browsers do
+_FALLBACK_RATE = 8.0  # frames a second, if a video has no rate
+_FALLBACK_SECONDS = 0.1  # duration of a frame of an animation without one: as browsers do
 
-# What Pillow raises for files that aren't what they seem: UnidentifiedImageError is an OSError.
+# Errors of Pillow for damaged and mislabelled files: UnidentifiedImageError is an OSError.
 _PILLOW_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Fit = Callable[[np.ndarray], np.ndarray]
 
 
 class UndecodableError(TrainingError):
-    """A file that no frames can be read from; the message says why, without the file's name."""
+    """A file that no frames can be read from; the message gives the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Decoded:
 
 
 def decode(path: Path, longest: int, fit: Fit) -> Decoded:
-    """At most `longest` frames of a file, from its middle, each as `fit` makes it.
+    """At most `longest` frames of a file, from its middle, each transformed by `fit`.
 
     Raises UndecodableError if there are none.
     """
@@ -57,7 +57,7 @@ def decode(path: Path, longest: int, fit: Fit) -> Decoded:
 
 
 def shrunk_to(side: int) -> Fit:
-    """Return what makes a frame's shorter side `side` pixels long, antialiased; smaller frames stay."""
+    """A transform that shrinks a frame's shorter side to `side` pixels, antialiased; smaller frames stay."""
 
     def fit(pixels: np.ndarray) -> np.ndarray:
         height, width = pixels.shape[:2]
@@ -170,7 +170,7 @@ def _middle(container: av.container.InputContainer, rate: float, longest: int) -
 
 
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Seconds, as far as the file says; else 0."""
+    """Seconds if the file has a duration, else 0."""
     if stream.duration:
         return float(stream.duration * Fraction(stream.time_base))
     return float(Fraction(container.duration, av.time_base)) if container.duration else 0.0

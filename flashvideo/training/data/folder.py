@@ -31,7 +31,7 @@ from .decoding import PICTURE_ENDINGS, UndecodableError, picture_count, picture_
 
 VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 ENDINGS = VIDEO_ENDINGS + PICTURE_ENDINGS
-HELD_OUT = 10  # one video of so many is never learnt from
+HELD_OUT = 10  # one video of this many is never learnt from
 _EPSILON = 1e-4  # seconds: containers round times
 _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")  # Matroska's tag of a stream, hours, minutes and seconds
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class UnusableVideo(ValueError):
-    """A video that no clip can be cut from; the message says why, without the file's name."""
+    """A video that no clip can be cut from; the message gives the reason, without the file's name."""
 
 
 class UnusablePart(UnusableVideo):
@@ -79,7 +79,7 @@ class VideoFolder:
 
     @property
     def skipped(self) -> int:
-        """How many videos were left out so far; `problems` says which, and why."""
+        """How many videos were left out so far; `problems` has their reasons."""
         return len(self.problems)
 
     @property
@@ -138,7 +138,7 @@ class VideoFolder:
                 raise TrainingError(self._nothing_left())
 
     def _fit(self, frame: np.ndarray, across: float, down: float) -> Tensor:
-        """[H, W, 3] uint8 -> [3, height, width] in [-1, 1]: the largest part of that shape, then made as large."""
+        """[H, W, 3] uint8 -> [3, height, width] in [-1, 1]: the largest part of that shape, resized."""
         rows, columns = frame.shape[:2]
         if rows < self.height or columns < self.width:
             size = f"{columns}x{rows} of {self.width}x{self.height}"
@@ -208,7 +208,7 @@ def read_clip(
 
 
 def _cut_pictures(path: Path, frames: int, rate: float, when: float, fit: Callable[[np.ndarray], Any]) -> list[Any]:
-    """As `read_clip`, of a picture or an animated one."""
+    """`read_clip` for a picture or an animation."""
     try:
         shown = [(fit(pixels), seconds) for pixels, seconds in picture_frames(path)]
     except UndecodableError as problem:
@@ -235,7 +235,7 @@ def _cut(
     start = when * max(0.0, (length or needed) - needed)
     decode = partial(_decode, container, count=frames, rate=rate, frame_time=frame_time, fit=fit)
     kept = decode(start, seek=start > 0)
-    if len(kept) < frames and start > 0:  # the pictures end before the file does: sound may go on
+    if len(kept) < frames and start > 0:  # the pictures end before the file does, such as before its sound
         start = max(0.0, start - (frames - len(kept)) / rate)
         kept = decode(start, seek=True)
     if len(kept) < frames:
@@ -254,7 +254,7 @@ def _decode(
     frame_time: float,
     fit: Callable[[np.ndarray], Any],
 ) -> list[Any]:
-    """Up to `count` frames from `start` seconds on, each as `fit` makes it, as far as there are any."""
+    """Up to `count` frames from `start` seconds on, each transformed by `fit`."""
     stream = picture_track(container)
     origin = float((stream.start_time or 0) * Fraction(stream.time_base))
     kept: list[Any] = []
@@ -280,14 +280,14 @@ def _decode(
             shown, shown_at = frame, at
     except av.FFmpegError as problem:
         raise UnusablePart(f"it can't be decoded ({problem.strerror or problem})") from problem
-    # The last frame stays for its own time.
+    # The last frame is shown for its own duration.
     while shown is not None and len(kept) < count and shown_at + frame_time > start + len(kept) / rate + _EPSILON:
         keep(shown)
     return kept
 
 
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
-    """Seconds of the pictures, as far as the file says; else of all that is in it."""
+    """Seconds of the pictures if the file has their duration, else of the whole file."""
     if stream.duration:
         return float(stream.duration * Fraction(stream.time_base))
     if match := _DURATION.fullmatch(stream.metadata.get("DURATION", "")):

@@ -145,7 +145,7 @@ class LatentCache(Dataset):
         self._open: dict[int, tuple[Any, list[str]]] = {}  # shards in use: the file, and its captions
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files, and what makes others, behind when a worker process is started."""
+        """Worker processes get neither the open files nor `make`."""
         return {**self.__dict__, "_open": {}, "make": None}
 
     def __len__(self) -> int:
@@ -212,7 +212,7 @@ def draw_length(lengths: Sequence[int], whole: int, generator: torch.Generator) 
 
 
 def cache_folder(root: Path, vae: Path, *settings: Any) -> Path:
-    """Return the folder of latents that this VAE's encoder and these settings give; others get another folder."""
+    """The folder of latents of this VAE's encoder and these settings; other ones have another folder."""
     if not vae.is_file():
         raise TrainingError(f"{vae}: there is no such VAE. Train it first: python -m flashvideo train vae.")
     plain = [_plain(each) for each in settings]
@@ -237,7 +237,7 @@ def encoder_digest(vae: Path) -> str:
 
 
 def coded_draft(vae: FrozenVAE, frames: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
-    """A draft of frames [T, H, W, 3] in [0, 1], `factor` times smaller, through the VAE as stage I's drafts come."""
+    """A draft of frames [T, H, W, 3] in [0, 1], `factor` times smaller, through the VAE as stage I's drafts are."""
     small = resize(frames, frames.shape[1] // factor, frames.shape[2] // factor, "bilinear")
     prepared = prepare(small, TargetSize("keep"))
     latent = vae.encode(to_video(prepared.frames)[0], seed, *names)
@@ -245,6 +245,6 @@ def coded_draft(vae: FrozenVAE, frames: Tensor, factor: int, seed: int, *names: 
 
 
 def enlarged_draft(vae: FrozenVAE, video: Tensor, factor: int, seed: int, *names: str | int) -> Tensor:
-    """What stage II's reference is of a video [3, T, H, W] in [-1, 1] if stage I drew it: `coded_draft`, enlarged."""
+    """Stage II's reference of a video [3, T, H, W] in [-1, 1], had stage I made it: `coded_draft`, enlarged."""
     draft = coded_draft(vae, to_frames(video[None]), factor, seed, *names)
     return to_video(prepare(draft, TargetSize("scale", scale=float(factor))).reference)[0]

@@ -1,7 +1,7 @@
 """Moving photographs: a camera pans, zooms and turns over them, and their layers move at different speeds.
 
-Each picture is the light of half a frame's time or so: moments in between are averaged, as a shutter does. Light is
-added up as light, not as the file's levels (the square stands for the display's curve).
+Each picture averages moments of about half a frame's time, as a camera's shutter does. They are averaged in linear
+light, not in the file's levels (a square approximates the display's curve).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SOFT = (0.004, 0.05)  # picture heights from outside to inside of an outline
 
 @dataclass(frozen=True)
 class _Layer:
-    """A piece of a photograph in linear light, and what of it covers, finer and finer apart by a factor of 2."""
+    """A piece of a photograph in linear light and its cover, at several resolutions, each half of the one before."""
 
     levels: tuple[Tensor, ...]  # each [3 or 4, h, w]: colours times cover, and the cover if not all of it is 1
     path: Path
@@ -54,8 +54,8 @@ class _Layer:
 
 
 class MovingPhotographs:
-    """Clips of `frames` x `height` x `width` made of the stills of a library; a sample depends on nothing but seed and
-    index. `split`: "train", or another for the stills that are held out. Raises TrainingError if there are none.
+    """Clips of `frames` x `height` x `width` made of the stills of a library; a sample depends only on seed and index.
+    `split`: "train", or another for the stills that are held out. Raises TrainingError if there are none.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class MovingPhotographs:
 
     @property
     def digest(self) -> str:
-        """A hash of what samples depend on beside settings."""
+        """A hash of everything that samples depend on besides the settings."""
         return digest_of(self.stills, VERSION)
 
     def sample(self, index: int) -> tuple[Tensor, str]:
@@ -141,8 +141,8 @@ class MovingPhotographs:
     def _placed(self, still: Clip, motion: Motion, times: Tensor, draw: random.Random) -> tuple[Path, Tensor, Tensor]:
         """Put a camera's path somewhere on a photograph, slower if it has no room.
 
-        Returns the path; what it sees of the photograph, [3, h, w] in [0, 1], as large as the closest moment shows it;
-        and where that begins.
+        Returns the path; the part of the photograph that it sees, [3, h, w] in [0, 1], at the scale of the closest
+        moment; and where that part begins.
         """
         for slower in _SLOWER:
             path = follow(motion.scaled(slower), times.flatten(), 1 / self.rate)
@@ -179,7 +179,7 @@ class MovingPhotographs:
 
 
 def _seen(layer: _Layer, span: slice, height: int, width: int, *, fast: bool) -> Tensor:
-    """What some moments show of a layer, [K, 3 or 4, height, width]."""
+    """A layer as it is seen at some moments, [K, 3 or 4, height, width]."""
     path = Path(layer.path.centre[span], layer.path.zoom[span], layer.path.angle[span])
     octave = math.log2(max(1.0, float(path.zoom.mean())))
     level = min(int(octave), len(layer.levels) - 1)
@@ -201,7 +201,7 @@ def _sampled(picture: Tensor, grid: Tensor, mode: str) -> Tensor:
 
 
 def _detail(piece: Tensor) -> float:
-    """By how many levels of 255 neighbours in [3, H, W] in [0, 1] differ."""
+    """Mean difference of neighbouring pixels of [3, H, W] in [0, 1], in levels of 255."""
     return 255 * float(piece[1].diff(dim=-1).abs().mean())
 
 

@@ -101,7 +101,7 @@ class Footage:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Clips of several sources: which one clip `index` is of, is drawn by their weights."""
+    """Clips of several sources; the source of each clip is drawn by the weights."""
 
     sources: Sequence[Clips]
     weights: Sequence[float]
@@ -117,7 +117,7 @@ class Mixture:
 
     @property
     def digest(self) -> str:
-        """A hash of what samples depend on beside settings."""
+        """A hash of everything that samples depend on besides the settings."""
         return hashlib.sha256(repr([digest_of_source(source) for source in self.sources]).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM in programs that keep what they have done: a wish to stop."""
+"""Ctrl+C and SIGTERM in programs that save their work before they stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupts:
-    """Turns the first Ctrl+C or SIGTERM into a wish to stop after the step at hand; the second acts at once."""
+    """Records the first Ctrl+C or SIGTERM, so that the current step can be finished; the second acts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -155,7 +155,7 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step`; early on the mean follows faster."""
+        """Update the mean with the weights after optimiser step `step`; at the start it follows faster."""
         decay = min(self.decay, (1 + step) / (10 + step))
         now = [parameter.detach().float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self.mean.values()), now, 1 - decay)

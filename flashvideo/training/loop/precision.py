@@ -15,7 +15,7 @@ _FASTER = 1.2  # times, to be called a help
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies in bfloat16: by its flags, and by timing where PyTorch doesn't tell them."""
+    """Whether the processor multiplies in bfloat16: by its flags, or by timing where PyTorch doesn't report them."""
     if hasattr(torch.cpu, "get_capabilities"):  # older versions of PyTorch have none
         flags = torch.cpu.get_capabilities()
         return any(flags.get(name) for name in _INSTRUCTIONS)

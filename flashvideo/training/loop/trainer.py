@@ -31,14 +31,14 @@ MINUTE = 60.0
 
 
 class Task(Protocol):
-    """What the loop needs to know of a network and its data. All randomness must follow from the index given."""
+    """A network and its data, for the loop. All randomness must follow from the given index."""
 
     model: nn.Module  # on its device; what requires a gradient learns
-    data: Dataset  # data[i] is batch i: tensors on the CPU in a dict or list, made in other processes if asked to
+    data: Dataset  # data[i] is batch i: tensors on the CPU in a dict or list; worker processes may make it
     description: dict[str, Any]  # numbers that a checkpoint must agree with, such as the network's sizes
 
     def prepare(self) -> None:
-        """Prepare what the batches are drawn from, such as latents on disk, where it is missing.
+        """Prepare the data that batches are drawn from, such as latents on disk, where it is missing.
 
         The network still has the weights that a fresh run begins with.
         """
@@ -49,7 +49,7 @@ class Task(Protocol):
         ...
 
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data; the first is the one by which the best checkpoint is chosen, higher is better."""
+        """Metrics on held-out data. The first one chooses the best checkpoint: higher is better."""
         ...
 
     def sheet(self) -> Image.Image:
@@ -59,9 +59,9 @@ class Task(Protocol):
 
 @dataclass
 class Limits:
-    """When this run ends, if not at the end of the schedule."""
+    """Limits of this run, which may end it before the end of the schedule."""
 
-    steps: int | None = None  # at most so many now
+    steps: int | None = None  # in this run
     minutes: float | None = None
 
 
@@ -81,9 +81,9 @@ class Trainer:
         self._saved = -1
 
     def train(self, limits: Limits, *, resume: bool) -> int | None:
-        """Start or resume, and train as `run` does, while no other program trains in the folder.
+        """Start or resume, then `run`, while no other program trains in the folder.
 
-        Returns and raises what these do, and raises InUseError if another program is at work there.
+        Returns and raises the same as these, and raises InUseError if another program trains there.
         """
         if not resume:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class Trainer:
         check_description(state, self.task, self.folder / LAST)
         self._check_learning(state)
         if state["step"] < self.settings.steps:
-            self.task.prepare()  # before the weights: preference tuning lets the network it began with choose
+            self.task.prepare()  # before the weights: in preference tuning the starting network makes the samples
         for name, parameter in trainable(self.task.model).items():
             parameter.data.copy_(state["model"][name])
         self.mean.load(state["mean"])
@@ -113,7 +113,7 @@ class Trainer:
         self.metrics.truncate(self.step)
 
     def _check_learning(self, state: dict[str, Any]) -> None:
-        """What learns, and by which optimiser, must be as in the run so far. Raises TrainingError."""
+        """Raise TrainingError unless the same weights learn, with the same optimiser, as in the run so far."""
         path, now = self.folder / LAST, trainable(self.task.model)
         if changed := sorted(now.keys() ^ state["model"].keys()):
             raise TrainingError(f"{path} can't be resumed with this config: other weights learn, such as {changed[0]}.")
@@ -183,7 +183,7 @@ class Trainer:
             self.validate()
 
     def _batches(self, end: int) -> Iterator[Any]:
-        """Batches from the step at hand to step `end`, made ahead by worker processes if there are any."""
+        """Batches from the current step to step `end`; worker processes, if any, make them ahead."""
         per_step, workers = self.settings.accumulate, self.settings.workers
         loader = DataLoader(
             self.task.data,
@@ -227,7 +227,7 @@ class Trainer:
         return self.device.type == "cuda" and self.settings.bf16
 
     def validate(self) -> dict[str, float]:
-        """Measure, draw a sheet, and keep the checkpoint if it is the best so far. The mean weights are judged."""
+        """Measure the mean weights, draw a sheet, and keep the checkpoint if it is the best so far."""
         self.task.model.eval()
         with self.mean.applied(), torch.no_grad():
             scores = self.task.validate()

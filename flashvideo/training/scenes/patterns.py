@@ -20,7 +20,7 @@ _SQRT3 = math.sqrt(3)
 
 
 def coverage(distance: Tensor, pixel: float | Tensor) -> Tensor:
-    """How much of a pixel lies inside, in [0, 1], from the signed distance of its middle (negative inside)."""
+    """How much of a pixel is inside, in [0, 1], from the signed distance of its middle (negative inside)."""
     return (0.5 - distance / pixel).clamp(0, 1)
 
 
@@ -112,7 +112,7 @@ def table_lookup(name: str, x: Tensor, y: Tensor, pixel: float) -> Tensor:
 
 
 def table_cells(x: Tensor, y: Tensor) -> Tensor:
-    """A number in [-1, 1] for each pair of whole numbers: the same one for every place in a brick, say."""
+    """A number in [-1, 1] for each pair of whole numbers: the same one for every place in a brick, for example."""
     table = _mip("grain", 0, str(x.device))[0, 0]
     return table[y.long().remainder(TABLE_SIDE), x.long().remainder(TABLE_SIDE)]
 

@@ -27,7 +27,7 @@ HELD_OUT_PROMPTS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of one video."""
+    """The judge's result for one video."""
 
     prompt: str
     wanted: dict[str, str]

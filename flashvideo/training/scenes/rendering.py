@@ -65,7 +65,7 @@ def _plane(scene: Scene, time: Tensor, height: int, width: int) -> tuple[Tensor,
 
 def _draw(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
     x, y, pixel = _plane(scene, time, height, width)
-    # The camera follows its subject, so a pan moves only what lies behind.
+    # The camera follows its subject, so a pan moves only the background.
     pan = {"pans left": -_PAN, "pans right": _PAN}.get(scene.camera, 0.0) * time
     background = draw_background(scene, View(x + pan, y, time, 1 / height))
     picture = background.expand(3, time.shape[0], height, width).contiguous()

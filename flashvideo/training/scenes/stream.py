@@ -1,6 +1,6 @@
 """The procedural video set: endless, the same for a seed on every run, with combinations that training never sees.
 
-A scene is chosen by `random_scene`, drawn by `render`, told by `caption`; `SceneStream` does all three.
+A scene is chosen by `random_scene`, drawn by `render` and described by `caption`; `SceneStream` does all three.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ CLIP_SECONDS = 2.0  # subjects stay in the picture for this long; later they may
 ASPECT = 1.75  # width over height that the places are chosen for
 TURNING_SHAPES = ("square", "triangle", "star", "cross")  # a turning circle looks like one that stays still
 
-# Neighbours that are hard to tell apart when one is the subject and the other lies behind it.
+# Neighbours that are hard to distinguish when one is the subject and the other is behind it.
 _CLOSE = {
     "red": ("orange", "pink"),
     "orange": ("red", "yellow"),
@@ -61,7 +61,7 @@ _HIDDEN_ON = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A moving thing: what the caption says of it, and the numbers that make it one of many."""
+    """A moving thing: what its caption names, and the numbers that make it different from others."""
 
     colour: str
     shape: str

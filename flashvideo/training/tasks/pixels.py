@@ -1,4 +1,4 @@
-"""What of stage II's errors is seen: part of where its velocity leads is decoded and compared with the clip."""
+"""Stage II's errors in pixels: part of the latent that its velocity leads to is decoded and compared with the clip."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .losses import PixelWeights, pixel_loss
 class PixelSettings:
     """How much pixels count beside latents, where a batch's pieces begin with their clips.
 
-    The network's velocity is followed to the clean end, and a part of what comes out is decoded and compared. The VAE
-    doesn't learn, but tells which errors of a latent show.
+    The network's velocity is followed to the clean latent, of which a part is decoded and compared. The VAE doesn't
+    learn; through it, errors of a latent count as much as they are visible.
     """
 
     weight: float = 0.0  # of `pixel_loss` beside the velocity's error; 0: latents alone count
@@ -42,7 +42,7 @@ class PixelSettings:
 def visible_part(
     videos: Sequence[Tensor], piece: Sequence[Any], window: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Part of what pieces of latents show that begin with their clips.
+    """Cut the part of the clips that pieces of latents show; the pieces begin with their clips.
 
     `piece` holds the slices of latent frames, rows and columns last, `window` the latent pixels of the part's sides.
     Returns "video" [B, 3, F, h, w] and "place", the latent row and column where the part begins in the piece.

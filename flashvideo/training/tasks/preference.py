@@ -1,7 +1,7 @@
 """Preference tuning of stage II (FlashVideo table 7): best of n samples by a scorer, then fine-tuning on the best.
 
-`python -m flashvideo train preference`'s settings are stage II's and a table [choice]. The network to start from
-refines every clip `candidates` times with other noise; the scorer's favourite is what it then learns to give.
+The settings of `python -m flashvideo train preference` are those of stage II and a table [choice]. The starting network
+refines every clip `candidates` times, each with other noise; it then learns to give the one that the scorer prefers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def detail(candidate: Tensor, clean: Tensor) -> float:
 
 
 def sharpness(candidate: Tensor, _clean: Tensor) -> float:
-    """How much detail there is, whatever the clean clip has: the gradient energy. It favours noise, too."""
+    """How much detail there is, whatever the clean clip has: the gradient energy. It also prefers noise."""
     return float(sum(candidate.clamp(-1, 1).float().diff(dim=axis).square().mean() for axis in (-1, -2)))
 
 
@@ -62,7 +62,7 @@ class ChoiceSettings:
     strength: int = DEGRADATION_STEP
 
     def __post_init__(self) -> None:
-        """Refuse what can't choose."""
+        """Refuse settings that leave nothing to choose."""
         if self.scorer not in SCORERS:
             raise TrainingError(f"[choice] scorers are {', '.join(SCORERS)}; got {self.scorer!r}.")
         if min(self.candidates, self.clips) < 1:
@@ -93,7 +93,7 @@ class PreferenceSettings(Stage2Settings):
 
 
 class ChosenData(Dataset):
-    """data[i]: references, what was chosen for them, and contexts of batch i."""
+    """data[i]: references, the samples chosen for them, and contexts of batch i."""
 
     def __init__(self, settings: PreferenceSettings, chosen: LatentCache) -> None:
         self.settings, self.chosen = settings, chosen
