@@ -117,9 +117,7 @@ def sample_stage1(
         clean_uncond, clean_cond = v_to_clean(
             torch.cat((latent, latent)), v, schedule.quantized_signal[i].to(latent.device)
         ).chunk(2)
-        return guide(
-            clean_uncond, clean_cond, dynamic_cfg_scale(int(schedule.timesteps[i]), steps, scale, exponent)
-        )
+        return guide(clean_uncond, clean_cond, dynamic_cfg_scale(int(schedule.timesteps[i]), steps, scale, exponent))
 
     return solve_vp(denoise, noise.float(), schedule, step_noise, on_step)
 

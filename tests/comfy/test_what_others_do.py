@@ -268,9 +268,7 @@ def test_out_of_memory_names_window_tiles_and_size(
             comfy_nodes["FlashVideoStage1Sampler"].execute(broken, *draft_text, latent, 3, 2, 6.0, True)
         return
     broken = comfy_nodes["FlashVideoSpatialTiles"].execute(broken, 128).result[0]
-    degraded = comfy_nodes["FlashVideoLatentDegradation"].execute(
-        {"samples": normal(1, 16, 3, 16, 32, seed=1)}, 600, 0
-    )
+    degraded = comfy_nodes["FlashVideoLatentDegradation"].execute({"samples": normal(1, 16, 3, 16, 32, seed=1)}, 600, 0)
     pattern = r"stage II ran out of memory with 256x128, 9 frames, window 49, tiles of 128 pixels\. .*Tried to allocate"
     with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=pattern):
         comfy_nodes["FlashVideoStage2Refiner"].execute(

@@ -46,3 +46,13 @@ def tokenizer(tmp_path: Path) -> Path:
 
     write_tokenizer(tmp_path / "tokenizer.json")
     return tmp_path / "tokenizer.json"
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes wheels from, and nowhere else."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder

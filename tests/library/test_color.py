@@ -80,9 +80,7 @@ def test_adain_lessens_a_turned_hue_but_cannot_undo_it() -> None:
     """A turn mixes the channels; a gain and an offset for each of them can't mix them back."""
     reference = clip_of()
     refined = CASTS["hue"](reference)
-    before, after = (
-        colour_error(clip, reference) for clip in (refined, match_colors(refined, reference, "adain"))
-    )
+    before, after = (colour_error(clip, reference) for clip in (refined, match_colors(refined, reference, "adain")))
     assert after < before
 
 

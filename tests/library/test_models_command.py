@@ -266,9 +266,7 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     assert code == 1 and "is another file" in said and target.read_bytes() == refiner
 
 
-def test_an_interrupted_download_resumes(
-    comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupted_download_resumes(comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytes(range(256)) * 100_000  # huggingface_hub writes pieces of 10 MB
     hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": content}
     hub.break_after = 15_000_000

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,32 +16,22 @@ from torch import Tensor, nn
 
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.commands.main import main
-from flashvideo.config import NANO_STAGE1, NANO_TEXT_ENCODER, STAGE2_LATENT_SCALE, VAEConfig
+from flashvideo.config import NANO_STAGE1, NANO_TEXT_ENCODER, VAEConfig
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
 from flashvideo.errors import CommandError
-from flashvideo.nano import NANO_FOLDER
 from flashvideo.t5 import T5Tokens, load_encoder
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.clip_library import ClipLibrary, Sizes
 from flashvideo.training.data.decoding import Decoded
-from flashvideo.training.data.latents import SHARD, ClipSettings, LatentCache, ScenePieces
+from flashvideo.training.data.latents import SHARD, ClipSettings, LatentCache
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.checkpointing import BEST, LAST, load_state
-from flashvideo.training.loop.metrics import MetricsFile, psnr
+from flashvideo.training.loop.metrics import MetricsFile
 from flashvideo.training.randomness import generator_for
 from flashvideo.training.tasks.lora import add_lora, lora_state, merged_state
 from flashvideo.training.tasks.losses import Network, stage1_loss
 from flashvideo.training.tasks.networks import NetworkSettings, as_called, attention_products, make_network
-from flashvideo.training.tasks.pixels import PixelSettings, visible_loss
 from flashvideo.training.tasks.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
-from flashvideo.training.tasks.stage2 import (
-    DegradationSettings,
-    PairData,
-    Phase,
-    Stage2Settings,
-    Stage2Task,
-    choose_reference,
-)
 from flashvideo.training.tasks.text import TextSettings, TextTask, fresh_encoder, text_metadata
 from flashvideo.training.tasks.vae import fold_latent_scale, initialise
 from flashvideo.vae import VideoVAE
@@ -353,159 +341,6 @@ def test_steps_see_beginnings_of_clips_of_every_length_and_whole_ones_in_the_end
     assert set(drawn[50:]) == {5}
     with pytest.raises(TrainingError, match=r"lengths must be 1 or more; got \[2, 0\]"):
         ShortClips((2, 0))
-
-
-def test_a_phase_sees_pieces_of_its_clips_everywhere_in_them() -> None:
-    """References and clean clips are cut alike: a latent pixel's number says where it was."""
-    clips = ClipSettings(height=48, width=64, frames=9, clips=2)
-    phase = Phase(10, 2, clips, window=(4, 5), lengths=(1, 3))
-    latent = torch.arange(3 * 6 * 8).view(1, 1, 3, 6, 8).expand(2, 16, 3, 6, 8)
-    pieces = [latent[phase.piece(latent, torch.Generator().manual_seed(seed))] for seed in range(600)]
-    assert {piece.shape for piece in pieces} == {(2, 16, 1, 4, 5), (2, 16, 3, 4, 5)}
-    corners = {8 * row + column for row in range(3) for column in range(4)}
-    begins = {frames: {int(p[0, 0, 0, 0, 0]) for p in pieces if p.shape[2] == frames} for frames in (1, 3)}
-    assert begins[3] == corners
-    assert begins[1] == {48 * frame + corner for frame in range(3) for corner in corners}
-    whole = dataclasses.replace(phase, window=(0, 0), lengths=())
-    assert latent[whole.piece(latent, torch.Generator())].shape == latent.shape
-    with pytest.raises(TrainingError, match=r"window must be 1 to 6 by 1 to 8 latent pixels; got \[7, 5\]"):
-        Phase(10, 2, clips, window=(7, 5))
-    with pytest.raises(TrainingError, match=r"lengths must be 1 or more; got \[0\]"):
-        Phase(10, 2, clips, lengths=(0,))
-
-
-def test_references_are_chosen_by_their_probabilities() -> None:
-    entries = {
-        name: torch.full((4, 1, 1, 1, 1), value)
-        for name, value in (("clean", 0.0), ("weak", 1.0), ("strong", 2.0), ("coded", 3.0))
-    } | {"context": torch.zeros(4, 1, 1)}
-    chance = torch.tensor([0.1, 0.29, 0.31, 0.71])
-    settings = DegradationSettings(strong_probability=0.3, coded_probability=0.4)
-
-    def chosen(settings: DegradationSettings) -> list[float]:
-        return choose_reference(entries, settings, chance)["reference"].flatten().tolist()
-
-    assert chosen(settings) == [2, 2, 3, 1]
-    assert chosen(dataclasses.replace(settings, coded_probability=0.0)) == [2, 2, 1, 1]
-    assert chosen(dataclasses.replace(settings, pixel=False)) == [0, 0, 0, 0]
-    with pytest.raises(TrainingError, match="at most 1 together"):
-        DegradationSettings(strong_probability=0.7, coded_probability=0.4)
-    with pytest.raises(TrainingError, match=r"must be 0 or more, .* got -0\.1 and 0\.4"):
-        DegradationSettings(strong_probability=-0.1, coded_probability=0.4)
-    with pytest.raises(TrainingError, match="latent_power must be above 0; got 0"):
-        DegradationSettings(latent_power=0)
-    for steps in ((750, 600), (600, 1000), (-1, 600)):
-        with pytest.raises(TrainingError, match="latent_steps must be two of 0 to 999, the smaller first"):
-            DegradationSettings(latent_steps=steps)
-    for factor in ((0.5, 4.0), (4.0, 2.0)):
-        with pytest.raises(TrainingError, match="factor must be two numbers of 1 or more"):
-            DegradationSettings(factor=factor)
-
-
-def test_a_piece_is_cut_where_a_degraded_whole_is() -> None:
-    pieces = ClipSettings(32, 48, 5, clips=2, scene=(64, 96)).open("train", 1)
-    assert isinstance(pieces, ScenePieces)
-    whole, _ = pieces.scenes.sample(3)
-    piece, _ = pieces.sample(3)
-    assert torch.equal(pieces.cut(whole, 3), piece)
-
-
-def on_nano(tokenizer: Path, folder: Path, phase: Phase, **settings: Any) -> Stage2Settings:
-    """Settings of a stage II that learns with Nano's VAE and text encoder."""
-    pytest.importorskip("transformers")
-    return Stage2Settings(
-        seed=1,
-        out=folder,
-        cache=folder / "cache",
-        vae=NANO_FOLDER / "vae.safetensors",
-        text=str(NANO_FOLDER / "text_encoder.safetensors"),
-        tokenizer=str(tokenizer),
-        loop=LoopSettings(1, 1e-3),
-        phases=(phase,),
-        **settings,
-    )
-
-
-@torch.no_grad()
-def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path: Path) -> None:
-    """Blurred as a draft is, and at its place: nearer to its own clean piece than to any other."""
-    phase = Phase(1, 1, ClipSettings(64, 64, 5, clips=4, validation_clips=1, scene=(128, 192)))
-    settings = on_nano(tokenizer, tmp_path, phase, degradation=DegradationSettings(coded_probability=0.5))
-    task = Stage2Task(settings, torch.device("cpu"))
-    clips = task.clips[0]
-    clips.fill()
-    entries = clips.batch(range(4))
-    clean, weak, coded = (task.vae.decode(entries[name]) for name in ("clean", "weak", "coded"))
-    for index in range(4):
-        own = psnr(coded[index], clean[index])
-        others = [psnr(coded[index], clean[other]) for other in range(4) if other != index]
-        assert own > max(others) + 2
-        assert psnr(coded[index], weak[index]) > own  # what it lacks is what the weak degradation takes
-        moved = psnr(coded[index][..., 8:, 8:], clean[index][..., :-8, :-8])
-        assert moved < own
-
-
-@pytest.fixture
-def pixel_task(tokenizer: Path, tmp_path: Path) -> Stage2Task:
-    """Stage II on pieces of two clips, with Nano's VAE."""
-    phase = Phase(1, 2, ClipSettings(64, 80, 9, clips=2, validation_clips=1), window=(7, 8), lengths=(2, 3))
-    settings = on_nano(tokenizer, tmp_path, phase, pixels=PixelSettings(1.0, window=6, edge=1))
-    task = Stage2Task(settings, torch.device("cpu"))
-    task.clips[0].fill()
-    return task
-
-
-def test_pixels_are_of_the_place_that_their_latents_show(pixel_task: Stage2Task) -> None:
-    """Only where a piece begins with its clip: the VAE's first latent frame is one frame, all others are four."""
-    found = set()
-    for index in range(30):
-        batch = pixel_task.data[index]
-        frames = batch["clean"].shape[2]
-        begins = any(
-            torch.equal(batch["clean"][0], entry["clean"][:, :frames, row : row + 7, column : column + 8].float())
-            for entry in (pixel_task.clips[0][clip] for clip in range(2))
-            for row in range(2)
-            for column in range(3)
-        )
-        assert ("video" in batch) == begins
-        found.add((frames, begins))
-    assert found == {(3, True), (2, True), (2, False)}
-    later = dataclasses.replace(pixel_task.settings, pixels=dataclasses.replace(pixel_task.settings.pixels, since=10))
-    data = PairData(later, pixel_task.clips)
-    assert not any("video" in data[index] for index in range(10))
-    assert any("video" in data[index] for index in range(10, 30))
-    batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
-    row, column = batch["place"].tolist()
-    shown = pixel_task.vae.decode(batch["clean"])[..., 8 * row :, 8 * column :][..., :48, :48]
-    assert shown.shape == batch["video"].shape
-    assert psnr(shown, batch["video"]) > psnr(shown[..., 8:, 8:], batch["video"][..., :-8, :-8]) + 3
-
-
-def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pixel_task: Stage2Task) -> None:
-    batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
-    clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
-    shown = batch["video"], batch["place"], pixel_task.settings.pixels
-    guess = reference.clone().requires_grad_()
-    worse = visible_loss(pixel_task.vae.network, guess / STAGE2_LATENT_SCALE, *shown)
-    assert visible_loss(pixel_task.vae.network, clean / STAGE2_LATENT_SCALE, *shown).item() < worse.item()
-    worse.backward()
-    row, column = batch["place"].tolist()
-    touched = guess.grad.abs().sum((0, 1, 2)) > 0
-    assert touched[row : row + 6, column : column + 6].all()
-    assert int(touched.sum()) == 36
-    terms = pixel_task.loss(batch, 0)
-    assert terms["loss"].item() == pytest.approx((terms["velocity"] + terms["pixels"]).item())
-    assert "score" in pixel_task.validate()
-
-
-def test_pixels_beyond_a_piece_are_refused() -> None:
-    phases = (Phase(1, 1, ClipSettings(64, 80, 9, clips=2), window=(7, 8)),)
-    loop = LoopSettings(1, 1e-3)
-    with pytest.raises(TrainingError, match="window must be at most 7, .* got 8"):
-        Stage2Settings(1, Path(), Path(), Path(), "", loop, phases, pixels=PixelSettings(1.0, window=8))
-    Stage2Settings(1, Path(), Path(), Path(), "", loop, phases, pixels=PixelSettings(1.0, since=1, window=8))
-    with pytest.raises(TrainingError, match="leave something of a window of 4; got 2"):
-        PixelSettings(1.0, window=4, edge=2)
 
 
 def test_learning_attention_is_the_exact_one() -> None:

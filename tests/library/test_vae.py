@@ -297,9 +297,7 @@ def test_big_convolutions_run_in_windows_of_time_with_equal_results(
             assert error(tiny.encode(whole).mean, moments.mean) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 @pytest.mark.parametrize("in_time", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 4)])
 def test_doubling_by_quarters_equals_a_convolution_of_the_doubled_picture(

@@ -148,7 +148,6 @@ class Evaluator:
         )  # fmt: skip
         return refined / STAGE2_LATENT_SCALE
 
-
     def _refined_long(self, method: Method, clip: HeldOutClip) -> Tensor:
         """The draft through the refiner of long videos, which has the VAE work in chunks and stage II in windows."""
         networks = Networks(

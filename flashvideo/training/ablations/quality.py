@@ -218,5 +218,3 @@ def _judged(table: TableResult, metric: str) -> Check:
     wins = sum(each < 0 for each in differences)
     found = f"{wins} of {len(differences)}, {sum(differences) / len(differences):+.1f} on the mean"
     return Check(wanted, found, wins >= BETTER_ON * len(differences))
-
-

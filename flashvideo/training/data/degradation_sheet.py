@@ -1,6 +1,6 @@
 """A picture of every degradation, for the documentation.
 
-    python -m flashvideo.training.data.degradation_sheet FILE.png
+python -m flashvideo.training.data.degradation_sheet FILE.png
 """
 
 from __future__ import annotations

@@ -73,6 +73,4 @@ class FrozenVAE:
             room = None if free is None else VAE_SHARE * free
         on_card = self.device.type != "cpu"
         store = STORE_SHARE * main_memory() if on_card else None
-        return plan_within(
-            getattr(self.network, half), size, self.dtype, room, store, needed=whole, on_card=on_card
-        )
+        return plan_within(getattr(self.network, half), size, self.dtype, room, store, needed=whole, on_card=on_card)
