@@ -22,19 +22,21 @@ channel_multipliers = [1, 1, 1, 1]
 encoder_blocks = 1
 decoder_blocks = 1
 """
-VAE = f"""{SMALL_VAE}{LOOP}
-[loss]
+CROPS = """
 [[crops]]
 render = [16, 24]
 size = [16, 16]
 frames = 5
 clips = 2
+"""
+VALIDATION = """
 [[validation]]
 name = "small"
 size = [16, 24]
 frames = 5
 clips = 2
 """
+VAE = f"{SMALL_VAE}{LOOP}\n[loss]{CROPS}{VALIDATION}"
 TEXT = f"batch = 2\nvocabulary_captions = 300\nvalidation_captions = 4\n{LOOP}"
 STAGE1 = f"batch = 2\n[clips]\n{CLIPS}{LOOP}[sheet]\ncount = 1\nsteps = 3\n"
 STAGE2 = (

@@ -217,6 +217,18 @@ def model_folder(comfy_base: Path) -> Iterator[Callable[[str], Path]]:
         file.unlink()
 
 
+@pytest.fixture()
+def vae(submodule: Callable[[str], ModuleType]) -> Any:
+    """The built-in VAE."""
+    return submodule("nodes.native.vae").load_vae_native(None)
+
+
+@pytest.fixture()
+def vae_folder(model_folder: Callable[[str], Path]) -> Path:
+    """ComfyUI's models/vae."""
+    return model_folder("vae")
+
+
 @pytest.fixture(scope="session")
 def model(submodule: Callable[[str], ModuleType]) -> Any:
     """Nano's refiner as a MODEL."""

@@ -22,18 +22,6 @@ ROUNDING = 1e-6  # of [0, 1], between two orders of the same float32 sums
 
 
 @pytest.fixture()
-def vae(submodule: Callable) -> Any:
-    """The built-in VAE."""
-    return submodule("nodes.native.vae").load_vae_native(None)
-
-
-@pytest.fixture()
-def vae_folder(model_folder: Callable[[str], Path]) -> Path:
-    """ComfyUI's models/vae."""
-    return model_folder("vae")
-
-
-@pytest.fixture()
 def apply(run_prompt: Callable, values: dict, captured: dict) -> Callable[..., Any]:
     """The output of one node with a VAE from the loader, in the executor."""
 

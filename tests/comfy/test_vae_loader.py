@@ -17,18 +17,6 @@ BUILT_IN = "FlashVideo-Nano (built-in)"
 LOADER = {"class_type": "FlashVideoVAELoader", "inputs": {"vae_name": BUILT_IN}}
 
 
-@pytest.fixture()
-def vae(submodule: Callable) -> Any:
-    """The built-in VAE."""
-    return submodule("nodes.native.vae").load_vae_native(None)
-
-
-@pytest.fixture()
-def vae_folder(model_folder: Callable[[str], Path]) -> Path:
-    """ComfyUI's models/vae."""
-    return model_folder("vae")
-
-
 def test_the_built_in_vae_is_the_default_and_files_follow(comfy_nodes: dict, vae_folder: Path) -> None:
     (vae_folder / "3d-vae.pt").write_bytes(b"x")
     choices, more = comfy_nodes["FlashVideoVAELoader"].INPUT_TYPES()["required"]["vae_name"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from patience import finished, wait_until
 from PIL import Image
-from small_recipes import SMALL_VAE
+from small_recipes import CROPS, SMALL_VAE, VALIDATION
 from torch import Tensor, nn
 
 from flashvideo.atomic_files import in_use
@@ -50,23 +50,14 @@ log_every = 1
 validate_every = 15
 checkpoint_every = {{checkpoint_every}}
 [loss]
-[[crops]]
-render = [16, 24]
-size = [16, 16]
-frames = 5
-clips = 2
+{CROPS}
 [[crops]]
 render = [16, 24]
 size = [8, 16]
 frames = 1
 clips = 1
 crops = 3
-[[validation]]
-name = "small"
-size = [16, 24]
-frames = 5
-clips = 2
-"""
+{VALIDATION}"""
 
 
 @pytest.fixture
