@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import CommandError
 from ..nano import nano_state
 from ..t5 import T5Tokens, contexts, load_encoder
-from .options import DTYPES, ModelOptions
+from .options import DTYPES, ModelOptions, existing_file
 
 BUILT_IN = "nano"  # in place of a file's identity
 
@@ -25,11 +25,7 @@ def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.d
 
 def model_file(path: Path | None, part: str) -> Any:
     """The chosen file, or the built-in weights of `part`. Raises CommandError if there is no such file."""
-    if path is None:
-        return nano_state(part)
-    if not path.is_file():
-        raise CommandError(f"There is no file {path}.")
-    return path
+    return nano_state(part) if path is None else existing_file(path)
 
 
 def encode_prompt(text: str, options: ModelOptions, text_dim: int, device: torch.device) -> Tensor:

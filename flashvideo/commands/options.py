@@ -19,7 +19,7 @@ from ..refiner.tiles import TILE
 from ..refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..samplers import SOLVERS
 from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
-from ..t5 import MOTIONS
+from ..t5 import MOTIONS, T5Tokens
 
 AUTO = "auto"
 MAX_CRF = 51  # of x264
@@ -143,7 +143,7 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
         raise CommandError(f"--vae-memory must be above 0, in GiB; got {options.vae_memory:g}.")
     for path in (options.model, options.vae, options.text_encoder):
         if path is not None:
-            model_file(path, "")
+            existing_file(path)
     if options.tokenizer:
         T5Tokens(options.tokenizer)
     return ModelOptions(
@@ -155,6 +155,13 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
         device=options.device,
         dtype=options.dtype,
     )
+
+
+def existing_file(path: Path) -> Path:
+    """The path itself. Raises CommandError if it isn't a file's."""
+    if not path.is_file():
+        raise CommandError(f"There is no file {path}.")
+    return path
 
 
 def target_size(options: argparse.Namespace, default: TargetSize) -> TargetSize:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import real, whole
+from ..atomic_files import check_target, write_whole
 from ..devices import GIB, open_device
 from ..errors import CommandError
 from .terminal import say
@@ -77,8 +78,10 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
     from ..planner import Setting
     from ..planner.budget import Budget, on_card
 
-    if options.plot and options.plot.suffix.lower() != ".png":
-        raise CommandError(f"--plot writes a PNG picture; {options.plot} must end in .png.")
+    if options.plot:
+        if options.plot.suffix.lower() != ".png":
+            raise CommandError(f"--plot writes a PNG picture; {options.plot} must end in .png.")
+        check_target(options.plot, force=True)
     device = open_device(options.device)
     setting = Setting(
         width=options.width,
@@ -118,7 +121,8 @@ def _write_plan(options: PlanOptions) -> None:
     if options.plot:
         from ..planner.plot import plot
 
-        plot(plan, rates(setting), budget).save(options.plot)
+        picture = plot(plan, rates(setting), budget)
+        write_whole(options.plot, lambda part: picture.save(part, format="PNG"))
 
 
 def _networks(models: list[str]) -> Any:

@@ -295,6 +295,7 @@ def test_command_plans_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("--memory", "-1"), "the budget's memory must be more than 0"),
         (("--device", "nonsense"), "There is no device 'nonsense' here"),
         (("--plot", "plan.jpg"), "must end in .png"),
+        (("--plot", "no folder/plan.png"), "There is no folder no folder to write to."),
     ],
 )
 def test_command_refuses_before_it_measures(wrong: tuple[str, ...], message: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR
+from ...config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR, video_frames
 from ...samplers import sample_stage1
 from ...schedule import TRAIN_STEPS
 from ...t5 import T5Encoder, T5Tokens, load_encoder
@@ -159,7 +159,7 @@ class DraftData(Dataset):
             return layout
         frames, rows, columns = latents.shape[2:]
         cells = SPATIAL_FACTOR // LAYOUT_CELL
-        return torch.full((TEMPORAL_FACTOR * (frames - 1) + 1, rows * cells, columns * cells), torch.nan)
+        return torch.full((video_frames(frames), rows * cells, columns * cells), torch.nan)
 
 
 class Stage1Task:
