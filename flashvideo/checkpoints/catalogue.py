@@ -7,12 +7,12 @@ looked into (safetensors, PyTorch archives): a header each, however large the fi
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CommandError
+from .archives import is_archive
 from .reading import describe, open_checkpoint
 from .weights import CheckpointError, Weights, open_weights
 
@@ -205,7 +205,7 @@ def _can_be_mapped(path: Path) -> bool:
     """Whether opening costs next to nothing; a PyTorch file of the old kind would be read as a whole."""
     with path.open("rb") as file:
         head = file.read(9)
-    return head[8:9] == b"{" or (head.startswith(b"PK") and zipfile.is_zipfile(path))
+    return head[8:9] == b"{" or (head.startswith(b"PK") and is_archive(path))
 
 
 def _is_t5_xxl(weights: Weights) -> bool:

@@ -26,6 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .archives import is_archive
+
 # Scale factors that quantised files hold besides the weights.
 QUANTISATION = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$")
 SHOWN_KEYS = 4  # of a list of keys in a message
@@ -247,8 +249,7 @@ def read_safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]
 
 
 def _open_torch(path: Path) -> Weights:
-    archive = zipfile.is_zipfile(path)
-    if archive:
+    if archive := is_archive(path):
         _check_archive(path)
 
     def reopen() -> dict[str, Tensor]:

@@ -131,6 +131,8 @@ def refine_video(
         return ()
     check_paths(source, target, force=options.force)
     clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
+    if options.sound == "none":
+        clip = clip.alone()
     size = settings.size.resolve(clip.height, clip.width)
     form = VideoFormat(clip, *size, options.crf, options.sound)
     damage = (*clip.damage, *check_container(target.suffix, form, options.warn))

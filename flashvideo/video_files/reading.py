@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -65,6 +65,13 @@ class VideoClip:
         """When each frame makes way for the next one."""
         step = max(1, round(1 / (self.rate * self.time_base)))
         return (*self.times[1:], self.times[-1] + (self.last or step))
+
+    def alone(self) -> VideoClip:
+        """The clip without sound, whose clock then begins with its pictures."""
+        first = self.times[0]
+        return replace(
+            self, start=self.start + first * self.time_base, times=tuple(time - first for time in self.times)
+        )
 
     def source(self) -> AbstractContextManager[av.container.InputContainer | None]:
         """The file, for its other tracks."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import CommandError
 from .encoding import CODEC, VideoFormat
-from .opening import disposition, has_flag, picture_track, texts
+from .opening import disposition, has_flag, opened, picture_track, texts
 from .reading import VideoClip
+from .sound import SoundEncoder, keep_end
 from .times import Clock
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what is written
@@ -28,6 +29,8 @@ _AAC_LAYOUTS = ("mono", "stereo", "5.1", "7.1")
 _AAC_RATE = 48_000  # where AAC doesn't know the source's rate
 _FFMPEGS_OWN = 2**16  # from here on an error is no system's: the packet is damaged
 _ATTACHED = "attached_pic"
+_COVERS = {"mjpeg": "jpg", "png": "png"}  # codecs of pictures that all containers here take
+_MIMES = {"jpg": "image/jpeg", "png": "image/png"}
 _PLACES = ("com.apple.quicktime.location.ISO6709", "LOCATION", "location-eng")  # other names of "location"
 _OTHER_TAGS = "com."  # telephones' own, which MP4's usual tags have no room for
 # Made anew by what writes.
@@ -141,7 +144,7 @@ def _output(
         if source is not None:
             _copy_tags(container, source, tracks, form.clip)
             _add_sound(container, source, tracks, form.sound)
-            _add_others(container, source, tracks)
+            _add_others(container, source, tracks, form.clip.path)
         container.start_encoding()
         yield container, tracks
 
@@ -203,13 +206,15 @@ def _add_sound(
     tracks.dropped += ["a track of sound of an unknown kind"] * len(unknown)
 
 
-def _add_others(container: av.container.OutputContainer, source: av.container.InputContainer, tracks: _Tracks) -> None:
-    """Subtitles where the container takes their kind; the rest is named as dropped."""
+def _add_others(
+    container: av.container.OutputContainer, source: av.container.InputContainer, tracks: _Tracks, path: Path
+) -> None:
+    """Subtitles, covers and attached files where the container takes their kind; the rest is named as dropped."""
     shown = picture_track(source).index
     for track in source.streams:
-        if track.index == shown or track.type == "audio":
+        if track.index == shown or track.type == "audio" or _is_attached(container, track, tracks, path):
             continue
-        name = "a cover picture" if track.type == "video" and has_flag(track, _ATTACHED) else _name(track)
+        name = "a cover picture" if _is_cover(track) else _name(track)
         if track.type == "subtitle" and track.codec_context is not None:
             try:
                 made = container.add_stream_from_template(track)
@@ -222,6 +227,33 @@ def _add_others(container: av.container.OutputContainer, source: av.container.In
             tracks.dropped.append(name)
         else:
             tracks.pictures.metadata.setdefault("timecode", track.metadata["timecode"])
+
+
+def _is_cover(track: av.stream.Stream) -> bool:
+    return track.type == "video" and has_flag(track, _ATTACHED)
+
+
+def _is_attached(container: av.container.OutputContainer, track: av.stream.Stream, tracks: _Tracks, path: Path) -> bool:
+    """Whether a cover or an attached file has been carried over: in Matroska both are attachments."""
+    matroska = container.format.name == "matroska"
+    if track.type == "attachment" and matroska and hasattr(container, "add_attachment"):
+        name = texts(track.metadata).get("filename", "attachment")
+        container.add_attachment(name, track.mimetype or "application/octet-stream", track.data)
+        return True
+    ending = _COVERS.get(track.codec_context.name) if _is_cover(track) and track.codec_context else None
+    if ending is None:
+        return False
+    if container.format.name == "mp4":
+        made = container.add_stream_from_template(track)
+        made.disposition = disposition(track)
+        tracks.others[track.index] = made
+        return True
+    if not matroska or not hasattr(container, "add_attachment"):  # PyAV has it from 15 on
+        return False
+    with opened(path) as again:
+        picture = next((bytes(each) for each in again.demux(again.streams[track.index]) if each.size), b"")
+    container.add_attachment(f"cover.{ending}", _MIMES[ending], picture)
+    return True
 
 
 def _name(track: av.stream.Stream) -> str:
@@ -267,7 +299,7 @@ def _other_packets(
     kept = [source.streams[index] for index in tracks.others]
     clocks = {track.index: Clock(Fraction(track.time_base), form.clip.start) for track in kept}
     encoders = {
-        index: _Encoder(made, clocks[index])
+        index: SoundEncoder(made, clocks[index])
         for index, made in tracks.others.items()
         if form.sound == "aac" and made.type == "audio"
     }
@@ -280,6 +312,11 @@ def _other_packets(
         except av.FFmpegError:  # as far as it can be read
             break
         index = packet.stream.index
+        if _is_cover(packet.stream) and packet.size:
+            packet.pts = packet.dts = 0
+            packet.stream = tracks.others[index]
+            yield packet
+            continue
         if packet.dts is None or not packet.size:  # the last one is empty and only says that there are no more
             continue
         tracks.damaged[index] += bool(packet.is_corrupt)
@@ -289,6 +326,7 @@ def _other_packets(
             except av.FFmpegError:
                 tracks.damaged[index] += 1
             continue
+        keep_end(packet)
         decoded = packet.dts
         packet.dts = clocks[index](decoded, packet.duration or 0)
         packet.pts = packet.dts + (0 if packet.pts is None else max(0, packet.pts - decoded))
@@ -296,37 +334,6 @@ def _other_packets(
         yield packet
     for encoder in encoders.values():
         yield from encoder.end()
-
-
-class _Encoder:
-    """Encodes a track of sound anew, at the times that it has."""
-
-    def __init__(self, made: av.AudioStream, clock: Clock) -> None:
-        context = made.codec_context
-        self._made, self._clock = made, clock
-        self._resampler = av.AudioResampler(format="fltp", layout=context.layout.name, rate=context.sample_rate)
-        self._next: int | None = None  # sample
-
-    def __call__(self, packet: av.Packet) -> Iterator[av.Packet]:
-        time_base = Fraction(packet.time_base)
-        for frame in packet.decode():
-            length = round(Fraction(frame.samples, frame.sample_rate) / time_base)
-            at = self._clock(frame.pts, length)
-            if self._next is None:
-                self._next = round(at * time_base * self._made.codec_context.sample_rate)
-            frame.pts = None
-            yield from self._encoded(self._resampler.resample(frame))
-
-    def end(self) -> Iterator[av.Packet]:
-        """What is left."""
-        yield from self._encoded(self._resampler.resample(None))
-        yield from self._made.encode(None)
-
-    def _encoded(self, frames: list[av.AudioFrame]) -> Iterator[av.Packet]:
-        for frame in frames:
-            frame.pts, frame.time_base = self._next, Fraction(1, self._made.codec_context.sample_rate)
-            self._next += frame.samples
-            yield from self._made.encode(frame)
 
 
 def _mux(container: av.container.OutputContainer, packet: av.Packet, tracks: _Tracks) -> None:

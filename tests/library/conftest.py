@@ -29,6 +29,11 @@ sys.meta_path.insert(0, _FlashVideoFinder)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`python -m pytest tests/library/test_damaged_files.py --damaged 300`: for people, with minutes to spare."""
+    parser.getgroup("fuzz").addoption("--damaged", type=int, default=40, help="damaged files to try of each kind")
+
+
 @pytest.fixture(scope="module")
 def tiny_networks() -> Any:
     """Stage II, VAE and prompt (`refiner.Networks`), small enough for many runs, with random weights."""

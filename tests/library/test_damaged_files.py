@@ -1,13 +1,12 @@
 """Damaged files: each loads as what it is, or is refused in one short sentence that names it, quickly.
 
-FLASHVIDEO_DAMAGED=300 tries so many of every kind, in place of 40.
+`python -m pytest tests/library/test_damaged_files.py --damaged 300` tries so many of every kind, in place of 40.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import random
 import struct
@@ -29,7 +28,6 @@ from flashvideo.dit import FlashVideoDiT
 from flashvideo.t5 import load_encoder
 from flashvideo.vae import VideoVAE
 
-COUNT = int(os.environ.get("FLASHVIDEO_DAMAGED", "40"))
 SECONDS = 2.0  # of a processor, for one file
 LONGEST = 2000  # letters of a message
 ODD = (
@@ -171,9 +169,12 @@ KINDS = (header_flips, odd_headers, truncated, archive_flips, table_flips, old_f
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_damaged_files_load_or_are_refused_by_name(
-    kind: Callable[[dict[str, Tensor], random.Random], bytes], states: list[dict[str, Tensor]], tmp_path: Path
+    kind: Callable[[dict[str, Tensor], random.Random], bytes],
+    states: list[dict[str, Tensor]],
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
 ) -> None:
-    for seed in range(COUNT):
+    for seed in range(pytestconfig.getoption("--damaged", 40)):
         chance = random.Random(f"{kind.__name__} {seed}")
         path = tmp_path / f"{seed}.{chance.choice(('safetensors', 'pt'))}"
         path.write_bytes(kind(chance.choice(states), chance))
@@ -227,6 +228,16 @@ def test_files_made_to_take_long_are_refused_soon(make: Callable[[], bytes], tmp
     path.write_bytes(make())
     try_all(path)
     with pytest.raises(CheckpointError, match=r"^long\.pt"):
+        open_checkpoint(path)
+
+
+def test_an_archive_of_several_disks_is_refused_by_name(states: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    """Python's own check for archives raises an error for it."""
+    data, path = bytearray(torch_bytes(states[0], new=True)), tmp_path / "disks.pt"
+    data[data.rindex(b"PK\x06\x07") + 16] = 7
+    path.write_bytes(data)
+    try_all(path)
+    with pytest.raises(CheckpointError, match=r"^disks\.pt is damaged or incomplete"):
         open_checkpoint(path)
 
 
