@@ -129,6 +129,41 @@ def test_patches_that_do_nothing_are_named(
     assert caplog.text.count("they do nothing") == 1 and name in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["UNetSelfAttentionMultiply", "UNetCrossAttentionMultiply"])
+def test_nodes_that_leave_no_trace_in_a_model_are_found_in_the_graph(
+    kind: str,
+    comfy_nodes: dict[str, Any],
+    submodule: Callable[[str], ModuleType],
+    draft_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import execution
+    from comfy_execution.utils import CurrentNodeContext
+    from server import PromptServer
+
+    library, changed = submodule("nodes.native.idle_patches"), comfy_nodes[kind].execute(draft_model, 0.0, 0, 0, 0)
+    assert changed.result[0].patches == {} and library.idle_patches(changed.result[0].model_options) == []
+    node = "FlashVideoStage1Sampler"
+    graph = {
+        "1": {"class_type": "FlashVideoModelLoader", "inputs": {}},
+        "2": {"class_type": kind, "inputs": {"model": ["1", 0], "q": 0.5}},
+        "3": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["2", 0]}},
+        "4": {"class_type": "CFGGuider", "inputs": {"model": ["3", 0]}},
+        "5": {"class_type": "SamplerCustomAdvanced", "inputs": {"guider": ["4", 0]}},
+        "6": {"class_type": node, "inputs": {"model": ["1", 0], "latent": ["5", 0]}},  # another model's latent
+    }
+    queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
+    queue.put((0, "run", graph, {}, ["5", "6"]))
+    queue.get(timeout=1)
+    server = SimpleNamespace(prompt_queue=queue, send_progress_text=lambda *_: None)
+    monkeypatch.setattr(PromptServer, "instance", server, raising=False)
+    for number, warned in (("6", 0), ("5", 1), ("5", 1)):
+        with CurrentNodeContext("run", number):
+            library.warn_of_idle_patches({})
+        assert caplog.text.count("they do nothing: UNet") == warned
+
+
 def test_what_works_is_not_said_to_do_nothing(
     comfy_nodes: dict[str, Any], draft_model: Any, sample: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
