@@ -86,7 +86,11 @@ def place_whole(part: Path, target: Path, *, replace: bool = True) -> None:
 def _new_part(target: Path) -> Path:
     name = os.fsencode(target.name)[:_LONGEST_NAME].decode(errors="ignore")
     part = target.with_name(f"{name}.{secrets.token_hex(8)}{PART}")
-    os.close(os.open(part, _NEW, 0o666))
+    try:
+        os.close(os.open(part, _NEW, 0o666))
+    except OSError as error:
+        error.filename = str(target)  # the name that the user knows
+        raise
     return part
 
 

@@ -130,8 +130,8 @@ def _ensure_draft(options: DraftOptions, path: Path, *, anew: bool) -> None:
 
     about = _about(options)
     if anew or not path.is_file():
-        frames = make_draft(options)
-        write_whole(path, lambda part: write_lossless(part, frames, RATE, about))
+        # Made within, so that a folder that can't be written to is noticed before the work.
+        write_whole(path, lambda part: write_lossless(part, make_draft(options), RATE, about))
         say(f"{path}: the draft")
     elif read_comment(path) != about:
         message = f"{path} is the draft of other words or settings. Give OUT another name."

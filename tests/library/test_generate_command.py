@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from flashvideo import atomic_files
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.commands import generate as generate_command
 from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
 from flashvideo.frames import to_bytes, to_frames
@@ -102,6 +104,15 @@ def test_a_draft_that_ends_early_leaves_no_file(
     monkeypatch.setattr(atomic_files.os, "fsync", fail)
     assert generate() == 130
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc takes no files, from the superuser neither")
+def test_a_folder_that_takes_no_files_is_refused_before_the_draft(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(generate_command, "make_draft", None)
+    assert main(["generate", WORDS, "/proc/out.mp4", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "/proc/out.mp4.draft.mkv: No such file or directory\n"
 
 
 def test_bench_runs_a_script_of_the_benchmarks(capfd: pytest.CaptureFixture) -> None:

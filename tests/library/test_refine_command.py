@@ -316,3 +316,35 @@ def test_sound_can_be_encoded_anew_or_left_out(tmp_path: Path, capsys: pytest.Ca
     assert refine(source, tmp_path / "out.mkv", *FAST, "--sound", "aac") == 0
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert [track.codec_context.name for track in container.streams] == ["h264", "aac"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc takes no files, from the superuser neither")
+@pytest.mark.parametrize("options", [["/proc/out.mp4"], ["out.mp4", "--work", "/proc/work"]])
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(
+    options: list[str], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(refine_files, "encode_segment", None)
+    assert refine(clip, *options, *FAST) == REFUSED
+    assert "can't be used for unfinished work: No such file or directory. --work DIR" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+def test_a_disk_that_takes_no_more_is_named_and_the_run_resumes(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the system's own limit of a file's size: the write itself fails, as on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        assert refine(clip, tmp_path / "out.mp4", *FAST) == REFUSED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("in.mp4: ")]
+    assert len(said) == 1 and "File too large" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4.unfinished"]
+    assert refine(clip, tmp_path / "out.mp4", *FAST) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
