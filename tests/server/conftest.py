@@ -39,3 +39,8 @@ def client(server: ComfyServer) -> Iterator[ComfyClient]:
     """A client that receives the events of its own prompts."""
     with server.client() as connected:
         yield connected
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--soak 200`: for people, with an hour to spare."""
+    parser.addoption("--soak", type=int, default=9, help="how many runs in a row watch the server's memory")
