@@ -25,6 +25,7 @@ load_library()
 
 from flashvideo.config import STAGE1, STAGE2, TEXT_TOKENS, VAE, DiTConfig, VAEConfig  # noqa: E402
 from flashvideo.dit import FlashVideoDiT  # noqa: E402
+from flashvideo.training.loop.precision import cpu_has_bf16  # noqa: E402
 from flashvideo.vae import VideoVAE  # noqa: E402
 
 BACKENDS = {
@@ -216,6 +217,8 @@ def main() -> None:
     if not options.small and torch.device(options.device).type != "cuda":
         raise SystemExit("The official sizes need a CUDA or ROCm GPU; --small runs on a CPU.")
     bench, plan = Bench(options.device), SMALL if options.small else OFFICIAL
+    if torch.device(options.device).type == "cpu" and not cpu_has_bf16():
+        plan = replace(plan, precisions=("float32",))  # bfloat16 would take minutes
     try:
         for work, config, video in plan.stages:
             run_stage(bench, plan, work, config, video)
