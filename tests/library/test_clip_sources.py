@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_libraries import counted, name_of, texture, write_library
-from small_recipes import CLIPS, SMALL_VAE, VAE, head
+from small_recipes import CLIPS, CROPS, SMALL_VAE, VAE, head
 
 from flashvideo.training.config import build, load_toml
 from flashvideo.training.data.clip_library import ClipLibrary
@@ -123,7 +123,7 @@ class TestSources:
 
     def test_a_source_without_its_folder_is_told_before_training(self, tmp_path: Path) -> None:
         path = tmp_path / "vae.toml"
-        path.write_text(head(tmp_path / "run") + VAE.replace("clips = 2\n[[val", 'clips = 2\nsource = "real"\n[[val'))
+        path.write_text(head(tmp_path / "run") + VAE.replace(CROPS, f'{CROPS}source = "real"\n'))
         with pytest.raises(TrainingError, match='source = "real" needs the folder'):
             build(VAESettings, load_toml(path), path.name)
         assert SMALL_VAE in VAE
