@@ -10,6 +10,7 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from small_videos import make_video, ramps, read
 
 from flashvideo.errors import CommandError
+from flashvideo.frames import TargetSize
 from flashvideo.refiner.files import is_picture, videos_in
 from flashvideo.video_files import (
     CONTAINERS,
@@ -265,10 +267,21 @@ def test_sound_that_nothing_here_can_hold_is_encoded_anew(tmp_path: Path) -> Non
     assert flags(tmp_path / "none.mp4") == [("video", True)]
 
 
+# Sizes
+
+
+@pytest.mark.parametrize(("choice", "size"), [({"short_side": 1080}, (1080, 1918)), ({"mode": "scale"}, (960, 1704))])
+def test_a_size_that_is_not_asked_for_exactly_has_even_sides(choice: dict[str, Any], size: tuple[int, int]) -> None:
+    clip = open_clip(MEDIA / "c426x240.mp4")
+    assert TargetSize(**choice).resolve(clip.height, clip.width) == size
+
+
 # Damage
 
 
-@pytest.mark.parametrize(("name", "count", "lost"), [("corrupt.mp4", 90, 10), ("truncated.mp4", 47, 53)])
+@pytest.mark.parametrize(
+    ("name", "count", "lost"), [("corrupt.mp4", 90, 10), ("corrupt.ts", 97, 3), ("truncated.mp4", 47, 53)]
+)
 def test_what_can_be_decoded_is_refined_and_the_rest_named(name: str, count: int, lost: int, tmp_path: Path) -> None:
     (said,) = open_clip(MEDIA / name).damage
     assert said.startswith(f"{lost} of 100 frames can't be decoded")
@@ -276,7 +289,7 @@ def test_what_can_be_decoded_is_refined_and_the_rest_named(name: str, count: int
     assert said in told
     times = read(tmp_path / "out.mp4").times
     assert len(times) == count
-    assert {time * 25 % 1 for time in times} == {0}  # the others stay at their own times
+    assert {(time - times[0]) * 25 % 1 for time in times} == {0}  # the others stay at their own times
 
 
 def with_damage(path: Path, target: Path, at: float, size: int) -> Path:
