@@ -14,7 +14,7 @@ from harness.comfy_server import ComfyServer
 from harness.workflow_api import read_workflow, set_inputs, to_api
 from harness.workflow_files import COMMIT, WORKFLOWS, switch_on
 
-SETTLED = 4  # runs after which everything is loaded
+SETTLED = 8  # runs after which everything is loaded, in all sizes, and a cancelled run has been cleared away
 CANCELLED_EACH = 4  # one run in so many is cancelled while the draft is made
 GROWTH = 0.05  # of the memory after the settled runs: allocators don't give back all at once
 SIZES = ((64, 32, 9), (32, 64, 5), (64, 48, 1))  # of drafts: width, height, frames
