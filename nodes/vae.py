@@ -42,8 +42,9 @@ class FlashVideoVAELoader(io.ComfyNode):
                     default=BUILT_IN,
                     tooltip="The VAE file, from models/vae: put 3d-vae.pt (from huggingface.co/FoundationVision/"
                     "FlashVideo) there, a converted 3d-vae.safetensors, or the VAE of CogVideoX "
-                    "(diffusion_pytorch_model.safetensors from its vae folder). FlashVideo-Nano's VAE only goes with "
-                    f"FlashVideo-Nano. Default: {BUILT_IN}.",
+                    "(diffusion_pytorch_model.safetensors from its vae folder). taecvx.safetensors decodes "
+                    "approximately and fast, for a first look, and doesn't encode. FlashVideo-Nano's VAE only goes "
+                    f"with FlashVideo-Nano. Default: {BUILT_IN}.",
                 ),
                 io.Combo.Input(
                     "memory_budget",

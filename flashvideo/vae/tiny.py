@@ -7,7 +7,7 @@ files. Only the decoder is here: what stage II refines should come from the offi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+
 LATENT_CHANNELS = 16
 WIDTHS = (256, 128, 64, 64)  # channels of the decoder's three levels, and of its last layer
 TIME_STEPS = (1, 2, 2)  # frames that each level makes of one
+UNITS = 5  # see tiny_bytes
 LIMIT = 3.0  # latents are squashed to -3..3 first
 
 State = dict[nn.Module, Tensor]  # the last frame that each layer with a memory has seen
@@ -129,3 +132,13 @@ def decode_tiny(
             if on_step is not None:
                 on_step(done, total)
     return into
+
+
+def tiny_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes that decoding a latent of `shape` [B, 16, T, h, w] needs beside its result; T and B don't count.
+
+    A unit is the frames of one latent at full size in the last level's width. 2.8 live at once; the rest is for what
+    convolutions take while they run, which may copy their input of 2 units.
+    """
+    height, width = (SPATIAL_FACTOR * side for side in shape[-2:])
+    return UNITS * TEMPORAL_FACTOR * WIDTHS[-1] * height * width * dtype.itemsize

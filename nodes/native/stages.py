@@ -148,7 +148,7 @@ def run_stage1(
         positive,
         negative,
         torch.zeros_like(latent),
-        callback=_progress(model, steps),
+        callback=_progress(model, steps, latent),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
@@ -177,15 +177,15 @@ def run_stage2(
         positive,
         negative,
         degraded,
-        callback=_progress(model, steps),
+        callback=_progress(model, steps, degraded),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=0,
     )
 
 
-def _progress(model: comfy.model_patcher.ModelPatcher, steps: int) -> Callable[..., None]:
+def _progress(model: comfy.model_patcher.ModelPatcher, steps: int, latent: Tensor) -> Callable[..., None]:
     """ComfyUI's callback for progress and previews; with the tiny autoencoder's previews where it is there."""
-    tiny = previewer(model.model.latent_format.scale_factor, model.load_device)
+    tiny = previewer(model.model.latent_format.scale_factor, model.load_device, max(latent.shape[-2:]))
     if tiny is None:
         return latent_preview.prepare_callback(model, steps)
     bar = comfy.utils.ProgressBar(steps)

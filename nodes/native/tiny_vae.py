@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from comfy.cli_args import LatentPreviewMethod, args
 from PIL.Image import Image
 from torch import Tensor
 
+from ...flashvideo.checkpoints import CheckpointError
 from ...flashvideo.checkpoints.tiny_vae import MARK, load_tiny
 from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_shape
-from ...flashvideo.vae.tiny import LATENT_CHANNELS, WIDTHS, TinyDecoder, decode_tiny
+from ...flashvideo.vae.tiny import LATENT_CHANNELS, TinyDecoder, decode_tiny, tiny_bytes
 from .host import ModelPatcher, remember_loader
 from .vae import WORKING_DTYPES, check_video_latent, latent_counts, report_steps, silent_about_weights
 
@@ -40,8 +42,7 @@ class TinyVAE(comfy.sd.VAE):
         self.upscale_ratio, self.downscale_ratio = latent_counts()
         self.upscale_index_formula = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
         self.downscale_index_formula = self.upscale_index_formula
-        # Four frames at full size, in the widest layers there: input, memory, result and a convolution's own.
-        self.memory_used_decode = lambda shape, dtype: _bytes(shape, dtype)
+        self.memory_used_decode = tiny_bytes
         self.working_dtypes, self.vae_dtype, self.device = WORKING_DTYPES, dtype, device
         self.disable_offload = True
         self.output_device = comfy.model_management.intermediate_device()
@@ -74,18 +75,16 @@ class TinyVAE(comfy.sd.VAE):
 class TinyPreviewer(latent_preview.LatentPreviewer):
     """Previews of a video's middle in true colours, by a copy of the tiny autoencoder without time and full size."""
 
-    def __init__(self, path: Path, scale: float, device: torch.device) -> None:
-        """`scale` of the sampler's latents to the VAE's; `device` of the sampler's latents."""
-        self._path, self._scale, self._device = path, scale, device
-        self._decoder: TinyDecoder | None = None
+    def __init__(self, path: Path, scale: float, device: torch.device, side: int) -> None:
+        """`scale` of the sampler's latents to the VAE's; their `device` and longer `side`. Raises CheckpointError."""
+        doublings = max(1, min(3, int(math.log2(PREVIEW_SIDE / side))))
+        with torch.device("meta"):
+            empty = TinyDecoder(doublings, (1, 1, 1))
+        self._decoder = load_tiny(path, empty, torch.float32).to(device)
+        self._scale, self._device = scale, device
 
     def decode_latent_to_preview(self, x0: Tensor) -> Image:
         """A latent [B, 16, T, h, w] of the sampler to a picture."""
-        if self._decoder is None:
-            doublings = max(1, min(3, int(math.log2(PREVIEW_SIDE / max(x0.shape[-2:])))))
-            with torch.device("meta"):
-                empty = TinyDecoder(doublings, (1, 1, 1))
-            self._decoder = load_tiny(self._path, empty, torch.float32).to(self._device)
         middle = x0.shape[2] // 2
         # With the latent before, which its layers remember.
         latent = x0[0, :, max(0, middle - 1) : middle + 1].to(self._device, torch.float32) / self._scale
@@ -108,15 +107,17 @@ def _load_patcher(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
     return load_tiny_vae(path).patcher
 
 
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> float:
-    height, width = (SPATIAL_FACTOR * side for side in shape[-2:])
-    return 6 * TEMPORAL_FACTOR * WIDTHS[-1] * height * width * dtype.itemsize
+def previewer(scale: float, device: torch.device, side: int) -> TinyPreviewer | None:
+    """The previewer that ComfyUI's preview method "TAESD" asks for, if models/vae_approx has the file.
 
-
-def previewer(scale: float, device: torch.device) -> TinyPreviewer | None:
-    """The previewer that ComfyUI's preview method "TAESD" asks for, if models/vae_approx has the file."""
+    For the arguments see TinyPreviewer. A file that can't be used is logged: a run doesn't end for its previews.
+    """
     if args.preview_method != LatentPreviewMethod.TAESD:
         return None
     names = [name for name in folder_paths.get_filename_list(APPROXIMATE) if MARK in name.lower()]
     path = folder_paths.get_full_path(APPROXIMATE, names[0]) if names else None
-    return None if path is None else TinyPreviewer(Path(path), scale, device)
+    try:
+        return None if path is None else TinyPreviewer(Path(path), scale, device, side)
+    except CheckpointError as error:
+        logging.warning("FlashVideo: no previews by the tiny autoencoder. %s", error)
+        return None

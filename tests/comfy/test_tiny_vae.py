@@ -62,9 +62,9 @@ def test_previews_are_small_pictures_of_the_middle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     previewer = submodule("nodes.native.tiny_vae").previewer
-    assert previewer(0.7, torch.device("cpu")) is None
+    assert previewer(0.7, torch.device("cpu"), side) is None
     monkeypatch.setattr(comfy.cli_args.args, "preview_method", comfy.cli_args.LatentPreviewMethod.TAESD)
-    found = previewer(0.7, torch.device("cpu"))
+    found = previewer(0.7, torch.device("cpu"), side)
     latent = torch.randn(1, 16, 5, side, side, generator=torch.Generator().manual_seed(2))
     picture = found.decode_latent_to_preview(latent)
     assert isinstance(picture, Image) and picture.size == size
@@ -87,3 +87,21 @@ def test_the_samplers_show_its_previews(
     comfy_nodes["FlashVideoStage2Refiner"].execute(model, text, text, degraded, 2, 1.0, 2.5, "euler")
     pictures = [given[2] for given in seen if given[2] is not None]
     assert [(kind, picture.size) for kind, picture, _ in pictures] == [("JPEG", (48, 32))] * 2
+
+
+def test_a_broken_file_costs_the_previews_and_not_the_run(
+    file: Path,
+    comfy_base: Path,
+    submodule: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(comfy.cli_args.args, "preview_method", comfy.cli_args.LatentPreviewMethod.TAESD)
+    place = comfy_base / "models" / "vae_approx" / file.name
+    whole = place.read_bytes()
+    place.write_bytes(whole[: len(whole) // 2])
+    try:
+        assert submodule("nodes.native.tiny_vae").previewer(0.7, torch.device("cpu"), 4) is None
+    finally:
+        place.write_bytes(whole)
+    assert "no previews by the tiny autoencoder. taecvx.safetensors" in caplog.text
