@@ -24,6 +24,7 @@ _SKIPPED = {
     0x75A1, 0x9B, 0xFA, 0xFB, 0xFD, 0xA4, 0x75A2, 0x8E, 0xA2, 0xC8,  # block group
 }  # fmt: skip
 _LARGEST_TRACKS = 2**20  # bytes of Matroska's table of tracks
+_LONGEST = 8  # bytes of a number in Matroska; a damaged size may say more than there is memory
 _UNKNOWN = -1  # size of a part that lasts until the next one of its kind
 _FLV_TAGS = 8, 9, 18  # sound, pictures, data
 _PACKET, _SYNC = 188, 0x47  # of transport streams
@@ -72,7 +73,7 @@ def _matroska(file: BinaryIO, end: int) -> bool:
         if size == _UNKNOWN or element not in _SKIPPED | _BLOCKS:
             return True
         if element == _TRACKS:
-            numbers = _track_numbers(file, at, min(size, _LARGEST_TRACKS))
+            numbers = _track_numbers(file, at, min(size, _LARGEST_TRACKS, end - at))
         if element in _BLOCKS and _size(file, at)[0] not in numbers:
             return True
         at += size
@@ -86,9 +87,11 @@ def _track_numbers(file: BinaryIO, at: int, length: int) -> set[int]:
         size, at = _size(file, at)
         if element == _TRACK:
             continue
+        if not element:
+            break
         if element == _TRACK_NUMBER:
             file.seek(at)
-            numbers.add(int.from_bytes(file.read(size), "big"))
+            numbers.add(int.from_bytes(file.read(min(max(size, 0), _LONGEST)), "big"))
         at += max(size, 0)
     return numbers
 

@@ -85,3 +85,12 @@ def test_a_recorded_gap_is_no_damage(ending: str, tmp_path: Path) -> None:
     assert (clip.count, clip.damage) == (FRAMES - 12, ())
     with av.open(str(gapped)) as container:
         assert not is_broken(gapped, container.format.name)
+
+
+@pytest.mark.parametrize("tracks", ["84", "0100000000100000"])  # 4 bytes, and a megabyte that isn't there
+def test_a_damaged_size_asks_for_no_more_memory_than_a_number_takes(tracks: str, tmp_path: Path) -> None:
+    number = "d7" + "0104000000000000"  # of a track, by its own word 2^50 bytes long
+    segment = f"1654ae6b{tracks}ae8a{number}01"
+    path = tmp_path / "damaged.mkv"
+    path.write_bytes(bytes.fromhex(f"1a45dfa380 18538067{0x80 + len(segment) // 2:02x}{segment}"))
+    assert is_broken(path, "matroska,webm")
