@@ -15,6 +15,8 @@ that match each frame's mean and deviation to its reference break this rule, and
   flickers no more than the refined clip did; brightness and large areas are as steady as the reference. The correction
   is not averaged over time: that would keep the refiner's own flicker and its steps between windows, and leave trails
   behind moving objects. Detail keeps the refiner's contrast: a strong gain leaves fringes at hard edges.
+  How fine the low band is can be chosen (`detail_size`). At 70 pixels it holds light and colour. At about twice the
+  enlargement's factor it holds everything that the reference shows, and the refiner adds only what is finer.
 - "adain": each channel gets the reference's mean and standard deviation (Huang and Belongie 2017, equation 8), both
   taken over the whole clip: one gain and one offset for all frames. It scales detail too, and can't copy the
   reference's shapes into a picture that moved away from them. But it corrects only casts that are the same everywhere,
@@ -32,27 +34,33 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .config import NANO_STAGE2, DiTConfig
 from .progress import Progress, no_progress
 
-KNOT_SPACING = 16  # pixels between the knots of the low band's spline
-CROSSOVER = 70  # pixels: half of a pattern this long is low band; sinc(KNOT_SPACING / length)^8 = 1/2
+DETAIL_SIZE = 70  # pixels: half of a pattern this long is low band, half is detail
+MIN_DETAIL_SIZE, MAX_DETAIL_SIZE = 5, 1000
+NANO_DETAIL_SIZE = 9  # the miniature is trained on drafts a quarter as large, whose shortest pattern is 8 pixels long
+_KNOTS_PER_SIZE = 70 / 16  # sinc(16 / 70)^8 = 1/2
 _MAX_GAIN = 4.0  # of adain: a larger one, or less than its inverse, means a clip without contrast, not a colour cast
 _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
 
 
 class LowBand:
-    """The low band L of pictures of one size: a cubic spline with a knot about every 16 pixels.
+    """The low band L of pictures of one size: a cubic spline with a knot about every 16 pixels, by default.
 
     Each axis has the basis B [side, knots] of cubic B-splines, the scaling functions of the spline wavelets (Unser,
     Aldroubi, Eden 1993). A knot's value is the average under its spline, and the picture is the sum of the splines:
     L = B diag(1 / B'1) B'. Both borders have a knot, and the picture is mirrored there, so that the weights sum to one
-    up to the last pixel, for any side from 1. Its response to a pattern of
-    wavelength w is sinc(16 / w)^8: 0.5 at 70 pixels, 0.98 at 400, 0.002 at 25.
+    up to the last pixel, for any side from 1. With knots every k pixels its response to a pattern of wavelength w is
+    sinc(k / w)^8. For a `detail_size` of 70 pixels k is 16: 0.5 at 70 pixels, 0.98 at 400, 0.002 at 25.
     """
 
-    def __init__(self, height: int, width: int, device: torch.device | str = "cpu") -> None:
-        self._rows, self._row_means = (matrix.to(device) for matrix in _splines(height))
-        self._columns, self._column_means = (matrix.to(device) for matrix in _splines(width))
+    def __init__(
+        self, height: int, width: int, device: torch.device | str = "cpu", detail_size: float = DETAIL_SIZE
+    ) -> None:
+        spacing = detail_size / _KNOTS_PER_SIZE
+        self._rows, self._row_means = (matrix.to(device) for matrix in _splines(height, spacing))
+        self._columns, self._column_means = (matrix.to(device) for matrix in _splines(width, spacing))
 
     def __call__(self, picture: Tensor, out: Tensor | None = None) -> Tensor:
         """The low band of a picture [H, W, 3], float32; `out`, contiguous, receives it if given."""
@@ -74,13 +82,15 @@ class ColorStatistics(NamedTuple):
 class WaveletMatch:
     """The "wavelet" method for frames of one size, one frame at a time."""
 
-    def __init__(self, height: int, width: int, device: torch.device | str = "cpu") -> None:
-        self._low_band = LowBand(height, width, device)
+    def __init__(
+        self, height: int, width: int, device: torch.device | str = "cpu", detail_size: float = DETAIL_SIZE
+    ) -> None:
+        self._low_band = LowBand(height, width, device, detail_size)
         self._difference = torch.empty(height, width, 3, device=device)
         self._correction = torch.empty_like(self._difference)
 
     def __call__(self, refined: Tensor, reference: Tensor, out: Tensor | None = None) -> Tensor:
-        """A refined frame [H, W, 3] in its reference's colours, in [0, 1]; `out` receives it if given."""
+        """A refined frame [H, W, 3] with its reference's low band, in [0, 1]; `out` receives it if given."""
         torch.sub(reference, refined, out=self._difference)
         return torch.add(refined, self._low_band(self._difference, self._correction), out=out).clamp_(0, 1)
 
@@ -131,29 +141,48 @@ def adain_transform(refined: ColorStatistics, reference: ColorStatistics) -> tup
     return gain, reference.mean - refined.mean * gain
 
 
-def match_colors(frames: Tensor, reference: Tensor, method: str, *, progress: Progress | None = None) -> Tensor:
+def auto_detail_size(config: DiTConfig | None) -> int:
+    """The detail size, in pixels, for a stage II of this form: all but the miniature can make large things anew."""
+    return NANO_DETAIL_SIZE if config == NANO_STAGE2 else DETAIL_SIZE
+
+
+def check_detail_size(detail_size: float) -> None:
+    """Raise ValueError for a detail size out of range."""
+    if not MIN_DETAIL_SIZE <= detail_size <= MAX_DETAIL_SIZE:
+        raise ValueError(f"detail_size must be {MIN_DETAIL_SIZE} to {MAX_DETAIL_SIZE} pixels; got {detail_size:g}.")
+
+
+def match_colors(
+    frames: Tensor,
+    reference: Tensor,
+    method: str,
+    detail_size: float = DETAIL_SIZE,
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
     """A refined clip [T, H, W, 3] in the colours of `reference` [T, H, W, 3]; both float32 in [0, 1].
 
-    Returns a new clip in [0, 1]; the inputs are not modified. `method` is one of METHODS. Raises ValueError for another
-    method and for clips of different shapes.
+    Returns a new clip in [0, 1]; the inputs are not modified. `method` is one of METHODS; `detail_size`, 5 to 1000
+    pixels, is for "wavelet". Raises ValueError for another method or size and for clips of different shapes.
     """
+    check_detail_size(detail_size)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if frames.shape != reference.shape:
         raise ValueError(f"frames and reference must have one shape; got {[*frames.shape]} and {[*reference.shape]}.")
     out = torch.empty_like(frames, memory_format=torch.contiguous_format)
-    METHODS[method](frames, reference.to(frames.device), out, progress or no_progress)
+    METHODS[method](frames, reference.to(frames.device), out, detail_size, progress or no_progress)
     return out
 
 
-def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -> None:
-    match = WaveletMatch(*frames.shape[1:3], device=frames.device)
+def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, detail_size: float, progress: Progress) -> None:
+    match = WaveletMatch(*frames.shape[1:3], device=frames.device, detail_size=detail_size)
     for index, (refined, wanted) in enumerate(zip(frames, reference, strict=True)):
         match(refined, wanted, out[index])
         progress(index + 1, len(frames))
 
 
-def _adain(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -> None:
+def _adain(frames: Tensor, reference: Tensor, out: Tensor, _detail_size: float, progress: Progress) -> None:
     steps = iter(range(1, 3 * len(frames) + 1))  # both clips are read, then the result is written
 
     def report() -> None:
@@ -168,9 +197,9 @@ def _adain(frames: Tensor, reference: Tensor, out: Tensor, progress: Progress) -
 METHODS = {"wavelet": _wavelet, "adain": _adain}
 
 
-def _splines(side: int) -> tuple[Tensor, Tensor]:
+def _splines(side: int, spacing: float) -> tuple[Tensor, Tensor]:
     """(B [side, knots], the averages under its columns [knots, side]) of one axis of `LowBand`, float32."""
-    spans = max(1, round(side / KNOT_SPACING))
+    spans = max(1, round(side / spacing))
     pixels = (torch.arange(side, dtype=torch.float64) + 0.5) * (spans / side)  # centres, counted in knots
     distance = (pixels[:, None] - torch.arange(-1, spans + 2)).abs()  # one knot more beyond each border
     basis = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp_min(0) ** 3 / 6)

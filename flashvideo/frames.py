@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .color import METHODS, match_colors
+from .color import DETAIL_SIZE, METHODS, match_colors
 from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, next_video_length
 from .progress import Progress
 
@@ -154,12 +154,20 @@ def enlarge(
     return canvas
 
 
-def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, progress: Progress | None = None) -> Tensor:
+def finish(
+    frames: Tensor,
+    reference: Tensor,
+    color_match: str = "none",
+    detail_size: float = DETAIL_SIZE,
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
     """Crop refined frames [T', H', W', 3] to the exact frames and size of `reference` [T, H, W, 3], match the colours.
 
     `frames` must have the shape that `prepare` gave with this reference (or the reference's own). `color_match` is one
-    of COLOR_MATCHES: "none" only crops, and the result is a view if no pixel had to be repaired; for the others see
-    `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and as `clean` does.
+    of COLOR_MATCHES: "none" only crops, and the result is a view if no pixel had to be repaired; for the others, and
+    for `detail_size`, see `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and
+    as `clean` and `match_colors` do.
     """
     if color_match not in COLOR_MATCHES:
         raise ValueError(f"color_match must be one of {', '.join(COLOR_MATCHES)}; got {color_match!r}.")
@@ -182,7 +190,7 @@ def finish(frames: Tensor, reference: Tensor, color_match: str = "none", *, prog
     cropped, _ = clean(frames[:count, :height, :width])
     if color_match == "none":
         return cropped
-    return match_colors(cropped, clean(reference, "reference")[0], color_match, progress=progress)
+    return match_colors(cropped, clean(reference, "reference")[0], color_match, detail_size, progress=progress)
 
 
 def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]]:

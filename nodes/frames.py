@@ -8,12 +8,15 @@ import comfy.utils
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..flashvideo.color import MAX_DETAIL_SIZE, auto_detail_size
 from ..flashvideo.compare import LAYOUTS, compare
 from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
+from .checks import check_stage
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.notices import warn
 
+AUTO_DETAIL_SIZE = 0  # detail_size: follow from the model
 _DEFAULT_SIZE = TargetSize()
 
 
@@ -153,6 +156,22 @@ class FlashVideoFinishFrames(io.ComfyNode):
                     "colour channel of the whole clip; choose it if wavelet leaves coloured fringes at edges. none: "
                     "colours as the refiner made them. Default: wavelet.",
                 ),
+                io.Int.Input(
+                    "detail_size",
+                    default=AUTO_DETAIL_SIZE,
+                    min=AUTO_DETAIL_SIZE,
+                    max=MAX_DETAIL_SIZE,
+                    optional=True,
+                    tooltip="For wavelet, in pixels: what is smaller comes from the refiner, what is larger from the "
+                    "reference. 70 takes over colours only. About twice the enlargement (8 for 4 times) keeps all "
+                    "that the draft shows, and only adds finer detail: most faithful. Useful: 8 to 70; at least 5. "
+                    "0: 9 if model is FlashVideo-Nano, else 70. Default: 0.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The stage II that refined the clip, so that detail_size 0 fits it.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The refined clip, same frames and size as reference.")
@@ -161,11 +180,22 @@ class FlashVideoFinishFrames(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, images: Tensor, reference: Tensor, color_match: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        images: Tensor,
+        reference: Tensor,
+        color_match: str,
+        detail_size: int = AUTO_DETAIL_SIZE,
+        model: io.Model.Type | None = None,
+    ) -> io.NodeOutput:
         """Crop the frames and match their colours."""
         progress = comfy.utils.ProgressBar(1).update_absolute
         with named(cls.NAME):
-            return io.NodeOutput(finish(images, reference, color_match, progress=progress))
+            if model is not None:
+                check_stage(model, 2)
+            if detail_size == AUTO_DETAIL_SIZE:
+                detail_size = auto_detail_size(None if model is None else model.model.diffusion_model.config)
+            return io.NodeOutput(finish(images, reference, color_match, detail_size, progress=progress))
 
 
 class FlashVideoCompare(io.ComfyNode):

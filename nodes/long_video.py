@@ -15,7 +15,7 @@ from ..flashvideo.refiner import RefineSettings
 from ..flashvideo.refiner.windows import WINDOW
 from .checks import check_stage, check_text
 from .common import CATEGORY, found_as, named, own_id
-from .frames import FlashVideoFinishFrames, FlashVideoPrepareFrames
+from .frames import AUTO_DETAIL_SIZE, FlashVideoFinishFrames, FlashVideoPrepareFrames
 from .inputs import checked
 from .native.long_video import refine_long_video
 from .native.notices import note, warn
@@ -63,7 +63,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     "memory and agree less; 25 to 49 is useful. Default: 49.",
                 ),
                 *_inputs_of(FlashVideoStage2Refiner, "overlap", optional=False),
-                *_inputs_of(FlashVideoFinishFrames, "color_match"),
+                *_inputs_of(FlashVideoFinishFrames, "color_match", "detail_size"),
             ],
             outputs=[
                 io.Video.Output(
@@ -97,6 +97,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                 raise ValueError("vae must come from Load FlashVideo VAE; this one can't work piece by piece")
             target = TargetSize(size, short_side, scale, width, height)
             choices["strength"] = chosen_strength(choices["strength"])
+            choices["detail_size"] = choices.get("detail_size", AUTO_DETAIL_SIZE) or None
             settings = RefineSettings(target, **choices)
             try:
                 path = refine_long_video(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..arguments import real, shown, whole, width_and_height
 from ..atomic_files import write_whole
 from ..checkpoints import load_dit, load_vae
+from ..color import DETAIL_SIZE
 from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, is_video_length, latent_shape
 from ..devices import open_device
 from ..errors import CommandError
@@ -116,6 +117,8 @@ def _generate(options: argparse.Namespace) -> int:
     path = options.target.parent / (options.target.name + DRAFT_ENDING)
     size = TargetSize("scale", scale=NANO_SCALE) if options.model is None else TargetSize()
     refining = refine_options(options, path, size)
+    if refining.settings.detail_size is None:  # stage II is trained to mend stage I's drafts, the miniature's, too
+        refining = replace(refining, settings=replace(refining.settings, detail_size=DETAIL_SIZE))
     draft = draft_options(options, refining.models)
     if options.target.suffix.lower() not in CONTAINERS:
         raise CommandError(f"{options.target.name} should end in {', '.join(CONTAINERS)}.")

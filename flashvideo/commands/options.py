@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..arguments import real, shown, whole, width_and_height
+from ..color import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE
 from ..config import NANO_STRENGTH
 from ..devices import GIB
 from ..errors import CommandError
@@ -89,7 +91,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     group.add_argument(
         "--strength",
-        type=_strength,
+        type=_or_auto(0, TRAIN_STEPS - 1),
         metavar="N",
         help="how much detail is made new, 0 to 999, or auto: the equivalent of the official 675 at 1080p for the size "
         f"of the result (default: {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
@@ -97,6 +99,15 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
     group.add_argument(
         "--color", choices=COLOR_MATCHES, default="wavelet", help="how colours are matched to IN's (default: wavelet)"
+    )
+    group.add_argument(
+        "--detail-size",
+        type=_or_auto(MIN_DETAIL_SIZE, MAX_DETAIL_SIZE),
+        default=AUTO,
+        metavar="PX",
+        help="with wavelet: what is smaller than this many pixels comes from the refiner, what is larger from IN; 70 "
+        f"takes over colours only, twice the enlargement is most faithful (default: {AUTO}: {DETAIL_SIZE}, "
+        f"FlashVideo-Nano {NANO_DETAIL_SIZE})",
     )
 
 
@@ -116,14 +127,18 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 and a float16 VAE, on a CPU float32")
 
 
-def _strength(text: str) -> int | str:
-    """--strength: a number of 0 to 999, or AUTO."""
-    if text == AUTO:
-        return AUTO
-    try:
-        return whole(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"takes 0 to {TRAIN_STEPS - 1} or {AUTO}; got {shown(text)}") from None
+def _or_auto(first: int, last: int) -> Callable[[str], int | str]:
+    """What reads a whole number, or AUTO; the limits are for its message."""
+
+    def read(text: str) -> int | str:
+        if text == AUTO:
+            return AUTO
+        try:
+            return whole(text)
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(f"takes {first} to {last} or {AUTO}; got {shown(text)}") from None
+
+    return read
 
 
 def output_options(options: argparse.Namespace) -> OutputOptions:
@@ -208,6 +223,7 @@ def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSett
             overlap=options.overlap,
             tile=options.tile,
             color_match=options.color,
+            detail_size=None if options.detail_size == AUTO else options.detail_size,
         )
     except ValueError as error:
         raise CommandError(str(error)) from error

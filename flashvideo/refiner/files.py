@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..atomic_files import InUseError, check_space, check_target, whole_file
+from ..color import DETAIL_SIZE
 from ..devices import GIB, main_memory
 from ..errors import CommandError
 from ..frames import PictureSize, odd_size_notice, to_bytes
@@ -144,7 +145,7 @@ def refine_video(
             folder.remove()
             raise InUseError(f"Another program has made {target} in the meantime.")
         run = RefineRun(networks, clip, size, settings, folder, report, options.segment_chunks)
-        _note_strength(settings, size, options.note)
+        _note_automatic(networks, settings, size, options.note)
         if folder.fresh:
             needed = run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width)
             _check_space(folder, needed)
@@ -158,9 +159,17 @@ def refine_video(
     return damage
 
 
-def _note_strength(settings: RefineSettings, size: PictureSize, note: Callable[[str], None]) -> None:
+def _note_automatic(
+    networks: Networks, settings: RefineSettings, size: PictureSize, note: Callable[[str], None]
+) -> None:
     if settings.strength is None:
         note(f"strength {settings.strength_for(size)} (auto, for {size})")
+    detail_size = settings.detail_size_for(networks.dit.config)
+    if settings.detail_size is None and settings.color_match == "wavelet" and detail_size != DETAIL_SIZE:
+        note(
+            f"detail size {detail_size:g} (auto, for FlashVideo-Nano): what is larger than {detail_size:g} pixels "
+            "stays as in the source"
+        )
 
 
 def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None]) -> None:
@@ -205,7 +214,7 @@ def refine_picture(
     check_paths(source, target, force=force)
     pixels, profile = _read_picture(source)
     size = settings.size.resolve(*pixels.shape[:2])
-    _note_strength(settings, size, note)
+    _note_automatic(networks, settings, size, note)
     refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress, size=size)
     result = Image.fromarray(to_bytes(refined)[0].numpy())
     kind = Image.registered_extensions()[target.suffix.lower()]

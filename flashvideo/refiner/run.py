@@ -18,8 +18,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..color import AdainMatch, WaveletMatch, clip_statistics, frame_statistics
-from ..config import MAX_SEED, STAGE2_LATENT_SCALE, latent_frames, latent_shape, video_frames
+from ..color import (
+    AdainMatch,
+    WaveletMatch,
+    auto_detail_size,
+    check_detail_size,
+    clip_statistics,
+    frame_statistics,
+)
+from ..config import MAX_SEED, STAGE2_LATENT_SCALE, DiTConfig, latent_frames, latent_shape, video_frames
 from ..degradation import DEGRADATION_STEP, auto_strength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
 from ..frames import (
@@ -89,8 +96,9 @@ class TensorClip:
 class RefineSettings:
     """What the user can choose. Raises ValueError for invalid values.
 
-    `strength` None follows from the result's size (`degradation.auto_strength`). `window` and `overlap` are in frames,
-    `tile` in pixels; with tile 0 stage II sees whole frames.
+    `strength` None follows from the result's size (`degradation.auto_strength`), `detail_size` None from the model
+    (`color.auto_detail_size`). `window` and `overlap` are in frames, `tile` and `detail_size` in pixels; with tile 0
+    stage II sees whole frames.
     """
 
     size: TargetSize = field(default_factory=TargetSize)
@@ -105,6 +113,7 @@ class RefineSettings:
     overlap: int = OVERLAP_FRAMES
     tile: int = 0
     color_match: str = "wavelet"
+    detail_size: float | None = None
 
     def __post_init__(self) -> None:
         if self.strength is not None:
@@ -113,6 +122,8 @@ class RefineSettings:
         plan_windows(1, self.window, self.overlap)
         if self.tile:
             plan_tiles(2, 2, self.tile)
+        if self.detail_size is not None:
+            check_detail_size(self.detail_size)
         if not 0 <= self.cfg <= MAX_SCALE:
             raise ValueError(f"cfg must be 0 to {MAX_SCALE:g}; got {self.cfg}.")
         if not 0 <= self.seed <= MAX_SEED:
@@ -124,6 +135,10 @@ class RefineSettings:
     def strength_for(self, size: PictureSize) -> int:
         """The strength for a result of this size."""
         return auto_strength(*padded_shape(1, *size)[1:]) if self.strength is None else self.strength
+
+    def detail_size_for(self, config: DiTConfig) -> float:
+        """The detail size for a stage II of this form."""
+        return auto_detail_size(config) if self.detail_size is None else self.detail_size
 
 
 @dataclass(frozen=True)
@@ -332,7 +347,8 @@ class RefineRun:
             )
             match = AdainMatch(refined, reference, self.networks.device)
         else:
-            match = WaveletMatch(self.height, self.width, self.networks.device)
+            detail_size = self.settings.detail_size_for(self.networks.dit.config)
+            match = WaveletMatch(self.height, self.width, self.networks.device, detail_size)
         return lambda *pair: torch.stack([match(*frames) for frames in zip(*pair, strict=True)])
 
     def _drop(self, kind: str, start: int, stop: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -56,6 +57,19 @@ def test_finish_offers_wavelet_first_and_still_takes_none(comfy_nodes: dict) -> 
     (choice,) = [port for port in schema.inputs if port.id == "color_match"]
     assert choice.options == ["none", "wavelet", "adain"]
     assert choice.default == "wavelet"
+
+
+def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[str], ModuleType]) -> None:
+    finish, frames = comfy_nodes["FlashVideoFinishFrames"].execute, submodule("flashvideo.frames")
+    load, nano_state = submodule("nodes.native.model").load_model, submodule("flashvideo.nano").nano_state
+    refined, reference = torch.rand(2, 5, 32, 48, 3)
+    for chosen, used in [({}, 70), ({"model": load(nano_state("stage2"))}, 9), ({"detail_size": 20}, 20)]:
+        (finished,) = finish(refined, reference, "wavelet", **chosen).result
+        assert torch.equal(finished, frames.finish(refined, reference, "wavelet", used))
+    with pytest.raises(ValueError, match=r"^FlashVideo Finish Frames: detail_size must be 5 to 1000 pixels; got 4"):
+        finish(refined, reference, "wavelet", 4)
+    with pytest.raises(ValueError, match=r"^FlashVideo Finish Frames: model must be FlashVideo stage II"):
+        finish(refined, reference, "wavelet", model=load(nano_state("stage1")))
 
 
 @pytest.mark.parametrize(

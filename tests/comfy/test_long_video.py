@@ -22,6 +22,7 @@ from torch import Tensor
 
 COUNT, HEIGHT, WIDTH, RATE, SOUND_RATE = 40, 48, 64, Fraction(24), 44100
 WINDOWS = {"window": 17, "overlap": 8}
+DETAIL_SIZE = 70
 REFINING = {"strength": 675, "steps": 2, "cfg": 4.0, "shift": 2.5}
 SIZE = {"size": "keep", "short_side": 1080, "scale": 4.0, "width": 64, "height": 48, "resample": "bilinear"}
 
@@ -72,7 +73,8 @@ def refine(comfy_nodes: dict[str, Any], networks: dict[str, Any]) -> Callable[..
     """Run the node; returns the file behind its VIDEO."""
 
     def run(video: Any, **changes: Any) -> Path:
-        choices = {**SIZE, **REFINING, **WINDOWS, "seed": 5, "color_match": "wavelet", **changes}
+        finishing = {"color_match": "wavelet", "detail_size": DETAIL_SIZE}
+        choices = {**SIZE, **REFINING, **WINDOWS, "seed": 5, **finishing, **changes}
         with torch.inference_mode():
             output = comfy_nodes["FlashVideoRefineLongVideo"].execute(**{**networks, "video": video, **choices})
         return Path(output.result[0].get_stream_source())
@@ -121,7 +123,8 @@ def through_the_graph(
         settings = {name: REFINING[name] for name in ("steps", "cfg", "shift")}
         refined = call("Stage2Refiner", **texts, latent=degraded, **settings, solver="euler", **WINDOWS)[0]
         images = networks["vae"].decode(refined["samples"])[0]
-        return call("FinishFrames", images=images, reference=reference, color_match="wavelet")[0]
+        finishing = {"color_match": "wavelet", "detail_size": DETAIL_SIZE}
+        return call("FinishFrames", images=images, reference=reference, **finishing)[0]
 
 
 def test_a_video_comes_out_as_from_the_graph_with_its_times_and_sound(
@@ -330,6 +333,17 @@ def test_what_cannot_be_is_refused_before_work_starts(
 ) -> None:
     with pytest.raises(ValueError, match=f"^FlashVideo Refine Long Video: {words}"):
         refine(video, **changes)
+
+
+def test_detail_size_auto_is_that_of_the_model_and_is_shown(
+    refine: Callable[..., Path], video: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    cheap = {"steps": 1, "cfg": 1.0}
+    with caplog.at_level(logging.INFO):
+        automatic = refine(video, detail_size=0, **cheap)
+    assert "FlashVideo Refine Long Video: detail size 9 (auto, for FlashVideo-Nano)" in caplog.text
+    by_hand = refine(video, detail_size=9, **cheap)
+    assert automatic != by_hand and automatic.read_bytes() == by_hand.read_bytes()
 
 
 def test_strength_auto_is_that_of_the_result_and_is_shown(

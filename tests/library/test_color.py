@@ -12,8 +12,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flashvideo.color import CROSSOVER, METHODS, LowBand, adain_transform, color_statistics, match_colors
-from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare
+from flashvideo.color import (
+    DETAIL_SIZE,
+    MAX_DETAIL_SIZE,
+    METHODS,
+    MIN_DETAIL_SIZE,
+    NANO_DETAIL_SIZE,
+    LowBand,
+    adain_transform,
+    auto_detail_size,
+    color_statistics,
+    match_colors,
+)
+from flashvideo.config import NANO_STAGE2, STAGE2
+from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare, resize
 from flashvideo.training.ablations.measures import delta_e
 
 SIDES = (1, 2, 7, 16, 23, 24, 25, 100, 271)
@@ -95,15 +107,43 @@ def test_the_refined_detail_stays(method: str, cast: str) -> None:
     assert gradient_energy(matched) == pytest.approx(gradient_energy(expected), rel=0.02)
 
 
-def test_wavelet_leaves_short_patterns_and_replaces_long_ones() -> None:
+@pytest.mark.parametrize("size", [DETAIL_SIZE, 35, NANO_DETAIL_SIZE])
+def test_wavelet_leaves_short_patterns_and_replaces_long_ones(size: int) -> None:
     x = torch.arange(1600)
     reference = torch.full((1, 32, 1600, 3), 0.5)
     inner = slice(400, 1200)
-    for length, left in [(8, 1.0), (CROSSOVER / 3, 1.0), (CROSSOVER, 0.5), (CROSSOVER * 6, 0.02)]:
-        pattern = 0.2 * torch.cos(2 * math.pi * x / length)
+    for length, left in [(size / 3, 1.0), (size, 0.5), (size * 6, 0.02)]:
+        pattern = 0.2 * torch.cos(2 * math.pi * x / length + 0.3)
         refined = reference + pattern[:, None]
-        result = match_colors(refined, reference, "wavelet")[0, 5, inner, 1] - 0.5
+        result = match_colors(refined, reference, "wavelet", size)[0, 5, inner, 1] - 0.5
         assert float((result @ pattern[inner]) / pattern[inner].square().sum()) == pytest.approx(left, abs=0.01)
+
+
+def test_a_small_detail_size_keeps_the_draft_and_adds_finer_detail() -> None:
+    truth = clip_of(3, 96, 128, detail=0.05)
+    draft = resize(truth, 24, 32, "area")
+    enlarged = resize(draft, 96, 128, "bicubic")
+    stray = clip_of(3, 96, 128, seed=5) - 0.5
+    refined = (truth + 0.4 * stray).clamp(0, 1)  # right detail on a picture that has moved away
+    far = (resize(refined, 24, 32, "area") - draft).abs().mean()
+    result = match_colors(refined, enlarged, "wavelet", NANO_DETAIL_SIZE)
+    assert (resize(result, 24, 32, "area") - draft).abs().mean() < 0.2 * far
+    detail = [picture - resize(resize(picture, 24, 32, "area"), 96, 128, "bicubic") for picture in (truth, result)]
+    alike = torch.nn.functional.cosine_similarity(detail[0].flatten(), detail[1].flatten(), dim=0)
+    assert alike > 0.8
+
+
+def test_only_the_miniature_is_held_to_its_draft_by_itself() -> None:
+    assert auto_detail_size(NANO_STAGE2) == NANO_DETAIL_SIZE == 9
+    assert auto_detail_size(STAGE2) == auto_detail_size(None) == DETAIL_SIZE == 70
+
+
+@pytest.mark.parametrize("size", [MIN_DETAIL_SIZE - 1, 0, -70, MAX_DETAIL_SIZE + 1, math.inf, math.nan])
+def test_a_detail_size_out_of_range_is_named(size: float) -> None:
+    clip = clip_of(1, 16, 16)
+    for method in METHODS:
+        with pytest.raises(ValueError, match=f"detail_size must be 5 to 1000 pixels; got {size:g}"):
+            match_colors(clip, clip, method, size)
 
 
 def test_wavelet_removes_a_cast_that_differs_from_place_to_place() -> None:

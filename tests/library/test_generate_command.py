@@ -59,6 +59,16 @@ def test_a_video_is_drafted_and_refined(generate: Callable[..., int], tokenizer:
     assert np.array_equal(frames_of(tmp_path / "out.mp4.draft.mkv"), to_bytes(expected).numpy())
 
 
+def test_shapes_of_a_draft_are_made_anew_unless_a_detail_size_is_given(
+    generate: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float | None] = []
+    monkeypatch.setattr(generate_command, "refine", lambda options: used.append(options.settings.detail_size) or 0)
+    for more in ((), ("--detail-size", "9")):
+        assert generate(*more) == 0
+    assert used == [70, 9]
+
+
 def test_a_draft_is_kept_for_a_second_run_and_no_other(
     generate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -300,6 +300,17 @@ def test_the_strength_suits_the_model_unless_it_is_given(
     assert strengths == [NANO_STRENGTH, NANO_STRENGTH, None, None, 500]
 
 
+def test_the_detail_size_suits_the_model_unless_it_is_given(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    written = {}
+    for size in ("auto", "9", "70"):
+        assert refine(clip, tmp_path / f"{size}.mp4", *FAST, "--detail-size", size) == 0
+        written[size] = (tmp_path / f"{size}.mp4").read_bytes()
+        assert ("detail size 9 (auto, for FlashVideo-Nano)" in capsys.readouterr().err) == (size == "auto")
+    assert written["auto"] == written["9"] != written["70"]
+
+
 def test_a_damaged_video_is_refined_as_far_as_it_goes_and_the_exit_code_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
