@@ -108,21 +108,18 @@ def tiling_factor(plan: TilePlan, latents: int, rows: int, columns: int) -> floa
 
     For each of its norms a group of units runs up to that norm, then once as a whole; and tiles overlap.
     """
-    whole = Tile(0, rows, 0, columns)
-    tiles = whole.split(plan.side)
+    down, across = (Tile(0, rows, 0, 1).split(plan.side), Tile(0, 1, 0, columns).split(plan.side))
     work = untiled = 0.0
     for group in plan.groups:
-        runs = passes(group) if len(tiles) > 1 else [1] * len(group)
+        runs = passes(group) if len(down) * len(across) > 1 else [1] * len(group)
         for unit, reach, times in zip(group, reaches(group), runs, strict=True):
-            area = sum(_area(tile.grown(reach, whole)) for tile in tiles) / _area(whole)
+            # The tiles form a grid: the sum of their areas is that of their heights times that of their widths.
+            height = sum(min(tile.bottom + reach, rows) - max(tile.top - reach, 0) for tile in down)
+            width = sum(min(tile.right + reach, columns) - max(tile.left - reach, 0) for tile in across)
             cost = unit.work * unit.scale**2 * ((latents - 1) * unit.time + 1)
             untiled += cost
-            work += cost * times * area
+            work += cost * times * (height / rows) * (width / columns)
     return work / untiled
-
-
-def _area(tile: Tile) -> int:
-    return (tile.bottom - tile.top) * (tile.right - tile.left)
 
 
 def _blocks(before: int, after: int, blocks: int) -> Iterator[tuple[int, int]]:
