@@ -26,7 +26,7 @@ def test_the_clip_is_refined_to_four_times_its_size(demo: ModuleType) -> None:
     assert prompt["LoadVideo"]["inputs"]["file"] == demo._CLIP
     assert "rabbit" in prompt["FlashVideoTextEncode"]["inputs"]["text"]
     assert prompt["FlashVideoPrepareFrames"]["inputs"] == {"size": "scale", "scale": 4.0}
-    assert prompt["FlashVideoStage2Refiner"]["inputs"] == {"size": "short side", "scale": 2.0}
+    assert prompt["FlashVideoStage2Refiner"]["inputs"] == {"size": "short side", "scale": 2.0, "cfg": 1.0}
     assert min(demo._CLIP_SIZE) >= 90
 
 
@@ -35,6 +35,8 @@ def test_the_inputs_that_it_sets_are_the_nodes_own(demo: ModuleType) -> None:
     inputs = {kind: {each["id"] for each in node["inputs"]} for kind, node in schema.items()}
     assert {"size", "scale"} <= inputs["FlashVideoPrepareFrames"]
     assert "text" in inputs["FlashVideoTextEncode"]
+    assert "cfg" in inputs["FlashVideoStage2Refiner"]
+    assert "steps" in inputs["FlashVideoStage1Sampler"]
     for example in demo.EXAMPLES:
         assert (ROOT / "workflows" / example.workflow).is_file()
     assert [example.refines_clip for example in demo.EXAMPLES] == [False, True]
