@@ -61,12 +61,12 @@ class Example:
 
 EXAMPLES = (
     Example(
-        "FlashVideo Text to Video 1080p.json",
+        "FlashVideo 02 Text to Video 1080p.json",
         "text-to-video",
         (("Draft", "flashvideo/draft"), ("Refined", "flashvideo/refined")),
     ),
     Example(
-        "FlashVideo Refine Any Video.json",
+        "FlashVideo 03 Refine Any Video.json",
         "refine-any-video",
         (("Bicubic", BICUBIC), ("Refined", "flashvideo/refined"), ("Truth", TRUTH)),
     ),
@@ -105,7 +105,7 @@ def _show(workflows: Path, out: Path) -> None:
             _run(example, server, workflows, out, clip)
         if not _notice():
             say("\nTen prompts whose colour, shape and direction the model never saw together, drafts only")
-            draft_prompts(server, workflows / "FlashVideo Text to Video.json", out / "ten-prompts", say)
+            draft_prompts(server, workflows / "FlashVideo 01 Draft from a Prompt.json", out / "ten-prompts", say)
             say(f"  {_shown(out / 'ten-prompts' / 'contact-sheet.png')}")
     say("\nComfyUI is stopped.")
 

@@ -13,7 +13,7 @@ from harness.comfy_client import Success
 from harness.comfy_server import ComfyServer
 from harness.workflow_api import read_workflow, set_inputs, to_api
 
-TEXT_TO_VIDEO = "workflows/FlashVideo Text to Video.json"
+TEXT_TO_VIDEO = "workflows/FlashVideo 01 Draft from a Prompt.json"
 SMALL = (
     "Empty FlashVideo Latent.width=48",
     "Empty FlashVideo Latent.height=32",

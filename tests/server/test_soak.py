@@ -22,7 +22,7 @@ SIZES = ((64, 32, 9), (32, 64, 5), (64, 48, 1))  # of drafts: width, height, fra
 
 def one_run(client: ComfyClient, number: int) -> None:
     """Queue text to video, both stages, with a new seed; every few runs cancel it in the sampler."""
-    workflow = switch_on(read_workflow(WORKFLOWS / "FlashVideo Text to Video 1080p.json"), COMMIT)
+    workflow = switch_on(read_workflow(WORKFLOWS / "FlashVideo 02 Text to Video 1080p.json"), COMMIT)
     prompt = to_api(workflow, client.object_info())
     width, height, length = SIZES[number % len(SIZES)]
     settings = {"width": width, "height": height, "length": length}

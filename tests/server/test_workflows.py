@@ -17,8 +17,8 @@ from harness.comfy_server import ComfyServer
 from harness.workflow_api import read_workflow, set_inputs, to_api
 from harness.workflow_files import COMMIT, WORKFLOWS, shipped, switch_on, titles
 
-TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo Text to Video 1080p.json"
-REFINE = WORKFLOWS / "FlashVideo Refine Any Video.json"
+TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo 02 Text to Video 1080p.json"
+REFINE = WORKFLOWS / "FlashVideo 03 Refine Any Video.json"
 SMALL = ("Empty FlashVideo Latent.width=64", "Empty FlashVideo Latent.height=32", "Empty FlashVideo Latent.length=9")
 
 
