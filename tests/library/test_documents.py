@@ -1,9 +1,10 @@
-"""Numbers in the documents that follow from the code."""
+"""The documents: numbers that follow from the code, links that lead somewhere, and a README of one screen."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -11,18 +12,24 @@ from flashvideo.devices import GIB
 from flashvideo.planner import Setting, make_plan
 from flashvideo.planner.budget import RESERVED, on_card
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+SETTINGS = ROOT / "docs" / "settings.md"
+DOCUMENTS = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/*.md"), *ROOT.glob("web/docs/*.md"))
+LONGEST_README = 900  # words
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROW = re.compile(r"^\| (text to video|refine a clip), (1080p|2K), (bf16|fp8) \| (.+) \|$", re.M)
 SIZES = {"1080p": (1920, 1080), "2K": (2560, 1440)}
 STEPS = {"text to video": 50, "refine a clip": 0}  # of the draft
 TOLERANCE = 0.1  # GiB; the table has one decimal
 
 
-def test_readme_has_the_memory_that_the_planner_tells() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("document", "count"), [(README, 4), (SETTINGS, 8)], ids=["README", "settings"])
+def test_tables_have_the_memory_that_the_planner_tells(document: Path, count: int) -> None:
+    text = document.read_text(encoding="utf-8")
     cards = [int(card) for card in re.findall(r"(\d+) GiB", re.search(r"^\| card \| (.+) \|$", text, re.M).group(1))]
     rows = ROW.findall(text)
-    assert len(rows) == len({row[:3] for row in rows}) == 8
+    assert len(rows) == len({row[:3] for row in rows}) == count
     for task, size, precision, cells in rows:
         for card, cell in zip(cards, cells.split(" | "), strict=True):
             setting = Setting(*SIZES[size], stage1_steps=STEPS[task], precision=precision)
@@ -33,3 +40,33 @@ def test_readme_has_the_memory_that_the_planner_tells() -> None:
             else:
                 assert float(cell.removesuffix(" GiB")) == pytest.approx(plan.memory / GIB, abs=TOLERANCE), name
                 assert plan.memory <= there, name
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in LINK.findall(document.read_text(encoding="utf-8")):
+        place, _, heading = unquote(link).partition("#")
+        if place.startswith(("http:", "https:", "mailto:")):
+            continue
+        target = (document.parent / place).resolve() if place else document
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors(target), link
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_shows_every_workflow_in_its_order() -> None:
+    shown = re.findall(r"\(workflows/([^)]+)\.jpg\)", README.read_text(encoding="utf-8"))
+    assert shown == sorted(shown)
+    text = README.read_text(encoding="utf-8")
+    for path in (ROOT / "workflows").glob("*.json"):
+        assert re.search(rf"\b{path.stem.split()[1]}\b", text), path.stem

@@ -91,7 +91,8 @@ def test_icon_and_banner_are_what_the_registry_takes(name: str, width: int, heig
     assert url == f"https://raw.githubusercontent.com/{owner_and_name}/main/docs/{name}.png"
 
 
-def test_changelog_begins_with_this_version() -> None:
+def test_changelog_and_citation_have_this_version() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M).group(1)
     latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M).group(1)
-    assert latest == version
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M).group(1)
+    assert latest == version == cited
