@@ -17,17 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import DiTConfig
+from .parallel import Ranks, SequencePiece, sequence_piece
 from .rope import rope_table, rotate, rotate_
+from .token_chunks import TokenChunk, may_overwrite, split_text, token_chunks
 
 BLOCK_EPS = 1e-5  # norms of the residual stream
 HEAD_EPS = 1e-6  # norms of queries and keys, and the last norm
 SINUSOID_BASE = 10000.0
-
-# Without autograd a layer runs over the sequence in chunks of tokens, so that its activations take memory for keys,
-# values and one chunk. A chunk's largest tensor has batch * tokens * ff_dim elements:
-CHUNK_ELEMENTS = 2**26  # 8,738 tokens of stage II, enough to fill any card's matrix units
-CHUNK_BYTES_CPU = 2**24  # of that tensor: enough rows for the matrix products' speed, and near the caches
-CHUNK_MULTIPLE = 128  # tokens; attention kernels and matrix products work in such tiles
 
 # attention(q, k, v, heads, start) on [B, heads, n, head_dim] and twice [B, heads, N, head_dim] -> [B, n, heads *
 # head_dim]; the queries may be a chunk of the sequence, whose first token is number `start`.
@@ -35,6 +31,8 @@ Attention = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 # around_block(index, block, tokens) -> tokens: runs block(tokens), or something in its place. Without autograd
 # block(tokens) overwrites its argument.
 AroundBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+# Keys or values of all tokens, once they are needed: other ranks' may still be on their way.
+Pending = Callable[[], Tensor]
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, start: int = 0) -> Tensor:
@@ -91,50 +89,10 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
-def may_overwrite() -> bool:
-    """Whether temporaries and the residual stream may be overwritten: not with autograd; a compiler decides itself."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-class TokenChunk(NamedTuple):
-    """A chunk of the sequence: its place, how many of its tokens (the first ones) are text, and its positions."""
-
-    tokens: slice
-    text_tokens: int
-    rope: tuple[Tensor, Tensor]  # of its video tokens
-
-
 def dit_tokens(config: DiTConfig, shape: tuple[int, int, int]) -> int:
     """Video tokens of a latent of `shape` (T, H, W)."""
     frames, rows, columns = shape
     return frames * (rows // config.patch_size) * (columns // config.patch_size)
-
-
-def tokens_per_chunk(count: int, elements_per_token: int, itemsize: int, device: str) -> int:
-    """Tokens in each of the equal chunks that `count` tokens are split into, at most `count`.
-
-    `elements_per_token`: size of the widest activation per token, in elements of `itemsize` bytes. `device`: a device's
-    type.
-    """
-    on_cpu, on_card = CHUNK_BYTES_CPU // (elements_per_token * itemsize), CHUNK_ELEMENTS // elements_per_token
-    limit = max(1, on_cpu if device == "cpu" else on_card)
-    return min(count, math.ceil(count / math.ceil(count / limit) / CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
-
-
-def token_chunks(tokens: Tensor, rope: tuple[Tensor, Tensor], ff_dim: int) -> list[TokenChunk]:
-    """Split a sequence [B, N, hidden] into chunks of equal size; with autograd, into one."""
-    batch, count = tokens.shape[:2]
-    text_tokens = count - rope[0].shape[0]
-    if not may_overwrite():
-        return [TokenChunk(slice(None), text_tokens, rope)]
-    step = tokens_per_chunk(count, batch * ff_dim, tokens.element_size(), tokens.device.type)
-    chunks = []
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        text_here = min(max(text_tokens - start, 0), stop - start)
-        video = slice(start + text_here - text_tokens, stop - text_tokens) if text_here < stop - start else slice(0)
-        chunks.append(TokenChunk(slice(start, stop), text_here, (rope[0][video], rope[1][video])))
-    return chunks
 
 
 class Modulators(NamedTuple):
@@ -143,11 +101,6 @@ class Modulators(NamedTuple):
     shift: tuple[Tensor, Tensor]
     scale: tuple[Tensor, Tensor]
     gate: tuple[Tensor, Tensor]
-
-
-def split_text(tokens: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
-    """Views of the text tokens and of the video tokens of [B, N, ...]."""
-    return tokens[:, :text_tokens], tokens[:, text_tokens:]
 
 
 class Modulation(nn.Module):
@@ -191,6 +144,10 @@ def activate(expanded: Tensor) -> Tensor:
     return (torch.ops.aten.gelu_ if may_overwrite() else F.gelu)(expanded, approximate="tanh")
 
 
+def _own(x: Tensor) -> Pending:
+    return lambda: x
+
+
 class Block(nn.Module):
     """One transformer layer: joint attention over text and video, then a feed-forward network."""
 
@@ -210,18 +167,28 @@ class Block(nn.Module):
         self.ff_proj = operations.Linear(hidden, config.ff_dim, **layer)
         self.ff_out = operations.Linear(config.ff_dim, hidden, **layer)
 
-    def forward(self, tokens: Tensor, embedding: Tensor, rope: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        embedding: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: Attention,
+        piece: SequencePiece | None = None,
+    ) -> Tensor:
         """[B, N, hidden] -> [B, N, hidden]; the tokens that `rope` has no row for, the first ones, are text.
 
-        Without autograd the result overwrites `tokens`.
+        Without autograd the result overwrites `tokens`. If they are this rank's `piece` of a longer sequence, they
+        attend to the other ranks' keys and values as well.
         """
         first, second = self.norm1.modulators(embedding), self.norm2.modulators(embedding)
         chunks = token_chunks(tokens, rope, self.ff_dim)
+        share, start = (_own, 0) if piece is None else (piece.gather, piece.start)
         if len(chunks) == 1:
             chunk = chunks[0]
             normed = self.norm1(tokens, first, chunk.text_tokens)
-            k, v = self._keys(normed, chunk), self._heads(self.v(normed))
-            return self._finish_layer(tokens, self._attend(normed, k, v, chunk, attention), first, second, chunk)
+            k, v = share(self._keys(normed, chunk)), share(self._heads(self.v(normed)))
+            attended = self._attend(normed, (k, v), chunk, attention, start)
+            return self._finish_layer(tokens, attended, first, second, chunk)
 
         # Keys and values of the whole sequence are made before the first token changes; then each chunk runs through
         # the rest of the layer by itself.
@@ -229,17 +196,20 @@ class Block(nn.Module):
         for chunk in chunks:
             normed = self.norm1(tokens[:, chunk.tokens], first, chunk.text_tokens)
             k[:, chunk.tokens], v[:, chunk.tokens] = self._keys(normed, chunk), self._heads(self.v(normed))
+        shared = share(k), share(v)
         for chunk in chunks:
             normed = self.norm1(tokens[:, chunk.tokens], first, chunk.text_tokens)
-            attended = self._attend(normed, k, v, chunk, attention)
+            attended = self._attend(normed, shared, chunk, attention, start + chunk.tokens.start)
             self._finish_layer(tokens[:, chunk.tokens], attended, first, second, chunk)
         return tokens
 
-    def _attend(self, normed: Tensor, k: Tensor, v: Tensor, chunk: TokenChunk, attention: Attention) -> Tensor:
+    def _attend(
+        self, normed: Tensor, shared: tuple[Pending, Pending], chunk: TokenChunk, attention: Attention, start: int
+    ) -> Tensor:
         """Attention of a chunk's tokens [B, n, hidden] to keys and values [B, N, heads, head_dim]: [B, n, hidden]."""
         q = self._apply_rope(self.norm_q(self._heads(self.q(normed))), chunk)
-        q, k, v = (rearrange(each, "b n heads width -> b heads n width") for each in (q, k, v))
-        return self.attn_out(attention(q, k, v, self.heads, chunk.tokens.start or 0))
+        q, k, v = (rearrange(each, "b n heads width -> b heads n width") for each in (q, *(get() for get in shared)))
+        return self.attn_out(attention(q, k, v, self.heads, start))
 
     def _finish_layer(
         self, tokens: Tensor, attended: Tensor, first: Modulators, second: Modulators, chunk: TokenChunk
@@ -325,14 +295,16 @@ class FlashVideoDiT(nn.Module):
         attention: Attention = attention_sdpa,
         order: Tensor | None = None,
         around_block: AroundBlock | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """Predict v (stage I) or the velocity (stage II).
 
         `latent` [B, C, T, H, W] in the model's scaled space, H and W even; `timestep` [B] in 0..1000, fractions
         allowed; `context` [B, L, text_dim]; `degradation_step` 0..999, needed by stage II and refused by stage I.
         `order` [T * H/2 * W/2] numbers the patches in the order in which the layers see them, for an `attention` that
-        depends on their places; the default order is frame, row, column. Returns [B, out_channels, T, H, W]. Raises
-        ValueError on any other shape.
+        depends on their places; the default order is frame, row, column. With `ranks` each of them computes one piece
+        of the sequence, all give the same arguments, and all get the whole result; without autograd only. Returns
+        [B, out_channels, T, H, W]. Raises ValueError on any other shape.
         """
         self._check(latent, context, degradation_step)
         _, _, frames, height, width = latent.shape
@@ -343,18 +315,23 @@ class FlashVideoDiT(nn.Module):
         if order is not None:
             rope = (rope[0][order], rope[1][order])
             tokens = torch.cat((tokens[:, : context.shape[1]], tokens[:, context.shape[1] :][:, order]), dim=1)
+        piece = None if ranks is None else sequence_piece(ranks, context.shape[1], rope[0].shape[0])
+        if piece is not None:
+            tokens, rope = piece.cut(tokens, rope)
         for index, block in enumerate(self.blocks):
             if around_block is None:
-                tokens = block(tokens, embedding, rope, attention)
+                tokens = block(tokens, embedding, rope, attention, piece)
             else:
-                tokens = around_block(index, lambda x, block=block: block(x, embedding, rope, attention), tokens)
+                tokens = around_block(index, lambda x, block=block: block(x, embedding, rope, attention, piece), tokens)
         # Each token is normed by itself, so the text is dropped first.
-        video = tokens[:, context.shape[1] :]
+        video = tokens[:, tokens.shape[1] - rope[0].shape[0] :]
         patches = [
             self.proj_out(self.norm_out(self.norm_final(video[:, chunk.tokens]), embedding))
             for chunk in token_chunks(video, rope, self.config.ff_dim)
         ]
         patches = torch.cat(patches, dim=1)
+        if piece is not None:
+            patches = piece.gather_video(patches)
         if order is not None:
             patches = patches[:, order.argsort()]
         return self._unpatchify(patches, frames, rows)

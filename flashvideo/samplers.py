@@ -7,6 +7,8 @@ schedule. Stage II: a fixed-grid solver of the flow's ODE.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from .degradation import DEGRADATION_STEP
 from .dit import FlashVideoDiT
 from .guidance import STAGE1_EXPONENT, STAGE1_SCALE, STAGE2_SCALE, dynamic_cfg_scale, guide
+from .parallel import Ranks
 from .schedule import STAGE2_SHIFT, Stage1Schedule, stage1_schedule, stage2_times
 
 # on_step(done, total, clean_estimate): progress and preview; may raise to cancel
@@ -102,18 +105,24 @@ def sample_stage1(
     exponent: int = STAGE1_EXPONENT,
     step_noise: Callable[[int], Tensor],
     on_step: OnStep | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Draft latent [B, C, T, H, W] in stage I's scaled space (divide by STAGE1_LATENT_SCALE for the VAE).
 
     `noise` has that shape and is standard normal; `context` and `uncond` are [B, L, text_dim]; `step_noise(i)`
-    gives the noise used at step i, for i from 0 to steps - 2.
+    gives the noise used at step i, for i from 0 to steps - 2. All `ranks` give the same and get the same.
     """
     schedule = stage1_schedule(steps)
     contexts = torch.cat((uncond, context))
 
     def denoise(latent: Tensor, i: int) -> Tensor:
         timestep = schedule.timesteps[i].to(latent.device, torch.float32).expand(2 * len(latent))
-        v = dit(torch.cat((latent, latent)).to(context.dtype), timestep, contexts).float()
+        if ranks is not None and ranks.halves is not None:
+            text = (uncond, context)[ranks.halves.index]
+            mine = _on(dit, ranks.halves.ranks)(latent.to(text.dtype), timestep[: len(latent)], text).float()
+            v = torch.cat(ranks.halves.exchange(mine))
+        else:
+            v = _on(dit, ranks)(torch.cat((latent, latent)).to(context.dtype), timestep, contexts).float()
         clean_uncond, clean_cond = v_to_clean(
             torch.cat((latent, latent)), v, schedule.quantized_signal[i].to(latent.device)
         ).chunk(2)
@@ -145,21 +154,34 @@ def sample_stage2(
 
 
 def guided_velocity(
-    dit: FlashVideoDiT, context: Tensor, uncond: Tensor, cfg: float, degradation_step: int = DEGRADATION_STEP
+    dit: FlashVideoDiT,
+    context: Tensor,
+    uncond: Tensor,
+    cfg: float,
+    degradation_step: int = DEGRADATION_STEP,
+    ranks: Ranks | None = None,
 ) -> Velocity:
     """Stage II's velocity for prompts [B, L, text_dim] or one for all [1, L, text_dim], guided away from `uncond`.
 
-    One pass of the network after the other, so that the memory needed is that of one; with cfg 1 there is only one.
+    One pass of the network after the other, so that the memory needed is that of one; with cfg 1 there is only one. An
+    even number of ranks makes both at once, one pass in either half.
     """
+    halves = None if ranks is None or cfg == 1 else ranks.halves
 
     def velocity(latent: Tensor, time: Tensor) -> Tensor:
         timestep = (1000 - 1000 * time).float().to(latent.device).expand(len(latent))
 
-        def evaluate(text: Tensor) -> Tensor:
+        def evaluate(text: Tensor, ranks: Ranks | None = ranks) -> Tensor:
             text = text.expand(len(latent), -1, -1)
-            return dit(latent.to(text.dtype), timestep, text, degradation_step=degradation_step).float()
+            return _on(dit, ranks)(latent.to(text.dtype), timestep, text, degradation_step=degradation_step).float()
 
+        if halves is not None:
+            return guide(*halves.exchange(evaluate((uncond, context)[halves.index], halves.ranks)), cfg)
         prompted = evaluate(context)
         return prompted if cfg == 1 else guide(evaluate(uncond), prompted, cfg)
 
     return velocity
+
+
+def _on(dit: FlashVideoDiT, ranks: Ranks | None) -> Callable[..., Any]:
+    return dit if ranks is None else partial(dit, ranks=ranks)

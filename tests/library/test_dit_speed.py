@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvideo import dit as dit_module
+from flashvideo import token_chunks
 from flashvideo.checkpoints import load_dit
 from flashvideo.config import NANO_STAGE1
-from flashvideo.dit import CHUNK_BYTES_CPU, CHUNK_ELEMENTS, CHUNK_MULTIPLE, FlashVideoDiT, tokens_per_chunk
+from flashvideo.dit import FlashVideoDiT
 from flashvideo.nano import build_nano
 from flashvideo.rope import rope_table, rotate, rotate_
+from flashvideo.token_chunks import CHUNK_BYTES_CPU, CHUNK_ELEMENTS, CHUNK_MULTIPLE, tokens_per_chunk
 
 TOLERANCE = 2e-6  # float32: the two ways sum in different orders
 
@@ -33,7 +34,7 @@ def inputs(frames: int = 2, rows: int = 16, columns: int = 24, batch: int = 2) -
 
 def cut(monkeypatch: pytest.MonkeyPatch, piece: int, network: FlashVideoDiT, batch: int = 2) -> None:
     """Let pieces be of at most so many tokens, in float32."""
-    monkeypatch.setattr(dit_module, "CHUNK_BYTES_CPU", piece * batch * network.config.ff_dim * torch.float32.itemsize)
+    monkeypatch.setattr(token_chunks, "CHUNK_BYTES_CPU", piece * batch * network.config.ff_dim * torch.float32.itemsize)
 
 
 @pytest.mark.parametrize("piece", [128, 256, 10_000])

@@ -10,7 +10,7 @@ import torch
 from draws import normal
 from torch import Tensor
 
-from flashvideo import dit as dit_module
+from flashvideo import token_chunks
 from flashvideo.checkpoints import load_dit
 from flashvideo.config import NANO_STAGE2
 from flashvideo.dit import FlashVideoDiT, attention_sdpa
@@ -146,7 +146,7 @@ def test_the_network_gives_the_same_in_pieces_whole_and_compiled(
     exact = nano(*arguments, degradation_step=675).detach()
     assert (whole - exact).abs().max() > 100 * TOLERANCE
     row = arguments[0].shape[0] * nano.config.ff_dim
-    monkeypatch.setattr(dit_module, "CHUNK_BYTES_CPU", piece * row * torch.float32.itemsize)
+    monkeypatch.setattr(token_chunks, "CHUNK_BYTES_CPU", piece * row * torch.float32.itemsize)
     torch._dynamo.reset()
     network = load_dit(nano.state_dict(), dtype=torch.float32)
     for block in network.blocks:

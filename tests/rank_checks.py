@@ -1,0 +1,59 @@
+"""What tests compute on several ranks and in one process, with the same code: `ranks` is None there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from draws import normal
+from torch import Tensor
+
+from flashvideo import token_chunks
+from flashvideo.config import DiTConfig
+from flashvideo.dit import FlashVideoDiT
+from flashvideo.parallel import Ranks
+from flashvideo.samplers import guided_velocity, sample_stage1
+from flashvideo.tile_attention import WindowAttention
+
+REFINER = DiTConfig(2, 48, 3, 16, 8, 96, degradation_embedding=True, frame_count_embedding=True)  # 3 heads
+DRAFTER = DiTConfig(2, 48, 3, 16, 8, 96)
+GRID = (3, 7, 5)  # 105 video tokens: no number of ranks divides them, with or without the text
+
+
+def network(config: DiTConfig) -> FlashVideoDiT:
+    """A network with the same random weights everywhere."""
+    torch.manual_seed(3)
+    return FlashVideoDiT(config).eval()
+
+
+def latent(grid: tuple[int, int, int] = GRID, batch: int = 1) -> Tensor:
+    """A random latent of as many patches."""
+    return normal(batch, 16, grid[0], 2 * grid[1], 2 * grid[2])
+
+
+@torch.no_grad()
+def evaluations(ranks: Ranks | None) -> dict[str, Any]:
+    """Evaluations of both networks, each with something that could go wrong on ranks."""
+    refiner, found = network(REFINER), {}
+    time, step = torch.tensor([700.0]), {"degradation_step": 300, "ranks": ranks}
+    found["plain"] = refiner(latent(), time, normal(1, 6, 8), **step)
+    found["long text"] = refiner(latent(), time, normal(1, 100, 8), **step)
+    found["batch"] = refiner(latent(batch=2), time.expand(2), normal(2, 6, 8), **step)
+    found["one patch"] = refiner(latent((1, 1, 1)), time, normal(1, 6, 8), **step)
+    found["four patches"] = refiner(latent((1, 2, 2)), time, normal(1, 1, 8), **step)
+    windows = WindowAttention(6, GRID, (1, 5, 5))
+    run = {**step, "attention": windows, "order": windows.order}
+    found["windows"] = refiner(latent(), time, normal(1, 6, 8), **run)
+    usual, token_chunks.CHUNK_BYTES_CPU = token_chunks.CHUNK_BYTES_CPU, 1
+    usual_multiple, token_chunks.CHUNK_MULTIPLE = token_chunks.CHUNK_MULTIPLE, 16
+    found["chunks"] = refiner(latent(), time, normal(1, 6, 8), **run)
+    token_chunks.CHUNK_BYTES_CPU, token_chunks.CHUNK_MULTIPLE = usual, usual_multiple
+    for name, cfg in (("guided", 6.0), ("unguided", 1.0)):
+        velocity = guided_velocity(refiner, normal(1, 6, 8), torch.zeros(1, 6, 8), cfg, 300, ranks)
+        found[name] = velocity(latent(), torch.tensor(0.3))
+    text, generator = normal(1, 6, 8, seed=1), torch.Generator().manual_seed(1)
+    found["draft"] = sample_stage1(
+        network(DRAFTER), latent(), text, torch.zeros_like(text),
+        steps=3, step_noise=lambda _: torch.randn(latent().shape, generator=generator), ranks=ranks,
+    )  # fmt: skip
+    return found
