@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from draws import normal
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashvideo import token_chunks
-from flashvideo.config import DiTConfig
+from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.parallel import Ranks
 from flashvideo.samplers import guided_velocity, sample_stage1
 from flashvideo.tile_attention import WindowAttention
+from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
+from flashvideo.vae.stream import VAEStream, stream_within
 
 REFINER = DiTConfig(2, 48, 3, 16, 8, 96, degradation_embedding=True, frame_count_embedding=True)  # 3 heads
 DRAFTER = DiTConfig(2, 48, 3, 16, 8, 96)
+VAE = VAEConfig(4, (1, 1, 1, 2), encoder_blocks=1, decoder_blocks=1, norm_groups=2)
 GRID = (3, 7, 5)  # 105 video tokens: no number of ranks divides them, with or without the text
 
 
@@ -57,3 +60,40 @@ def evaluations(ranks: Ranks | None) -> dict[str, Any]:
         steps=3, step_noise=lambda _: torch.randn(latent().shape, generator=generator), ranks=ranks,
     )  # fmt: skip
     return found
+
+
+@torch.no_grad()
+def pictures(ranks: Ranks | None) -> dict[str, Tensor]:
+    """Videos through both halves of the VAE, chunk by chunk: whole in one process, in tiles on ranks."""
+    torch.manual_seed(4)
+    vae, found = VideoVAE(VAE).eval(), {}
+    # Latents of 6 x 13 and 9 x 8; in the second picture little memory for the store makes long groups of layers.
+    video, latent = normal(1, 3, 21, 48, 104, seed=2).clamp(-1, 1), normal(1, 16, 4, 9, 8, seed=3)
+    found["encoded"] = _stream(vae.encoder, encode_chunks(21), (6, 13), None, ranks, video)
+    found["decoded"] = _stream(vae.decoder, decode_chunks(4), (9, 8), None, ranks, latent)
+    found["decoded, little stored"] = _stream(vae.decoder, decode_chunks(4), (9, 8), 2e5, ranks, latent)
+    found["decoded, one tile"] = _stream(vae.decoder, decode_chunks(4), (2, 3), None, ranks, latent[..., :2, :3])
+    return found
+
+
+def _stream(
+    network: nn.Module, sizes: list[int], grid: tuple[int, int], store: float | None, ranks: Ranks | None, x: Tensor
+) -> Tensor:
+    """The whole result; after the first chunk another stream continues from what every rank has stored."""
+
+    def stream() -> VAEStream:
+        return stream_within(network, sizes, grid, None, torch.device("cpu"), store if ranks else None, ranks)
+
+    first, *rest = x.split(sizes, dim=2)
+    begun, resumed = stream(), stream()
+    results = [begun(first)]
+    state = begun.state()
+    if ranks is not None:
+        state = {name: tensor for part in ranks.collect(state) for name, tensor in part.items()}
+    resumed.restore(1, state)
+    return torch.cat((*results, *map(resumed, rest)), dim=2)
+
+
+def both(ranks: Ranks | None) -> dict[str, Any]:
+    """All of this in one group of processes."""
+    return {**evaluations(ranks), **pictures(ranks)}

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..config import latent_frames, latent_shape, video_frames, video_shape
 from ..devices import is_out_of_memory
+from ..parallel import Ranks
 from .layers import ChunkContext
 from .memory import TilePlan, held_bytes, largest_chunk, plan_within
 from .network import Decoder, Encoder, Posterior
+from .ranks import RankedTiledRun, side_for_ranks
 from .tiles import Tile, TiledRun
 
 
@@ -69,12 +71,23 @@ class TiledVAEStream(VAEStream):
     """A `VAEStream` that works on `device` in the tiles of `plan`. The result is the same, to rounding.
 
     All that is as large as the picture is stored in main memory. Tiles are halved where the device has less memory than
-    the plan expects.
+    the plan expects, but not with `ranks`: then each has tiles of its own, and all get the whole result.
     """
 
-    def __init__(self, network: Encoder | Decoder, sizes: Sequence[int], plan: TilePlan, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: Encoder | Decoder,
+        sizes: Sequence[int],
+        plan: TilePlan,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
         super().__init__(network, sizes)
-        self._run = TiledRun(plan, device, next(network.parameters()).dtype, is_out_of_memory=is_out_of_memory)
+        dtype = next(network.parameters()).dtype
+        if ranks is None:
+            self._run = TiledRun(plan, device, dtype, is_out_of_memory=is_out_of_memory)
+        else:
+            self._run = RankedTiledRun(plan, device, dtype, ranks)
 
     def _evaluate(self, chunk: Tensor) -> Tensor:
         decodes = isinstance(self.network, Decoder)
@@ -91,7 +104,7 @@ class TiledVAEStream(VAEStream):
         return result
 
     def state(self) -> dict[str, Tensor]:
-        """What the chunks so far leave for the next, by tile and layer."""
+        """What the chunks so far leave for the next, by tile and layer; of several ranks, each has its own tiles'."""
         names = {module: name for name, module in self.network.named_modules()}
         return {
             " ".join([*map(str, (group, *tile, self._run.reach[module])), names[module]]): tensor
@@ -104,15 +117,16 @@ class TiledVAEStream(VAEStream):
         super().restore(done, {})
         run = self._run
         run.past = {}
+        # Where tiles were halved, groups that haven't run since have the larger ones' past.
+        tiles = {Tile(*map(int, name.split(" ")[1:5])) for name in tensors}
+        run.tiles = sorted(tile for tile in tiles if not any(part != tile and part.is_in(tile) for part in tiles))
         for name, tensor in tensors.items():
             *numbers, layer = name.split(" ")
-            group, *tile, reach = map(int, numbers)
-            module = self.network.get_submodule(layer)
-            run.past.setdefault((group, Tile(*tile)), {})[module] = tensor
+            group, *place, reach = map(int, numbers)
+            module, tile = self.network.get_submodule(layer), Tile(*place)
             run.reach[module] = reach
-        # Where tiles were halved, groups that haven't run since have the larger ones' past.
-        tiles = {tile for _, tile in run.past}
-        run.tiles = sorted(tile for tile in tiles if not any(part != tile and part.is_in(tile) for part in tiles))
+            if any(part.is_in(tile) for part in run.own_tiles()):
+                run.past.setdefault((group, tile), {})[module] = tensor
 
 
 def stream_within(
@@ -122,13 +136,14 @@ def stream_within(
     budget: float | None,
     device: torch.device,
     store: float | None = None,
+    ranks: Ranks | None = None,
 ) -> VAEStream:
     """A stream over latents of `grid` (h, w) that holds about `budget` bytes on the device: tiled if it has to be.
 
-    See `plan_stream` for `store`.
+    See `plan_stream` for `store`. With `ranks` it is tiled so that each has a part.
     """
-    plan = plan_stream(network, len(sizes), grid, budget, device, store)
-    return VAEStream(network, sizes) if plan is None else TiledVAEStream(network, sizes, plan, device)
+    plan = plan_stream(network, len(sizes), grid, budget, device, store, ranks)
+    return VAEStream(network, sizes) if plan is None else TiledVAEStream(network, sizes, plan, device, ranks)
 
 
 def plan_stream(
@@ -138,6 +153,7 @@ def plan_stream(
     budget: float | None,
     device: torch.device,
     store: float | None = None,
+    ranks: Ranks | None = None,
 ) -> TilePlan | None:
     """The tiles of such a stream; None if it holds no more than `budget` with the whole picture in one piece.
 
@@ -146,4 +162,9 @@ def plan_stream(
     size = (min(chunks, 2) * largest_chunk(network), *grid)  # with a second chunk, what the first leaves counts
     dtype, on_card = next(network.parameters()).dtype, torch.device(device).type != "cpu"
     needed = held_bytes(network, size, dtype)
-    return plan_within(network, size, dtype, budget, store, needed=needed, on_card=on_card, by_chunk=True)
+    place = {"needed": needed, "on_card": on_card, "by_chunk": True}
+    plan = plan_within(network, size, dtype, budget, store, **place)
+    if ranks is None or ranks.size == 1:
+        return plan
+    side = side_for_ranks(grid, max(grid) if plan is None else plan.side, ranks.size)
+    return plan_within(network, size, dtype, budget, store, side=side, **place)

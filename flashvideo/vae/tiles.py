@@ -107,7 +107,7 @@ def measure(x: Tensor, groups: int) -> Moments:
     return Moments(x[0, 0].numel(), *group_statistics(x, groups))
 
 
-class _Job(NamedTuple):
+class GroupJob(NamedTuple):
     """One group's work: what it reads and where its result goes, a tensor [1, C, t, H, W] for each chunk."""
 
     index: int
@@ -169,7 +169,7 @@ class TiledRun:
                 targets = beside
             else:
                 targets = self._storage(group[-1], sizes)
-            statistics = self._run_group(_Job(index, chunks, beside, latents, targets), statistics)
+            statistics = self._run_group(GroupJob(index, chunks, beside, latents, targets), statistics)
             beside = chunks if follower is not None and follower[0].joins else None
             chunks = targets
         self.calls -= 1
@@ -182,7 +182,7 @@ class TiledRun:
         shapes = [(1, unit.channels, count, rows, columns) for count in frames]
         return [torch.empty(shape, device=MAIN_MEMORY, dtype=self.dtype) for shape in shapes]
 
-    def _run_group(self, job: _Job, statistics: list[Statistics] | None) -> list[Statistics] | None:
+    def _run_group(self, job: GroupJob, statistics: list[Statistics] | None) -> list[Statistics] | None:
         """Pass over the tiles once for each unknown norm, and once more for the result.
 
         `statistics` are those of the chunks that come in, if they have been measured. Returns those of the result if
@@ -192,7 +192,7 @@ class TiledRun:
         for sweep in count():
             self.total = self.done + self._steps_left(job, sweep, statistics is not None)
             sums: list[Moments] | None = None
-            waiting, written, is_written = deque(self.tiles), set(), False
+            waiting, written, is_written = deque(self.own_tiles()), set(), False
             while waiting:
                 tile = waiting.popleft()
                 outcome = self._try_tile(job, tile, known)
@@ -204,8 +204,10 @@ class TiledRun:
                 is_written, measured = outcome
                 if measured:
                     sums = measured if sums is None else [a.joined(b) for a, b in zip(sums, measured, strict=True)]
+            sums = None if sums is None else self._of_all_tiles(sums)
             found = None if sums is None else [Statistics(total.mean, total.variance) for total in sums]
             if is_written:
+                self._after_writing(job)
                 # What larger tiles left before they were halved has been used up.
                 kept = () if self.last else written
                 for key in [(group, old) for group, old in self.past if group == job.index and old not in kept]:
@@ -214,10 +216,21 @@ class TiledRun:
             for each, new in zip(known, found or (), strict=True):
                 each.append(new)
 
-    def _steps_left(self, job: _Job, sweep: int, is_measured: bool) -> int:
+    def own_tiles(self) -> list[Tile]:
+        """The tiles that are worked on here; of several processes each has its own."""
+        return self.tiles
+
+    def _of_all_tiles(self, sums: list[Moments]) -> list[Moments]:
+        """The moments of all tiles from those of the own ones."""
+        return sums
+
+    def _after_writing(self, job: GroupJob) -> None:
+        """Runs when the own tiles of a group's result are written."""
+
+    def _steps_left(self, job: GroupJob, sweep: int, is_measured: bool) -> int:
         ahead = [self._sweeps(index, index > 0) for index in range(len(self.plan.groups))]
         left = sum(ahead[job.index + 1 :]) + self._sweeps(job.index, is_measured) - sweep
-        return (left + sum(ahead) * (self.calls - 1)) * len(job.chunks) * len(self.tiles)
+        return (left + sum(ahead) * (self.calls - 1)) * len(job.chunks) * len(self.own_tiles())
 
     def _sweeps(self, index: int, is_measured: bool) -> int:
         group = self.plan.groups[index]
@@ -226,7 +239,7 @@ class TiledRun:
         return sum(unit.norms for unit in group) + 1 - (group[0].norms if is_measured else 0)
 
     def _try_tile(
-        self, job: _Job, tile: Tile, known: Sequence[Sequence[Statistics]]
+        self, job: GroupJob, tile: Tile, known: Sequence[Sequence[Statistics]]
     ) -> tuple[bool, list[Moments]] | None:
         """What `_run_tile` returns; None if memory ran out, and then `side` is smaller than the tile."""
         done = self.done
@@ -240,7 +253,7 @@ class TiledRun:
             self.done = done
         return None
 
-    def _run_tile(self, job: _Job, tile: Tile, known: Sequence[Sequence[Statistics]]) -> tuple[bool, list[Moments]]:
+    def _run_tile(self, job: GroupJob, tile: Tile, known: Sequence[Sequence[Statistics]]) -> tuple[bool, list[Moments]]:
         """Run a tile's chunks to their first unknown norm, or write their result.
 
         Returns whether it was written, and the moments that were measured. All chunks stop at the same norm. A result
@@ -285,7 +298,7 @@ class TiledRun:
         return cut
 
     def _run_piece(
-        self, job: _Job, tile: Tile, number: int, known: Sequence[Statistics], context: ChunkContext
+        self, job: GroupJob, tile: Tile, number: int, known: Sequence[Statistics], context: ChunkContext
     ) -> tuple[Tensor | None, Moments | None]:
         """Run a chunk of a tile to its first unknown norm, or to the end; returns the result and what was measured."""
         norms = _Norms(known, tile)
@@ -298,7 +311,7 @@ class TiledRun:
         asked = followers and followers[0][0].groups
         return result, measure(result, asked) if asked and tile != self.whole else None
 
-    def _run_chunk(self, job: _Job, number: int, norms: _Norms, context: ChunkContext) -> Tensor:
+    def _run_chunk(self, job: GroupJob, number: int, norms: _Norms, context: ChunkContext) -> Tensor:
         group = self.plan.groups[job.index]
         x, around = job.chunks[number], self.whole
         beside = None if job.beside is None else job.beside[number]

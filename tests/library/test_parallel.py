@@ -1,4 +1,4 @@
-"""One evaluation on 2, 3 and 4 processes equals the one on one process."""
+"""Evaluations of the networks, and the VAE in tiles, on 2, 3 and 4 processes equal those on one."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from on_ranks import on_ranks
 
 from flashvideo.parallel import sequence_edges
 
-TOLERANCE = 1e-6  # float32, numbers of about 1: matrix products of other sizes round differently
+TOLERANCE = 1e-6  # float32, of numbers below 1, and relative above: products of other sizes round differently
 SIZES = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    from rank_checks import evaluations
+    from rank_checks import both
 
-    return evaluations(None)
+    return both(None)
 
 
 @pytest.fixture(scope="module", params=SIZES)
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(request.param, tmp_path_factory.mktemp("ranks"), "rank_checks:evaluations")
+    return on_ranks(request.param, tmp_path_factory.mktemp("ranks"), "rank_checks:both")
 
 
 @pytest.mark.slow
-def test_every_evaluation_equals_one_process_on_every_rank(
+def test_every_result_equals_one_process_on_every_rank(
     alone: dict[str, Any], together: list[dict[str, Any]]
 ) -> None:
     for name, expected in alone.items():
-        scale = max(1.0, float(expected.abs().max()))
         for rank, found in enumerate(together):
-            off = float((found[name] - expected).abs().max())
-            assert off <= TOLERANCE * scale, (name, rank, off)
+            off = float(((found[name] - expected).abs() / (1 + expected.abs())).max())
+            assert off <= TOLERANCE, (name, rank, off)
             assert found[name].equal(together[0][name]), (name, rank)
 
 
