@@ -10,6 +10,7 @@ from .reading import (
     load_vae,
     open_checkpoint,
     read_dit,
+    read_quantised_dit,
     read_vae,
 )
 from .weights import CheckpointError
@@ -25,5 +26,6 @@ __all__ = [
     "load_vae",
     "open_checkpoint",
     "read_dit",
+    "read_quantised_dit",
     "read_vae",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ..atomic_files import check_space, check_target, sha256, whole_file
 from ..progress import PhaseProgress, Progress, no_phase_progress
-from .keymaps import OWN_PREFIX, Source
+from .keymaps import OWN_PREFIX, Part, Source
+from .quantised import FORMAT, FORMATS, SCALE, Format, relative_error
 from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
 
@@ -32,18 +34,25 @@ DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp8_e4m3fn": torch.float8_e4m3fn,
+    **FORMATS,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A source tensor, and the offset of its result in the new file."""
+class _Entry:
+    """A tensor of the new file, and where its bytes begin after the header."""
 
-    source: Source
-    dtypes: tuple[torch.dtype, ...]  # of its parts
-    nbytes: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """How long it is."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def convert_file(
@@ -53,12 +62,13 @@ def convert_file(
     dtype: str = "keep",
     force: bool = False,
     progress: PhaseProgress | None = None,
+    on_error: Callable[[str, float], None] | None = None,
 ) -> Checkpoint:
     """Write the FlashVideo or CogVideoX model in `source` to the safetensors file `target`.
 
-    `dtype` is a key of DTYPES; fp8_e4m3fn applies to the matrices of the layers, and everything else becomes
-    bfloat16. An existing target is only replaced with `force`, and only once the new file is complete; an
-    interruption leaves it as it was and no half file.
+    `dtype` is a key of DTYPES; the 8-bit ones apply to the matrices of the layers, and everything else becomes
+    bfloat16. `on_error` gets each quantised layer's name and relative error. An existing target is only replaced with
+    `force`, and only once the new file is complete; an interruption leaves it as it was and no half file.
     Raises CheckpointError if the source is no such model, WriteError if the target can't be written; returns what was
     read.
     """
@@ -68,12 +78,13 @@ def convert_file(
         raise CheckpointError(f"unknown data type {dtype}: choose one of {', '.join(DTYPES)}.")
     if checkpoint.quantised:
         raise CheckpointError(f"{source.name} is quantised already: convert the original instead.")
-    if checkpoint.stage == "vae" and dtype == "fp8_e4m3fn":
+    kind = DTYPES[dtype]
+    if checkpoint.stage == "vae" and (isinstance(kind, Format) or kind == torch.float8_e4m3fn):
         raise CheckpointError("the VAE loses too much in 8 bits: choose bf16, fp16 or keep.")
     check_converted_target(source, target, force)
     report = progress or no_phase_progress
-    items = _layout(checkpoint, DTYPES[dtype])
-    check_space(target.parent, sum(item.nbytes for item in items), target.name)
+    entries = _layout(checkpoint, kind)
+    check_space(target.parent, sum(entry.nbytes for entry in entries.values()), target.name)
     metadata = {
         **checkpoint.weights.metadata,
         "format": "pt",
@@ -82,8 +93,8 @@ def convert_file(
         "flashvideo.source_sha256": sha256(source, partial(report, "checksum")),
     }
     with whole_file(target, replace=force) as part, part.open("wb") as file:
-        file.write(_header(checkpoint, items, metadata))
-        _write_tensors(file, checkpoint, items, partial(report, "convert"))
+        file.write(_header(checkpoint, entries, metadata))
+        _write_tensors(file, checkpoint, kind, entries, partial(report, "convert"), on_error)
     return checkpoint
 
 
@@ -94,18 +105,37 @@ def check_converted_target(source: Path, target: Path, force: bool) -> None:
     check_target(target, force=force, source=source)
 
 
-def _layout(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[_Item]:
-    """What to write, in order: the widest data types first, so that every tensor is aligned."""
-    items = []
-    for source in checkpoint.plan.sources:
-        dtypes = tuple(_target_dtype(checkpoint, source, part.name, dtype) for part in source.parts)
-        sizes = (math.prod(checkpoint.shapes[part.name]) for part in source.parts)
-        items.append(_Item(source, dtypes, sum(n * kind.itemsize for n, kind in zip(sizes, dtypes, strict=True))))
-    return sorted(items, key=lambda item: -item.dtypes[0].itemsize)
+def _layout(checkpoint: Checkpoint, kind: torch.dtype | Format | None) -> dict[str, _Entry]:
+    """What to write, by name: the widest data types first, so that every tensor is aligned."""
+    parts = [(source, part) for source in checkpoint.plan.sources for part in source.parts]
+    found = [entry for source, part in parts for entry in _of(checkpoint, source, part, kind)]
+    entries, offset = {}, 0
+    for entry in sorted(found, key=lambda entry: -entry.dtype.itemsize):
+        entries[entry.name] = replace(entry, offset=offset)
+        offset += entry.nbytes
+    return entries
+
+
+def _of(checkpoint: Checkpoint, source: Source, part: Part, kind: torch.dtype | Format | None) -> Iterator[_Entry]:
+    """What a part of a source becomes."""
+    name, shape = part.name, checkpoint.shapes[part.name]
+    if not isinstance(kind, Format):
+        yield _Entry(name, _target_dtype(checkpoint, source, name, kind), shape)
+    elif not _is_layers_matrix(name, shape):
+        yield _Entry(name, torch.bfloat16, shape)
+    else:
+        layer = name.removesuffix("weight")
+        yield _Entry(name, kind.dtype, shape)
+        yield _Entry(layer + SCALE, torch.float32, kind.scale_shape(shape[0]))
+        yield _Entry(layer + FORMAT, torch.uint8, (len(kind.description),))
+
+
+def _is_layers_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return name.startswith("blocks.") and len(shape) == 2
 
 
 def _target_dtype(checkpoint: Checkpoint, source: Source, name: str, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype == torch.float8_e4m3fn and not (name.startswith("blocks.") and len(checkpoint.shapes[name]) == 2):
+    if dtype == torch.float8_e4m3fn and not _is_layers_matrix(name, checkpoint.shapes[name]):
         return torch.bfloat16
     stored = dtype or checkpoint.dtype(source)
     if stored not in _DTYPE_NAMES:
@@ -113,32 +143,55 @@ def _target_dtype(checkpoint: Checkpoint, source: Source, name: str, dtype: torc
     return stored
 
 
-def _header(checkpoint: Checkpoint, items: list[_Item], metadata: dict[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": metadata}
+def _header(checkpoint: Checkpoint, entries: Mapping[str, _Entry], metadata: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": metadata}
     prefix = "" if checkpoint.stage == "vae" else OWN_PREFIX  # ComfyUI's own VAE loader knows FlashVideo's VAE
-    offset = 0
-    for item in items:
-        for part, dtype in zip(item.source.parts, item.dtypes, strict=True):
-            shape = checkpoint.shapes[part.name]
-            end = offset + math.prod(shape) * dtype.itemsize
-            entries[prefix + part.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    for entry in entries.values():
+        place = [entry.offset, entry.offset + entry.nbytes]
+        header[prefix + entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": place,
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors start on a multiple of 8 bytes
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensors(file: BinaryIO, checkpoint: Checkpoint, items: list[_Item], progress: Progress) -> None:
-    done, total, window = 0, sum(item.nbytes for item in items), 0
-    for item in items:
-        for (_, tensor), dtype in zip(checkpoint.convert(item.source), item.dtypes, strict=True):
-            file.write(_bytes(_cast(tensor, dtype)))
+def _write_tensors(
+    file: BinaryIO,
+    checkpoint: Checkpoint,
+    kind: torch.dtype | Format | None,
+    entries: Mapping[str, _Entry],
+    progress: Progress,
+    on_error: Callable[[str, float], None] | None,
+) -> None:
+    start, total = file.tell(), sum(entry.nbytes for entry in entries.values())
+    done = window = 0
+
+    def write(name: str, tensor: Tensor) -> None:
+        nonlocal done
+        file.seek(start + entries[name].offset)
+        file.write(_bytes(tensor))
+        done += tensor.nbytes
+
+    for source in checkpoint.plan.sources:
+        for name, tensor in checkpoint.convert(source):
+            layer = name.removesuffix("weight")
+            if layer + FORMAT in entries:
+                quantised, scale = kind.quantise(tensor)
+                write(name, quantised)
+                write(layer + SCALE, scale)
+                write(layer + FORMAT, torch.frombuffer(bytearray(kind.description), dtype=torch.uint8))
+                if on_error is not None:
+                    on_error(layer.rstrip("."), relative_error(tensor, quantised, scale))
+            else:
+                write(name, _cast(tensor, entries[name].dtype))
             window += tensor.nbytes
         tensor = None  # a view of the source would keep it mapped
         if window >= WINDOW:
             checkpoint.weights.release()
             window = 0
-        done += item.nbytes
         progress(done, total)
 
 

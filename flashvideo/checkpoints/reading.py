@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..vae import VideoVAE
 from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, vae_config
 from .foreign import describe_foreign, is_lora
 from .keymaps import NORM_GROUPS_METADATA, Layout, Part, Plan, Source, find_layout, make_plan, original_name
+from .quantised import SCALE, Format, dequantise, quantised_layers
 from .weights import QUANTISATION, CheckpointError, Weights, check_finite, open_weights, short, some
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "load_vae",
     "open_checkpoint",
     "read_dit",
+    "read_quantised_dit",
     "read_vae",
     "vae_config",
 ]
@@ -44,7 +47,7 @@ log = logging.getLogger(__name__)
 
 STAGE_METADATA = "flashvideo.stage"  # "1", "2" or "vae"
 STAGE_NAMES = {"1": "stage I", "2": "stage II", "vae": "the VAE"}
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WHOLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # data types that a network can compute in
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,52 @@ class Checkpoint:
             dtype is None or not dtype.is_floating_point for dtype in dtypes
         )
 
+    @cached_property
+    def layers(self) -> dict[str, Format]:
+        """Formats of the quantised layers by name, empty for a file without any.
+
+        Raises CheckpointError for formats that aren't known here, and for files whose names aren't ComfyUI's: there a
+        layer may be a part of a file's matrix.
+        """
+        if not self.quantised:
+            return {}
+        whole = all(part.of == 1 for source in self.plan.sources for part in source.parts)
+        names = {part.name: source.key for source in self.plan.sources for part in source.parts}
+        layers = quantised_layers(self.weights, names) if whole and self.stage != "vae" else None
+        if not layers:
+            raise CheckpointError(
+                f"{self.weights.label} is quantised in a way that FlashVideo's loaders don't read. Use the file that "
+                "it was made from: `python -m flashvideo convert --to int8` makes one that they do read, and "
+                "weight_dtype fp8_e4m3fn of Load FlashVideo Model is equally small."
+            )
+        expected = _network_shapes(self)
+        wrong = [f"{layer}.weight" for layer in layers if self.shapes[f"{layer}.weight"] != expected[f"{layer}.weight"]]
+        if wrong:
+            raise CheckpointError(f"{self.weights.label}: quantised weights of a wrong shape ({some(wrong)}).")
+        return layers
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Converted names and tensors, one source tensor at a time, in the file's order."""
+        """Converted names and tensors, one source tensor at a time, in the file's order; quantised ones as they are."""
         for source in self.plan.sources:
             yield from self.convert(source)
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same without quantised ones: those become bfloat16 matrices."""
+        layers = self.layers
+        scales = {name: self.weights.read(key) for name, key in self._scales(layers)}
+        for name, tensor in self.tensors():
+            layer, _, what = name.rpartition(".")
+            if layer not in layers or what == "bias":
+                yield name, tensor
+            elif what == "weight":
+                yield name, dequantise(tensor, scales[layer]).bfloat16()
+
+    def _scales(self, layers: dict[str, Format]) -> Iterator[tuple[str, str]]:
+        for source in self.plan.sources:
+            for part in source.parts:
+                layer, _, what = part.name.rpartition(".")
+                if layer in layers and what == SCALE:
+                    yield layer, source.key
 
     def convert(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         """The converted tensors that one source becomes."""
@@ -170,15 +215,6 @@ def _refuse_relatives(checkpoint: Checkpoint, stage: str) -> None:
         raise CheckpointError(f"{label} is a stage II model (the refiner), and stage I is needed here.")
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if checkpoint.quantised:
-        raise CheckpointError(
-            f"{checkpoint.weights.label} is quantised: its numbers need scale factors, which FlashVideo's loaders "
-            "don't read. Use the file that it was made from. Load FlashVideo Model makes a model equally small: "
-            "weight_dtype fp8_e4m3fn."
-        )
-
-
 def _embedding_names(checkpoint: Checkpoint) -> str:
     names = (original_name(f"{name}.linear_1.weight", checkpoint.layout) for name in EXTRA_EMBEDDINGS)
     return ", ".join(name.removesuffix(".weight").rpartition(".")[0] + ".*" for name in names)
@@ -261,19 +297,23 @@ def _text(shape: tuple[int, ...]) -> str:
 def read_dit(source: FileSource, *, stage: int | None = None) -> tuple[DiTConfig, dict[str, Tensor]]:
     """Architecture and converted weights of a diffusion transformer, on the CPU, in the file's own data types.
 
-    `stage` 1 or 2 refuses the other. Unchanged weights stay views of the mapped file.
+    `stage` 1 or 2 refuses the other. Unchanged weights stay views of the mapped file; quantised ones become bfloat16.
     Raises CheckpointError, see open_checkpoint.
     """
     checkpoint = open_checkpoint(source, kind="dit", stage=stage)
-    _refuse_quantised(checkpoint)
-    return checkpoint.config, dict(checkpoint.tensors())
+    return checkpoint.config, dict(checkpoint.full_tensors())
+
+
+def read_quantised_dit(source: FileSource) -> tuple[DiTConfig, dict[str, Tensor], dict[str, Format]]:
+    """As `read_dit`, with quantised layers as they are (weight, weight_scale, comfy_quant), and their formats."""
+    checkpoint = open_checkpoint(source, kind="dit")
+    return checkpoint.config, dict(checkpoint.tensors()), checkpoint.layers
 
 
 def read_vae(source: FileSource) -> tuple[VAEConfig, dict[str, Tensor]]:
     """Architecture and converted weights of the VAE; otherwise like read_dit."""
     checkpoint = open_checkpoint(source, kind="vae")
-    _refuse_quantised(checkpoint)
-    return checkpoint.config, dict(checkpoint.tensors())
+    return checkpoint.config, dict(checkpoint.full_tensors())
 
 
 def load_dit(
@@ -311,11 +351,10 @@ def _load(
     dtype: torch.dtype | None,
     operations: Any,
 ) -> Any:
-    _refuse_quantised(checkpoint)
     dtype = dtype or _main_dtype(checkpoint)
     module = network(checkpoint.config, device="meta", dtype=dtype, operations=operations or nn)
     # Placed one by one, so that a cast or a copy to the device never holds the weights twice.
-    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors()}
+    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.full_tensors()}
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()
 
@@ -325,4 +364,4 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     for source in checkpoint.plan.sources:
         sizes[checkpoint.dtype(source)] += math.prod(checkpoint.weights.shapes[source.key])
     dtype = sizes.most_common(1)[0][0]
-    return torch.bfloat16 if dtype is None or dtype in _FLOAT8 else dtype
+    return dtype if dtype in _WHOLE else torch.bfloat16

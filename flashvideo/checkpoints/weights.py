@@ -63,7 +63,7 @@ _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         (b"<!doctype", b"<html", b"<?xml", b"<head"),
         "is a web page, not a model: the download link led to a page (a login, perhaps). Download it again.",
     ),
-    ((b"gguf",), "is a GGUF file: use the loader of a GGUF node pack."),
+    ((b"gguf",), "is a GGUF file, which isn't read here: `convert --to int8` makes one half as large as the official."),
     ((b"{",), "is a JSON text file, not a model: use the .safetensors or .pt file that belongs to it."),
     (
         (b"rar!", b"7z\xbc\xaf", b"\x1f\x8b"),

@@ -10,10 +10,10 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
-from ..checkpoints import Checkpoint, describe, open_checkpoint
+from ..checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from ..checkpoints.convert import DTYPES, convert_file
 from ..checkpoints.lora import convert_lora, needs_renaming
-from ..checkpoints.weights import open_weights, some
+from ..checkpoints.weights import QUANTISATION, open_weights, some
 from ..config import DiTConfig
 from ..errors import CommandError
 from .terminal import TERMINATED, ProgressBars, say
@@ -24,7 +24,14 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("convert", help="convert a model or a LoRA to safetensors with ComfyUI's names")
     parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, a LoRA, ...")
     parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="data type of the new file (default: keep)")
+    parser.add_argument(
+        *("--dtype", "--to"),
+        choices=DTYPES,
+        type=lambda text: text.replace("-", "_"),
+        default="keep",
+        help="data type of the new file (default: keep). fp8_scaled and int8 have scale factors: as small as "
+        "fp8_e4m3fn, and nearer to the original",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=_convert)
 
@@ -37,11 +44,30 @@ def _convert(options: argparse.Namespace) -> None:
         layers = convert_lora(options.source, options.target, force=options.force)
         say(f"{options.target}: LoRA of {layers} layers of CogVideoX, converted")
         return
+    errors: dict[str, float] = {}
     with ProgressBars() as bars:
         checkpoint = convert_file(
-            options.source, options.target, dtype=options.dtype, force=options.force, progress=bars
+            options.source,
+            options.target,
+            dtype=options.dtype,
+            force=options.force,
+            progress=bars,
+            on_error=errors.__setitem__,
         )
     say(f"{options.target}: {describe(checkpoint)}, converted")
+    if errors:
+        _report_errors(errors)
+
+
+def _report_errors(errors: dict[str, float]) -> None:
+    """Print how far the quantised weights are off: root mean square, relative to the weights'."""
+    kinds: dict[str, list[str]] = {}
+    for layer in errors:
+        kinds.setdefault(layer.split(".", 2)[2], []).append(layer)
+    say("  error of the quantised weights (root mean square, relative):")
+    for kind, layers in kinds.items():
+        mean, worst = sum(errors[layer] for layer in layers) / len(layers), max(layers, key=errors.__getitem__)
+        say(f"  {kind:<14}{mean:8.2%} on average, {errors[worst]:.2%} at most ({worst})")
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -65,6 +91,7 @@ def _info(path: Path) -> None:
         ("architecture", _architecture(checkpoint)),
         ("parameters", _parameters(checkpoint)),
         ("data types", _dtypes(checkpoint)),
+        ("quantised", _quantised(checkpoint)),
         ("metadata", "; ".join(f"{key} = {value}" for key, value in weights.metadata.items())),
         ("not used", some(plan.unused)),
         ("of other models", some(plan.foreign)),
@@ -88,7 +115,7 @@ def _architecture(checkpoint: Checkpoint) -> str:
 
 
 def _parameters(checkpoint: Checkpoint) -> str:
-    total = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    total = sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if not QUANTISATION.search(name))
     loras = [key for source in checkpoint.plan.sources for key in (*source.lora_a, *source.lora_b)]
     if not loras:
         return f"{total:,}"
@@ -96,6 +123,14 @@ def _parameters(checkpoint: Checkpoint) -> str:
     rank = next(shapes[source.lora_a[0]][0] for source in checkpoint.plan.sources if source.lora_a)
     extra = sum(math.prod(shapes[key]) for key in loras)
     return f"{total:,}, and {extra:,} of LoRA (rank {rank}) that loading merges into them"
+
+
+def _quantised(checkpoint: Checkpoint) -> str:
+    try:
+        counts = Counter(form.core_name for form in checkpoint.layers.values())
+    except CheckpointError:
+        return "in a way that FlashVideo's loaders don't read"
+    return ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
 
 
 def _dtypes(checkpoint: Checkpoint) -> str:

@@ -5,12 +5,19 @@ On a host without it everything here does nothing, or falls back on what has alw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
+import torch
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...flashvideo.checkpoints.quantised import FORMAT, Format
 
 KEY = "flashvideo"
 
@@ -36,3 +43,22 @@ def when_on_another_device(patcher: ModelPatcher, follow: Callable[[ModelPatcher
     event = getattr(comfy.patcher_extension.CallbacksMP, "ON_DEEPCLONE_MULTIGPU", None)
     if event is not None:
         patcher.add_callback_with_key(event, KEY, lambda _original, copy: follow(copy))
+
+
+def keep_quantised(stage: Any, state: dict[str, Tensor], layers: Mapping[str, Format], *, fast: bool) -> bool:
+    """Have ComfyUI's own quantised layers take these ones as they are; False if this ComfyUI can't.
+
+    `stage` is the model's configuration and `state` its weights; both are set up for it in place. `fast` also
+    multiplies in 8 bits where the format and the card can, which rounds what flows through the network, too.
+    """
+    make_layers = getattr(comfy.ops, "mixed_precision_ops", None)
+    # The first versions of these layers, with another option, can't be saved.
+    if make_layers is None or "quant_config" not in inspect.signature(make_layers).parameters:
+        return False
+    if any(form.core_name not in comfy.ops.QUANT_ALGOS for form in layers.values()):
+        return False
+    stage.quant_config = {"mixed_ops": True}
+    for name, form in layers.items():
+        said = {"format": form.core_name, "full_precision_matrix_mult": not fast}
+        state[f"{name}.{FORMAT}"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+    return True

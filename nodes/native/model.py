@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...flashvideo.checkpoints import OWN_PREFIX, read_dit
+from ...flashvideo.checkpoints import OWN_PREFIX, read_dit, read_quantised_dit
 from ...flashvideo.config import (
     NANO_STAGE1,
     NANO_STAGE2,
@@ -32,7 +33,7 @@ from ...flashvideo.nano import nano_preview
 from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
-from .host import ModelPatcher, assigned, patcher_class, remember_loader
+from .host import ModelPatcher, assigned, keep_quantised, patcher_class, remember_loader
 from .sampling import RefinerSampling, Stage1Sampling
 from .schedule_guard import guard_stage1
 
@@ -234,18 +235,24 @@ def load_model(
     """A MODEL from a checkpoint in any known layout, or from its state dict.
 
     `dtype` overrides how weights are stored; `fp8_matmul` multiplies in fp8 on cards that can; `disable_dynamic` loads
-    it without newer ComfyUIs' dynamic VRAM. Raises CheckpointError.
+    it without newer ComfyUIs' dynamic VRAM. Quantised layers stay so where this ComfyUI has such layers and no `dtype`
+    is given; elsewhere they become bfloat16. Raises CheckpointError.
     """
-    config, state = read_dit(source)
+    config, state, layers = read_quantised_dit(source)
     stage = StageConfig(config)
+    quantised = bool(layers) and dtype is None and keep_quantised(stage, state, layers, fast=fp8_matmul)
+    if layers and not quantised:
+        logging.info("FlashVideo: quantised weights become plain ones here, which take as much memory as those do.")
+        _, state = read_dit(source)
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     storage = dtype or comfy.model_management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state),
         supported_dtypes=stage.supported_inference_dtypes,
-        weight_dtype=comfy.utils.weight_dtype(state),
+        weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
     )
-    compute = comfy.model_management.unet_manual_cast(storage, load_device, stage.supported_inference_dtypes)
+    stored = None if quantised else storage  # None: whatever the layers hold, they compute in what the device does best
+    compute = comfy.model_management.unet_manual_cast(stored, load_device, stage.supported_inference_dtypes)
     stage.set_inference_dtype(storage, compute)
     stage.optimizations["fp8"] = fp8_matmul
     model = stage.get_model(state).to(offload_device)
@@ -253,8 +260,9 @@ def load_model(
         model, load_device=load_device, offload_device=offload_device
     )
     model.load_model_weights(state, "", **assigned(patcher))
-    for parameter in model.diffusion_model.parameters():  # newer ComfyUIs' layers take weights as the file has them
-        parameter.data = parameter.data.to(storage)
+    if not quantised:  # newer ComfyUIs' layers take weights as the file has them
+        for parameter in model.diffusion_model.parameters():
+            parameter.data = parameter.data.to(storage)
     remember_loader(patcher, load_model, source, dtype, fp8_matmul)
     guard = guard_degradation if config.stage == 2 else guard_stage1
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flashvideo_guard", guard)

@@ -1,0 +1,132 @@
+"""Quantised stages in ComfyUI: its own quantised layers where it has them, plain ones elsewhere, the same pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from torch import Tensor
+
+# Relative error of a stage II that has run four steps; and of one whose layers also round what flows through them.
+ALLOWED = {"fp8_scaled": 0.12, "int8": 0.06}
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_run() -> Iterator[None]:
+    """ComfyUI runs nodes in inference mode, and loads models there."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(submodule: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Nano's stage II as it is, and quantised."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("quantised")
+    paths = {name: folder / f"{name}.safetensors" for name in ("keep", *ALLOWED)}
+    state = {name: tensor.contiguous() for name, tensor in submodule("flashvideo.nano").nano_state("stage2").items()}
+    save_file(state, folder / "stage2.safetensors")
+    for name, path in paths.items():
+        submodule("flashvideo.checkpoints.convert").convert_file(folder / "stage2.safetensors", path, dtype=name)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def refined(submodule: Callable[[str], ModuleType]) -> Callable[[Any], Tensor]:
+    """What the refiner makes of one latent with a model."""
+    stages = submodule("nodes.native.stages")
+
+    def run(model: Any) -> Tensor:
+        make = torch.Generator().manual_seed(3)
+        latent, text = torch.randn(1, 16, 3, 8, 12, generator=make), torch.randn(1, 12, 48, generator=make)
+        model = stages.refiner_settings(model, 300, 2.5)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+        texts = [[text, {}]], [[torch.zeros_like(text), {}]]
+        euler = comfy.samplers.sampler_object("euler")
+        return comfy.sample.sample_custom(
+            model, latent, 1.0, euler, sigmas, *texts, torch.zeros_like(latent), disable_pbar=True
+        )
+
+    return run
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference, relative to the expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def keeps(name: str) -> bool:
+    """Whether this ComfyUI has quantised layers of that format."""
+    core_name = {"fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise"}[name]
+    options = inspect.signature(comfy.ops.mixed_precision_ops).parameters
+    return "quant_config" in options and core_name in comfy.ops.QUANT_ALGOS
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_quantised_stage_refines_as_the_original_does(
+    name: str, files: dict[str, Path], refined: Callable[[Any], Tensor], submodule: Callable[[str], ModuleType]
+) -> None:
+    load_model = submodule("nodes.native.model").load_model
+    exact, model = refined(load_model(files["keep"])), load_model(files[name])
+    assert 0 < distance(refined(model), exact) < ALLOWED[name]
+    layer = model.model.diffusion_model.blocks[0].ff_proj
+    assert hasattr(layer, "layout_type") == keeps(name)
+    size = comfy.model_management.module_size(model.model)
+    whole = comfy.model_management.module_size(load_model(files["keep"], torch.bfloat16).model)
+    assert (size < 0.75 * whole) == keeps(name)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_weight_dtype_makes_plain_layers_of_them(
+    name: str, files: dict[str, Path], submodule: Callable[[str], ModuleType]
+) -> None:
+    model = submodule("nodes.native.model").load_model(files[name], torch.float32)
+    original = submodule("flashvideo.nano").nano_state("stage2")
+    for key, weight in model.model.diffusion_model.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert distance(weight, original[key].float()) < 0.03
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_lora_goes_on_top(
+    name: str, files: dict[str, Path], refined: Callable[[Any], Tensor], submodule: Callable[[str], ModuleType]
+) -> None:
+    load_model = submodule("nodes.native.model").load_model
+    key = "diffusion_model.blocks.1.ff_proj.weight"
+    make = torch.Generator().manual_seed(4)
+    change = 0.2 * torch.randn(512, 128, generator=make)
+
+    def changed(path: Path) -> Any:
+        model = load_model(path)
+        assert model.add_patches({key: ("diff", (change,))}, 1.0) == [key]
+        return model
+
+    plain, exact = refined(load_model(files["keep"])), refined(changed(files["keep"]))
+    found = refined(changed(files[name]))
+    assert distance(found, exact) < ALLOWED[name] < distance(plain, exact)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_quantised_model_is_saved_and_loaded_again(
+    name: str,
+    files: dict[str, Path],
+    refined: Callable[[Any], Tensor],
+    submodule: Callable[[str], ModuleType],
+    tmp_path: Path,
+) -> None:
+    load_model = submodule("nodes.native.model").load_model
+    model = load_model(files[name])
+    first = refined(model)
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    assert distance(refined(load_model(tmp_path / "saved.safetensors")), first) < 0.01
