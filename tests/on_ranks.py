@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+TESTS = Path(__file__).resolve().parent
 PATIENCE = timedelta(minutes=5)  # far beyond what the checks take, even on a busy machine
 
 
@@ -18,8 +22,10 @@ def on_ranks(size: int, folder: Path, check: str, *arguments: Any) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_imports"])
     processes = [context.Process(target=_child, args=(rank, size, folder, check, arguments)) for rank in range(size)]
-    for process in processes:
-        process.start()
+    # The server, which imports for all of them, finds modules there, and nowhere else.
+    with patch.dict(os.environ, PYTHONPATH=str(TESTS)):
+        for process in processes:
+            process.start()
     for process in processes:
         process.join()
     codes = [process.exitcode for process in processes]
@@ -28,6 +34,8 @@ def on_ranks(size: int, folder: Path, check: str, *arguments: Any) -> list[Any]:
 
 
 def _child(rank: int, size: int, folder: Path, check: str, arguments: tuple[Any, ...]) -> None:
+    if str(TESTS.parent) not in sys.path:
+        sys.path.append(str(TESTS.parent))
     import torch.distributed as dist
 
     from flashvideo.parallel import Ranks

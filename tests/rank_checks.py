@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from draws import normal
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flashvideo import token_chunks
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
+from flashvideo.frames import TargetSize
 from flashvideo.parallel import Ranks
+from flashvideo.refiner import Networks, RefineSettings, refine_frames
 from flashvideo.samplers import guided_velocity, sample_stage1
 from flashvideo.tile_attention import WindowAttention
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
@@ -20,6 +24,7 @@ from flashvideo.vae.stream import VAEStream, stream_within
 REFINER = DiTConfig(2, 48, 3, 16, 8, 96, degradation_embedding=True, frame_count_embedding=True)  # 3 heads
 DRAFTER = DiTConfig(2, 48, 3, 16, 8, 96)
 VAE = VAEConfig(4, (1, 1, 1, 2), encoder_blocks=1, decoder_blocks=1, norm_groups=2)
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter doesn't know
 GRID = (3, 7, 5)  # 105 video tokens: no number of ranks divides them, with or without the text
 
 
@@ -94,6 +99,38 @@ def _stream(
     return torch.cat((*results, *map(resumed, rest)), dim=2)
 
 
-def both(ranks: Ranks | None) -> dict[str, Any]:
-    """All of this in one group of processes."""
-    return {**evaluations(ranks), **pictures(ranks)}
+def refined(ranks: Ranks | None) -> dict[str, Tensor]:
+    """Stage II from frames to frames: several windows, tiles, the prompt's guidance, colours."""
+    torch.manual_seed(5)
+    # Half precision would turn a difference in the last bit into one of its own steps.
+    dit, vae = network(REFINER), VideoVAE(VAE).eval()
+    networks = Networks(dit, vae, normal(1, 6, 8), ranks=ranks, stored=torch.float32)
+    frames = normal(14, 40, 136, 3, seed=6).sigmoid()
+    settings = RefineSettings(TargetSize("keep"), strength=300, steps=2, cfg=4.0, window=9, overlap=4, tile=128)
+    return {"refined": refine_frames(networks, frames, settings)}
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+@torch.no_grad()
+def counted(ranks: Ranks | None) -> dict[str, Any]:
+    """What an evaluation and a guided one compute and receive."""
+    refiner, text, found = network(REFINER), normal(1, 6, 8), {}
+    velocity = guided_velocity(refiner, text, torch.zeros_like(text), 6.0, 300, ranks)
+    for name, run in (
+        ("once", lambda: refiner(latent(), torch.tensor([700.0]), text, degradation_step=300, ranks=ranks)),
+        ("guided", lambda: velocity(latent(), torch.tensor(0.3))),
+    ):
+        before = Counter() if ranks is None else ranks.traffic.received.copy()
+        with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops}) as counter:
+            run()
+        received = Counter() if ranks is None else ranks.traffic.received - before
+        found[name] = {"flops": counter.get_total_flops(), **received}
+    return found
+
+
+def both(ranks: Ranks | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All of this in one group of processes: results, and what was counted."""
+    return {**evaluations(ranks), **pictures(ranks), **refined(ranks)}, counted(ranks)

@@ -20,6 +20,7 @@ from ..devices import open_device
 from ..errors import CommandError
 from ..frames import MAX_SIDE, TargetSize, to_bytes, to_frames
 from ..guidance import MAX_SCALE, STAGE1_SCALE
+from ..parallel import Ranks, agree
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from .loading import BUILT_IN, dtypes, encode_prompt, model_file
@@ -56,7 +57,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     models.add_argument("--draft-model", metavar="FILE", type=Path, help="stage I (default: the built-in Nano)")
     add_model_options(models)
     add_file_options(parser.add_argument_group("files"))
-    parser.set_defaults(run=_generate)
+    parser.set_defaults(run=_generate, ranks=None)  # `ranks`: see `refine`
 
 
 @dataclass(frozen=True)
@@ -122,35 +123,48 @@ def _generate(options: argparse.Namespace) -> int:
     draft = draft_options(options, refining.models)
     if options.target.suffix.lower() not in CONTAINERS:
         raise CommandError(f"{options.target.name} should end in {', '.join(CONTAINERS)}.")
-    check_target(options.target, force=options.force)
-    _ensure_draft(draft, path, anew=options.anew)
+    agree(options.ranks, lambda: check_target(options.target, force=options.force))
+    _ensure_draft(draft, path, anew=options.anew, ranks=options.ranks)
     return 0 if options.draft_only else refine(refining)
 
 
-def _ensure_draft(options: DraftOptions, path: Path, *, anew: bool) -> None:
+def _ensure_draft(options: DraftOptions, path: Path, *, anew: bool, ranks: Ranks | None = None) -> None:
     """Make the draft's file unless it exists. Raises CommandError for one with another prompt or other settings."""
-    from ..video_files import read_comment, write_lossless
+    from ..video_files import write_lossless
 
     about = _about(options)
-    if anew or not path.is_file():
+    if not agree(ranks, lambda: anew or not _has_draft(path, about)):
+        say(f"{path}: the draft exists already")
+    elif ranks is None or ranks.leads:
         # Made within, so that a folder that can't be written to is noticed before the work.
-        write_whole(path, lambda part: write_lossless(part, make_draft(options), RATE, about))
+        write_whole(path, lambda part: write_lossless(part, make_draft(options, ranks), RATE, about))
         say(f"{path}: the draft")
-    elif read_comment(path) != about:
+    else:
+        make_draft(options, ranks)
+
+
+def _has_draft(path: Path, about: str) -> bool:
+    from ..video_files import read_comment
+
+    if path.is_file() and read_comment(path) != about:
         message = f"{path} is the draft of other words or settings. Give OUT another name."
         raise CommandError(message, "--anew replaces it.")
-    else:
-        say(f"{path}: the draft exists already")
+    return path.is_file()
 
 
 @torch.inference_mode()
-def make_draft(options: DraftOptions) -> Tensor:
-    """Stage I: frames [T, H, W, 3] uint8. The noise is that of FlashVideo Stage I Sampler with the same seed."""
+def make_draft(options: DraftOptions, ranks: Ranks | None = None) -> Tensor | None:
+    """Stage I: frames [T, H, W, 3] uint8. The noise is that of FlashVideo Stage I Sampler with the same seed.
+
+    `ranks` evaluate the network together; the draft is small, and rank 0 decodes it alone: None on the others.
+    """
     models = options.models
     device = open_device(models.device)
     dit_dtype, vae_dtype = dtypes(models.dtype, device)
     dit = load_dit(model_file(options.model, "stage1"), dtype=dit_dtype, stage=1)
-    context = encode_prompt(options.prompt, models, dit.config.text_dim, device).to(device, dit_dtype)
+    text_dim = dit.config.text_dim
+    context = agree(ranks, lambda: encode_prompt(options.prompt, models, text_dim, device).cpu())
+    context = context.to(device, dit_dtype)
     dit = dit.eval().to(device)
     generator = torch.Generator("cpu").manual_seed(options.seed)
     shape = (1, dit.config.in_channels, *latent_shape(options.shape))
@@ -163,9 +177,11 @@ def make_draft(options: DraftOptions) -> Tensor:
         latent = sample_stage1(
             dit, noise(), context, torch.zeros_like(context),
             steps=options.steps, scale=options.cfg, step_noise=noise,
-            on_step=lambda done, total, _: bars("draft", done, total),
+            on_step=lambda done, total, _: bars("draft", done, total), ranks=ranks,
         )  # fmt: skip
     del dit
+    if ranks is not None and not ranks.leads:
+        return None
     vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype).eval().to(device)
     return to_bytes(to_frames(vae.decode((latent / STAGE1_LATENT_SCALE).to(vae_dtype)).float().cpu()))
 

@@ -11,10 +11,12 @@ from ..arguments import Parser
 from ..checkpoints import CheckpointError
 from ..devices import is_out_of_memory
 from ..errors import CommandError, cancelled
+from ..parallel import processes
 from .bench import add_bench
 from .convert import add_convert, add_info
 from .generate import add_generate
 from .models import add_models
+from .on_ranks import run_on_ranks, silence_other_ranks
 from .plan import add_plan
 from .refine import add_refine
 
@@ -27,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: refused, with a message. 2: the command line is wrong. 3: done as far as the damaged source allows.
     130: cancelled (143 by SIGTERM).
     """
+    silence_other_ranks()
     parser = Parser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     models = (add_convert, add_info, add_models)
@@ -37,23 +40,28 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a file name that the terminal can't show must not end the command
             stream.reconfigure(errors="backslashreplace")
     try:
-        return options.run(options) or 0
-    except CommandError as error:
-        sys.stderr.write(f"{error.with_hint}\n")
-        return 1
-    except CheckpointError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except OSError as error:
-        sys.stderr.write(f"{error.filename or 'file'}: {error.strerror}\n")
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        return (run_on_ranks(options, _explained) if processes() > 1 else options.run(options)) or 0
+    except Exception as error:
+        message = _explained(error)
+        if message is None:
             raise
-        sys.stderr.write(f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no memory is left'}\n")
+        sys.stderr.write(f"{message}\n")
         return 1
     except KeyboardInterrupt:
         return cancelled("Cancelled; nothing was written.")
+
+
+def _explained(error: BaseException) -> str | None:
+    """The message for an error; None for one that is a fault of the program."""
+    if isinstance(error, CommandError):
+        return error.with_hint
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror}"
+    if is_out_of_memory(error):
+        return f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no memory is left'}"
+    return None
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:

@@ -16,6 +16,7 @@ from ..devices import is_out_of_memory, main_memory, open_device
 from ..errors import CommandError, cancelled
 from ..frames import TargetSize
 from ..nano import NANO_NOTICE, nano_is_trained
+from ..parallel import RankEndedError, Ranks, agree
 from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
@@ -55,7 +56,8 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     add_refiner_options(group)
     add_model_options(parser.add_argument_group("models"))
     add_file_options(parser.add_argument_group("files"))
-    parser.set_defaults(run=lambda options: refine(refine_options(options, options.source, TargetSize())))
+    # `ranks`: the processes that torchrun has started, if any.
+    parser.set_defaults(run=lambda options: refine(refine_options(options, options.source, TargetSize())), ranks=None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class RefineOptions:
     motion: str
     models: ModelOptions
     output: OutputOptions
+    ranks: Ranks | None = None
 
 
 def refine_options(options: argparse.Namespace, source: Path, default_size: TargetSize) -> RefineOptions:
@@ -87,6 +90,7 @@ def refine_options(options: argparse.Namespace, source: Path, default_size: Targ
         motion=options.motion,
         models=model_options(options),
         output=output_options(options),
+        ranks=options.ranks,
     )
 
 
@@ -104,9 +108,13 @@ def refine(options: RefineOptions) -> int:
     except ModuleNotFoundError as error:
         raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
 
-    jobs = _jobs(options)
-    for job in jobs:
-        check_paths(job.source, job.target, force=options.output.force)
+    def checked_jobs() -> list[_Job]:
+        jobs = _jobs(options)
+        for job in jobs:
+            check_paths(job.source, job.target, force=options.output.force)
+        return jobs
+
+    jobs = agree(options.ranks, checked_jobs)
     if not jobs:
         return 0
     networks = _networks(options)
@@ -119,16 +127,21 @@ def _refine_all(jobs: list[_Job], networks: Networks, options: RefineOptions) ->
     bars, failed, damaged = ProgressBars("frame", {REFINE: "window"}), 0, 0
     several = options.source.is_dir()  # several programs may share a folder
     for job in jobs:
-        if _is_done(job.target, options):  # another program has finished it in the meantime
+        # Another program has finished it in the meantime.
+        if agree(options.ranks, lambda job=job: _is_done(job.target, options)):
             continue
         try:
             damage = _refine_job(job, networks, options, bars)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
+            if options.ranks is not None and options.ranks.busy:  # the others are in the middle of it
+                raise _fatal(job, error) from error
             failed += not (several and isinstance(error, InUseError))
             warn(f"{job.source.name}: {_reason(error)}")
         except KeyboardInterrupt:
             bars.close()
+            if options.ranks is not None:
+                raise
             return cancelled("Cancelled. The same command resumes the run.")
         else:
             bars.close()
@@ -158,6 +171,11 @@ def _refine_job(job: _Job, networks: Networks, options: RefineOptions, bars: Pro
         warn=lambda text: warn(f"{job.source.name}: {text}"),
     )
     return refine_video(networks, job.source, job.target, settings, files, bars)
+
+
+def _fatal(job: _Job, error: Exception) -> CommandError:
+    """The error that ends all ranks."""
+    return error if isinstance(error, RankEndedError) else CommandError(f"{job.source.name}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -232,9 +250,10 @@ def _networks(options: RefineOptions) -> Networks:
     if options.prompt is None:
         context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as in the unconditional evaluation
     else:
-        context = encode_prompt(with_motion(options.prompt, options.motion), models, dit.config.text_dim, device)
+        words = with_motion(options.prompt, options.motion)
+        context = agree(options.ranks, lambda: encode_prompt(words, models, dit.config.text_dim, device).cpu())
     store = None if device.type == "cpu" else STORE_SHARE * main_memory()
-    return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store)
+    return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, options.ranks)
 
 
 def _vae_memory(wanted: float | None, device: torch.device) -> float | None:
@@ -251,6 +270,8 @@ def _about(options: RefineOptions, networks: Networks) -> dict[str, Any]:
     dtypes = [str(next(network.parameters()).dtype) for network in (networks.dit, networks.vae)]
     about: dict[str, Any] = {"device": networks.device.type, "dtypes": dtypes}
     about |= {"vae_memory": networks.vae_memory, "vae_store": networks.vae_store}
+    if networks.ranks is not None:  # the stored state is in their tiles
+        about["processes"] = networks.ranks.size
     for name in ("model", "vae", "text_encoder"):
         path = getattr(options.models, name)
         about[name] = BUILT_IN if path is None else file_identity(path)

@@ -1,7 +1,20 @@
 """One evaluation on several processes, the ranks: torch.distributed, which torchrun starts. Imported only there."""
 
 from .counting import Traffic
-from .ranks import Halves, Ranks
+from .launch import own_rank, processes
+from .ranks import Halves, RankEndedError, Ranks, RefusedError, agree
 from .sequence import SequencePiece, sequence_edges, sequence_piece
 
-__all__ = ["Halves", "Ranks", "SequencePiece", "Traffic", "sequence_edges", "sequence_piece"]
+__all__ = [
+    "Halves",
+    "RankEndedError",
+    "Ranks",
+    "RefusedError",
+    "SequencePiece",
+    "Traffic",
+    "agree",
+    "own_rank",
+    "processes",
+    "sequence_edges",
+    "sequence_piece",
+]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..video_files import (
     open_clip,
     write_video,
 )
+from .ranks import SharedWork, following, leading
 from .run import ENCODE, SEGMENT_CHUNKS, Networks, RefineRun, RefineSettings, refine_frames
 from .work_folder import WorkFolder, discard, is_result_of
 
@@ -125,8 +127,40 @@ def refine_video(
     Finished parts are stored in a work folder until `target` is complete, and a call with the same arguments resumes
     there. Raises CommandError for invalid input, InUseError while another program refines to `target`, and ValueError
     for an invalid size.
+
+    With `networks.ranks` rank 0 does this, and the others compute with it: they give the same arguments and write
+    nothing. Then an error after the work has begun ends all of them.
     """
-    options, report = options or FileOptions(), on_progress or no_phase_progress
+    options, ranks = options or FileOptions(), networks.ranks
+    if ranks is not None and not ranks.leads:
+        _assist(networks, source, settings, options)
+        return ()
+    with leading(ranks) as begin:
+        return _lead(networks, source, target, settings, options, on_progress or no_phase_progress, begin)
+
+
+def _assist(networks: Networks, source: Path, settings: RefineSettings, options: FileOptions) -> None:
+    """The other ranks' part of `refine_video`."""
+    with following(networks.ranks):
+        clip = open_clip(source)
+        size = settings.size.resolve(clip.height, clip.width)
+        if settings.color_match == "wavelet":  # the same phases, and rank 0 matches the colours
+            settings = replace(settings, color_match="none")
+        work = SharedWork(None, networks.ranks)
+        run = RefineRun(networks, clip, size, settings, work, segment_chunks=options.segment_chunks)
+        run.run(lambda _, chunks: deque(chunks, maxlen=0))
+
+
+def _lead(
+    networks: Networks,
+    source: Path,
+    target: Path,
+    settings: RefineSettings,
+    options: FileOptions,
+    report: PhaseProgress,
+    begin: Callable[[], None],
+) -> tuple[str, ...]:
+    ranks = networks.ranks
     if was_finished(target, options.work) and not options.force:
         options.note(f"{target} is complete: an earlier run was stopped during its clean-up.")
         return ()
@@ -144,12 +178,14 @@ def refine_video(
         if target.exists() and not options.force:
             folder.remove()
             raise InUseError(f"Another program has made {target} in the meantime.")
-        run = RefineRun(networks, clip, size, settings, folder, report, options.segment_chunks)
+        work = folder if ranks is None else SharedWork(folder, ranks)
+        run = RefineRun(networks, clip, size, settings, work, report, options.segment_chunks)
         _note_automatic(networks, settings, size, options.note)
         if folder.fresh:
             needed = run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width)
             _check_space(folder, needed)
         _warn_of_memory(run.main_bytes(), form, options.warn)
+        begin()
         run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
         with whole_file(target, replace=options.force) as part:
@@ -209,17 +245,24 @@ def refine_picture(
 ) -> None:
     """Refine a picture file; `note` as in `FileOptions`.
 
-    Raises CommandError for invalid input, and ValueError as `refine_frames` does.
+    Raises CommandError for invalid input, and ValueError as `refine_frames` does. Ranks: see `refine_video`.
     """
-    check_paths(source, target, force=force)
-    pixels, profile = _read_picture(source)
-    size = settings.size.resolve(*pixels.shape[:2])
-    _note_automatic(networks, settings, size, note)
-    refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress, size=size)
-    result = Image.fromarray(to_bytes(refined)[0].numpy())
-    kind = Image.registered_extensions()[target.suffix.lower()]
-    with whole_file(target, replace=force) as part:
-        result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=profile)
+    ranks = networks.ranks
+    if ranks is not None and not ranks.leads:
+        with following(ranks):
+            refine_frames(networks, torch.from_numpy(_read_picture(source)[0])[None], settings)
+        return
+    with leading(ranks) as begin:
+        check_paths(source, target, force=force)
+        pixels, profile = _read_picture(source)
+        size = settings.size.resolve(*pixels.shape[:2])
+        _note_automatic(networks, settings, size, note)
+        begin()
+        refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress, size=size)
+        result = Image.fromarray(to_bytes(refined)[0].numpy())
+        kind = Image.registered_extensions()[target.suffix.lower()]
+        with whole_file(target, replace=force) as part:
+            result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=profile)
 
 
 def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:

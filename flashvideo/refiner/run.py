@@ -41,11 +41,13 @@ from ..frames import (
     to_video,
 )
 from ..guidance import MAX_SCALE, STAGE2_SCALE
+from ..parallel import Ranks
 from ..progress import PhaseProgress, no_phase_progress
 from ..samplers import guided_velocity
 from ..schedule import STAGE2_SHIFT, stage2_times
 from ..vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from ..vae.stream import VAEStream, latent_of, plan_stream, stream_within
+from .ranks import SharedWork
 from .tiles import plan_tiles, tiled_velocity
 from .windows import OVERLAP_FRAMES, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, WorkFolder, WorkProgress
@@ -146,7 +148,9 @@ class Networks:
     """Stage II, the VAE, and the prompt's encoding [1, L, text_dim]; they run on `device`.
 
     `vae_memory` is the VAE's limit there in bytes: where it would need more, it works in spatial tiles. None sets no
-    limit. `vae_store`, bytes, limits what the tiles store in main memory (see `vae.stream.plan_stream`).
+    limit. `vae_store`, bytes, limits what the tiles store in main memory (see `vae.stream.plan_stream`). `ranks`: this
+    process and others run the same clip together, each a part of every network. `stored`: in what precision latents
+    rest between the phases.
     """
 
     dit: FlashVideoDiT
@@ -155,6 +159,8 @@ class Networks:
     device: torch.device = torch.device("cpu")
     vae_memory: float | None = None
     vae_store: float | None = None
+    ranks: Ranks | None = None
+    stored: torch.dtype = torch.float16
 
 
 def refine_frames(
@@ -188,7 +194,7 @@ class RefineRun:
         clip: Clip,
         size: PictureSize,
         settings: RefineSettings,
-        work: MemoryWork | WorkFolder,
+        work: MemoryWork | WorkFolder | SharedWork,
         on_progress: PhaseProgress | None = None,
         segment_chunks: int = SEGMENT_CHUNKS,
     ) -> None:
@@ -233,7 +239,7 @@ class RefineRun:
         rows, columns = self._grid()
         frame = self.networks.dit.config.in_channels * rows * columns
         waiting = len(self._evaluations()) * 2 * self.plan.length * (3 if self.settings.solver == "heun" else 1)
-        return 2 * frame * (self.latents + 2 * self.plan.length) + 2 * 4 * frame * waiting
+        return self.networks.stored.itemsize * frame * (self.latents + 2 * self.plan.length) + 2 * 4 * frame * waiting
 
     def main_bytes(self) -> float:
         """Estimated peak of main memory that the VAE's tiles need, beside the frames of a chunk."""
@@ -249,8 +255,9 @@ class RefineRun:
     def _stream(self, network: Encoder | Decoder, sizes: list[int]) -> VAEStream:
         return stream_within(network, sizes, *self._limits())
 
-    def _limits(self) -> tuple[tuple[int, int], float | None, torch.device, float | None]:
-        return self._grid(), self.networks.vae_memory, self.networks.device, self.networks.vae_store
+    def _limits(self) -> tuple[tuple[int, int], float | None, torch.device, float | None, Ranks | None]:
+        networks = self.networks
+        return self._grid(), networks.vae_memory, networks.device, networks.vae_store, networks.ranks
 
     def _evaluations(self) -> list[Evaluation]:
         return flow_evaluations(stage2_times(self.settings.steps, self.settings.shift), self.settings.solver)
@@ -264,7 +271,7 @@ class RefineRun:
                 first = latent_frames(sum(stream.sizes[: stream.done]))
                 latent = latent_of(stream(to_video(chunk).to(_dtype(vae))))
                 for index, frame in enumerate(latent[0].unbind(1), start=first):
-                    self.work.put(_ENCODED, index, {"latent": frame.half()})
+                    self.work.put(_ENCODED, index, {"latent": frame.to(self.networks.stored)})
                 self.work.save(ENCODE, stream.done, stream.state)
                 self._report(ENCODE, min(sum(stream.sizes[: stream.done]), count), count)
 
@@ -273,7 +280,7 @@ class RefineRun:
         with _resident(self.networks.dit, device) as dit:
             context = self.networks.context.to(device, _dtype(dit))
             nothing = torch.zeros_like(context)
-            velocity = guided_velocity(dit, context, nothing, settings.cfg, self.strength)
+            velocity = guided_velocity(dit, context, nothing, settings.cfg, self.strength, self.networks.ranks)
             if settings.tile:
                 velocity = tiled_velocity(velocity, settings.tile)
             evaluations = self._evaluations()
@@ -287,7 +294,7 @@ class RefineRun:
                     continue
                 first, finished = front.finished, front.step()
                 for index, frame in enumerate(() if finished is None else finished[0].unbind(1), start=first):
-                    self.work.put(_REFINED, index, {"latent": frame.half()})
+                    self.work.put(_REFINED, index, {"latent": frame.to(self.networks.stored)})
                 if self.work.save(REFINE, front.evaluated, front.state):
                     dropped = self._drop(_ENCODED, dropped, front.fed)
                 self._report(REFINE, front.evaluated, front.total)

@@ -128,12 +128,21 @@ class WorkFolder:
 
         Unless `always` is set, it is skipped where it would take too much time or disk space.
         """
-        begin, kept = time.monotonic(), tensors()
-        size = sum(tensor.nbytes for tensor in kept.values())
-        cost = self._cost.get(phase, size * _SECONDS_A_BYTE)
-        soon = begin - self._saved < SAVE_SHARE * cost
-        if not always and (soon or shutil.disk_usage(self.path).free < size + SPARE_SPACE):
+        kept = tensors()
+        if not always and not self.is_due(phase, sum(tensor.nbytes for tensor in kept.values())):
             return False
+        self.write(phase, done, kept)
+        return True
+
+    def is_due(self, phase: str, size: int) -> bool:
+        """Whether a state of `size` bytes should be saved now: not too soon after the last, and if there is room."""
+        cost = self._cost.get(phase, size * _SECONDS_A_BYTE)
+        soon = time.monotonic() - self._saved < SAVE_SHARE * cost
+        return not soon and shutil.disk_usage(self.path).free >= size + SPARE_SPACE
+
+    def write(self, phase: str, done: int, kept: Tensors) -> None:
+        """Save the progress."""
+        begin = time.monotonic()
         before, self._snapshot = self._folder(), self._snapshot + 1
         folder = self._folder()
         folder.mkdir(exist_ok=True)
@@ -147,7 +156,6 @@ class WorkFolder:
         self._saved = time.monotonic()
         if kept:
             self._cost[phase] = self._saved - begin
-        return True
 
     def put(self, kind: str, index: int, tensors: Tensors) -> None:
         """Store tensors by kind and number."""

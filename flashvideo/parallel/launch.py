@@ -1,0 +1,105 @@
+"""How a process finds the others: torchrun's environment, one card for each process or the CPU."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import CommandError
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+# Ranks wait for each other that long: on CPUs one layer's attention of a large video takes minutes, and rank 0 writes
+# the result alone. A process that ends is noticed at once, without this.
+PATIENCE = timedelta(hours=2)
+_SAID, _DONE = "said", "done"
+
+
+def processes() -> int:
+    """How many processes torchrun has started for this run; 1 without torchrun."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() and "RANK" in os.environ else 1
+
+
+def own_rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0")) if processes() > 1 else 0
+
+
+def own_device(name: str | None) -> str:
+    """The device of this process, from the user's choice. Raises CommandError for one that several can't share."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name is None and not cards):
+        return "cpu"
+    if name not in (None, "cuda"):
+        raise CommandError(f"Several processes take a card each, or --device cpu; got --device {name}.")
+    here = int(os.environ.get("LOCAL_RANK", "0"))
+    if here >= cards:
+        raise CommandError(
+            f"There are {cards} cards here, one for each process, and more processes: give torchrun "
+            f"--nproc-per-node {max(cards, 1)}, or the command --device cpu."
+        )
+    return f"cuda:{here}"
+
+
+class Meeting:
+    """Where the processes of a run meet, and agree on who reports an error."""
+
+    def __init__(self) -> None:
+        """Raises CommandError if the other processes can't be found."""
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            store, self.rank, self.size = next(rendezvous("env://", timeout=PATIENCE))
+        except (RuntimeError, ValueError) as error:
+            raise CommandError(f"The other processes can't be found: {str(error).splitlines()[0]}.") from error
+        self._store: Store = dist.PrefixStore("flashvideo", store)
+
+    def join(self, device: str) -> Ranks:
+        """All processes, once each of them has joined."""
+        import torch.distributed as dist
+
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        try:
+            dist.init_process_group(
+                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=PATIENCE
+            )
+            return Ranks.world()
+        except RuntimeError as error:
+            raise CommandError("The other processes of this run can't be reached.") from error
+
+    def may_report(self) -> bool:
+        """Whether this process is the first that has an error to report."""
+        try:
+            return self._store.add(_SAID, 1) == 1
+        except RuntimeError:  # the process that kept the store has ended: rank 0, if it isn't torchrun's
+            return self.rank == 1
+
+    def has_reported(self, seconds: float) -> bool:
+        """Whether rank 0 ends within so many seconds by itself, with a message of its own."""
+        try:
+            self._store.wait([_DONE], timedelta(seconds=seconds))
+        except RuntimeError:
+            return False
+        return True
+
+    def leave(self, seconds: float = 0.0) -> None:
+        """Tell the others that rank 0 has reported all that there is.
+
+        Without torchrun, rank 0 keeps the store that they ask: it stays so many seconds for them.
+        """
+        if self.rank == 0:
+            with suppress(RuntimeError):
+                self._store.set(_DONE, "1")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                time.sleep(seconds)

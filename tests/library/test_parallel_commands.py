@@ -1,0 +1,146 @@
+"""`torchrun ... -m flashvideo refine|generate`: real processes, one voice, whole files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+from small_videos import make_video, read
+
+from flashvideo.commands.main import main
+from flashvideo.errors import CommandError
+from flashvideo.parallel.launch import own_device
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 600  # seconds; far beyond what it takes, even on a busy machine
+REFINE = ("--scale", "2", "--steps", "2", "--device", "cpu", "--crf", "0", "--prompt", "a red circle")
+
+class Run:
+    """A command on several processes, started by torchrun or with the environment that it gives them."""
+
+    def __init__(self, folder: Path, size: int, *words: str | Path, torchrun: bool = False) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command, environments = ["-m", "flashvideo", *map(str, words)], [env]
+        if torchrun:
+            command = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={port}", *command]
+        elif size > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+            environments = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        self.error, self.output = folder / "stderr.txt", folder / "stdout.txt"
+        with self.error.open("wb") as error, self.output.open("wb") as output:
+            self.processes = [
+                subprocess.Popen([sys.executable, *command], env=each, stderr=error, stdout=output)
+                for each in environments
+            ]
+
+    def wait(self) -> list[int]:
+        """Exit codes."""
+        return [process.wait(PATIENCE) for process in self.processes]
+
+    def wait_for(self, condition: Callable[[str], bool]) -> None:
+        """Wait until what is on the terminal fulfils a condition."""
+        end = time.monotonic() + PATIENCE
+        while not condition(self.error.read_text()):
+            assert time.monotonic() < end and None in [process.poll() for process in self.processes]
+            time.sleep(0.1)
+
+    def sentences(self) -> list[str]:
+        """The lines on standard error without progress bars."""
+        return [line for line in self.error.read_text().splitlines() if line.strip() and "%|" not in line]
+
+
+GENERATE = ("--frames", "5", "--draft-steps", "3", *REFINE[:-2])
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what one process generates."""
+    folder = tmp_path_factory.mktemp("one")
+    assert main(["generate", "a red circle", str(folder / "out.mkv"), *GENERATE]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_generate_on_three_processes_makes_the_files_of_one(one_process: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, 3, "generate", "a red circle", tmp_path / "out.mkv", *GENERATE, torchrun=True)
+    assert run.wait() == [0]
+    assert run.output.read_text().count("the draft") == 1
+    assert run.output.read_text().count("refined") == 1
+    for name in ("out.mkv", "out.mkv.draft.mkv"):
+        mine, theirs = read(tmp_path / name), read(one_process / name)
+        assert mine.times == theirs.times
+        off = np.abs(np.subtract(mine.frames, theirs.frames, dtype=np.int16))
+        # Latents rest in half precision, where rounding may turn either way.
+        assert off.max() <= 8 and (off > 2).mean() < 0.001
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.mkv", "out.mkv.draft.mkv", "stderr.txt", "stdout.txt"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_with_one_sentence_and_the_run_resumes(tmp_path: Path) -> None:
+    source, target = make_video(tmp_path / "in.mp4", 29), tmp_path / "out.mkv"
+    words = ("refine", source, target, *REFINE, "--window", "9", "--overlap", "4")
+    run = Run(tmp_path, 3, *words)
+    run.wait_for(lambda text: "refine:" in text)
+    run.processes[2].send_signal(signal.SIGKILL)
+    assert run.wait() == [1, 1, -signal.SIGKILL]
+    assert run.sentences()[-1] == "The run has ended because one of its processes did. The same command resumes it."
+    assert "".join(run.sentences()).count("The run has ended") == 1 and "Traceback" not in run.error.read_text()
+    assert not target.exists() and not list(tmp_path.rglob("*.part"))
+    run = Run(tmp_path, 3, *words)
+    assert run.wait() == [0, 0, 0]
+    assert "encode:" not in run.error.read_text()  # that was done
+    assert len(read(target).frames) == 29
+
+
+@pytest.mark.slow
+def test_a_mistake_is_reported_once_before_the_work(tmp_path: Path) -> None:
+    source, target = make_video(tmp_path / "in.mp4", 5), tmp_path / "out.mkv"
+    target.write_bytes(b"mine")
+    for words, sentence in (
+        (("refine", source, target, *REFINE), "out.mkv"),
+        (("models",), "Only refine and generate run on several processes"),
+    ):
+        run = Run(tmp_path, 2, *words)
+        assert 1 in run.wait()
+        assert len(run.sentences()) == 1 and sentence in run.sentences()[0], run.error.read_text()
+    assert target.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("name", "cards", "place", "device"), [
+    (None, 0, "1", "cpu"), ("cpu", 4, "1", "cpu"), (None, 4, "1", "cuda:1"), ("cuda", 2, "0", "cuda:0"),
+])  # fmt: skip
+def test_each_process_takes_a_card_of_its_own(
+    name: str | None, cards: int, place: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cards > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+    monkeypatch.setenv("LOCAL_RANK", place)
+    assert own_device(name) == device
+
+
+@pytest.mark.parametrize(("name", "cards", "words"), [
+    ("cuda:1", 4, "take a card each"), ("mps", 0, "take a card each"), (None, 2, "--nproc-per-node 2"),
+])  # fmt: skip
+def test_what_processes_cannot_share_is_refused(
+    name: str | None, cards: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cards > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(CommandError, match=words):
+        own_device(name)
