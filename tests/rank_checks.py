@@ -15,6 +15,7 @@ from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.frames import TargetSize
 from flashvideo.parallel import Ranks
+from flashvideo.parallel.sharding import shard_weights
 from flashvideo.refiner import Networks, RefineSettings, refine_frames
 from flashvideo.samplers import guided_velocity, sample_stage1
 from flashvideo.tile_attention import WindowAttention
@@ -49,6 +50,13 @@ def evaluations(ranks: Ranks | None) -> dict[str, Any]:
     found["batch"] = refiner(latent(batch=2), time.expand(2), normal(2, 6, 8), **step)
     found["one patch"] = refiner(latent((1, 1, 1)), time, normal(1, 6, 8), **step)
     found["four patches"] = refiner(latent((1, 2, 2)), time, normal(1, 1, 8), **step)
+    sharded = network(REFINER)
+    if ranks is not None:
+        shard_weights(sharded, sharded.blocks, torch.device("cpu"))
+    found["sharded"] = sharded(latent(), time, normal(1, 6, 8), **step)
+    if ranks is not None:
+        here = sum(weight.to_local().numel() for weight in sharded.blocks.parameters())
+        assert here <= 1.1 * sum(weight.numel() for weight in sharded.blocks.parameters()) / ranks.size
     windows = WindowAttention(6, GRID, (1, 5, 5))
     run = {**step, "attention": windows, "order": windows.order}
     found["windows"] = refiner(latent(), time, normal(1, 6, 8), **run)

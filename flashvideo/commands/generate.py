@@ -21,6 +21,7 @@ from ..errors import CommandError
 from ..frames import MAX_SIDE, TargetSize, to_bytes, to_frames
 from ..guidance import MAX_SCALE, STAGE1_SCALE
 from ..parallel import Ranks, agree
+from ..parallel.sharding import shard_weights
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from .loading import BUILT_IN, dtypes, encode_prompt, model_file
@@ -152,7 +153,7 @@ def _has_draft(path: Path, about: str) -> bool:
     return path.is_file()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def make_draft(options: DraftOptions, ranks: Ranks | None = None) -> Tensor | None:
     """Stage I: frames [T, H, W, 3] uint8. The noise is that of FlashVideo Stage I Sampler with the same seed.
 
@@ -165,6 +166,8 @@ def make_draft(options: DraftOptions, ranks: Ranks | None = None) -> Tensor | No
     text_dim = dit.config.text_dim
     context = agree(ranks, lambda: encode_prompt(options.prompt, models, text_dim, device).cpu())
     context = context.to(device, dit_dtype)
+    if models.shard_weights:
+        shard_weights(dit, dit.blocks, device)
     dit = dit.eval().to(device)
     generator = torch.Generator("cpu").manual_seed(options.seed)
     shape = (1, dit.config.in_channels, *latent_shape(options.shape))

@@ -52,6 +52,7 @@ class ModelOptions:
     vae_memory: float | None
     device: str | None
     dtype: str | None
+    shard_weights: bool = False
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -124,6 +125,12 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         help="memory for the VAE: beyond it works in tiles, slower (default: most of a CUDA card's, else no limit)",
     )
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first there is)")
+    group.add_argument(
+        "--shard-weights",
+        action="store_true",
+        help="with torchrun: each process keeps a share of the transformers' weights; slower, for cards that can't "
+        "hold them (default: each keeps all)",
+    )
     group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 and a float16 VAE, on a CPU float32")
 
 
@@ -154,6 +161,8 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
     """
     if (options.model is None) != (options.vae is None):
         raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
+    if options.shard_weights and options.ranks is None:
+        raise CommandError("--shard-weights shares weights among several processes: start the command with torchrun.")
     if options.vae_memory is not None and not 0 < options.vae_memory <= MAX_MEMORY:
         raise CommandError(f"--vae-memory must be above 0, in GiB; got {options.vae_memory:g}.")
     for path in (options.model, options.vae, options.text_encoder):
@@ -169,6 +178,7 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
         vae_memory=None if options.vae_memory is None else options.vae_memory * GIB,
         device=options.device,
         dtype=options.dtype,
+        shard_weights=options.shard_weights,
     )
 
 

@@ -17,6 +17,7 @@ from ..errors import CommandError, cancelled
 from ..frames import TargetSize
 from ..nano import NANO_NOTICE, nano_is_trained
 from ..parallel import RankEndedError, Ranks, agree
+from ..parallel.sharding import shard_weights
 from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
@@ -246,6 +247,8 @@ def _networks(options: RefineOptions) -> Networks:
     dit = load_dit(model_file(models.model, "stage2"), dtype=dit_dtype)
     if dit.config.stage != 2:
         raise CommandError(f"{models.model} is stage I, which makes drafts; the refiner is stage II.")
+    if models.shard_weights:
+        shard_weights(dit, dit.blocks, device)
     vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
     if options.prompt is None:
         context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as in the unconditional evaluation

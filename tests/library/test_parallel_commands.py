@@ -75,7 +75,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_generate_on_three_processes_makes_the_files_of_one(one_process: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path, 3, "generate", "a red circle", tmp_path / "out.mkv", *GENERATE, torchrun=True)
+    words = ("generate", "a red circle", tmp_path / "out.mkv", *GENERATE)
+    run = Run(tmp_path, 3, *words, "--shard-weights", torchrun=True)
     assert run.wait() == [0]
     assert run.output.read_text().count("the draft") == 1
     assert run.output.read_text().count("refined") == 1
@@ -144,3 +145,9 @@ def test_what_processes_cannot_share_is_refused(
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(CommandError, match=words):
         own_device(name)
+
+
+def test_shared_weights_need_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = make_video(tmp_path / "in.mp4", 1)
+    assert main(["refine", str(source), str(tmp_path / "out.mkv"), "--shard-weights"]) == 1
+    assert capsys.readouterr().err.count("start the command with torchrun") == 1
