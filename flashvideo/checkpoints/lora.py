@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic_files import write_whole
+from ..config import NANO_STAGE1, NANO_STAGE2, STAGE1, STAGE2
 from .convert import check_converted_target
 from .keymaps import DIT_DIFFUSERS, rename
+from .reading import STAGE_METADATA
 from .weights import CheckpointError, Weights, open_weights, short, some
 
 PREFIX = "diffusion_model."  # before a layer's name in ComfyUI
@@ -37,6 +40,33 @@ _MATRIX = re.compile(r"(?P<layer>.+?)\.(?P<part>lora_(?:A|B|down|up|mid)|hada_\w
 def needs_renaming(names: Iterable[str]) -> bool:
     """Whether these key names are those of a CogVideoX LoRA that ComfyUI can't place on stage I."""
     return any(_BLOCKS in name and _PARTS.fullmatch(name) for name in names)
+
+
+def describe_lora(weights: Weights) -> str | None:
+    """A LoRA's stage, base model and rank, for a message; None for any other file.
+
+    The base is told by the width of the layers, as far as the official models and FlashVideo-Nano have it.
+    """
+    downs = {name: shape for name, shape in weights.shapes.items() if _is_down(name)}
+    if not downs or not all(_MATRIX.fullmatch(name) or name.endswith(".alpha") for name in weights.shapes):
+        return None
+    ranks = sorted({shape[0] for shape in downs.values()})
+    widths = Counter(shape[1] for shape in downs.values() if len(shape) == 2)
+    stage = weights.metadata.get(STAGE_METADATA)
+    bases = {1: (("the official", STAGE1), ("FlashVideo-Nano's", NANO_STAGE1)),
+             2: (("the official", STAGE2), ("FlashVideo-Nano's", NANO_STAGE2))}  # fmt: skip
+    width = widths.most_common(1)[0][0] if widths else 0
+    number = int(stage) if stage in ("1", "2") else 1 if needs_renaming(weights.shapes) else 0
+    base = next((name for name, config in bases.get(number, ()) if config.hidden_size == width), "a")
+    model = f"{base} stage {'I' * number}" if number else "a model that it doesn't name"
+    return (
+        f"LoRA for {model} (width {width}), rank {' and '.join(map(str, ranks))}, {len(downs)} layers; "
+        "for Load FlashVideo LoRA"
+    )
+
+
+def _is_down(name: str) -> bool:
+    return (match := _MATRIX.fullmatch(name)) is not None and match["part"] in ("lora_A", "lora_down")
 
 
 def read_lora(source: Path) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from types import FrameType
 
 from ..checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from ..checkpoints.convert import DTYPES, convert_file
-from ..checkpoints.lora import convert_lora, needs_renaming
-from ..checkpoints.weights import QUANTISATION, open_weights, some
+from ..checkpoints.lora import convert_lora, describe_lora, needs_renaming
+from ..checkpoints.weights import QUANTISATION, Weights, open_weights, some
 from ..config import DiTConfig
 from ..errors import CommandError
 from .terminal import TERMINATED, ProgressBars, say
@@ -21,7 +21,12 @@ from .terminal import TERMINATED, ProgressBars, say
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("convert", help="convert a model or a LoRA to safetensors with ComfyUI's names")
+    parser = commands.add_parser(
+        "convert",
+        help="convert a model or a LoRA to safetensors with ComfyUI's names",
+        description="Writes a model as safetensors with ComfyUI's names, its LoRA merged into it; or a CogVideoX LoRA "
+        "with the names that ComfyUI's LoRA loaders know. IN stays as it is.",
+    )
     parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, a LoRA, ...")
     parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors file to write")
     parser.add_argument(
@@ -77,25 +82,41 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 def add_info(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("info", help="describe a model file")
-    parser.add_argument("file", metavar="FILE", type=Path)
+    parser = commands.add_parser(
+        "info",
+        help="describe a model file",
+        description="Tells what a model file or a LoRA is, by its contents: stage, size, data types, metadata.",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="a model, or a LoRA of this pack's training")
     parser.set_defaults(run=lambda options: _info(options.file))
 
 
 def _info(path: Path) -> None:
+    if path.is_file() and (lora := describe_lora(weights := open_weights(path))):
+        say(f"{weights.label}: {lora}")
+        _say_facts(("stored as", weights.container), ("metadata", _metadata(weights)))
+        return
     checkpoint = open_checkpoint(path)
     weights, plan = checkpoint.weights, checkpoint.plan
     say(f"{weights.label}: {describe(checkpoint)}")
-    for name, value in (
+    _say_facts(
         ("stored as", weights.container),
         ("architecture", _architecture(checkpoint)),
         ("parameters", _parameters(checkpoint)),
         ("data types", _dtypes(checkpoint)),
         ("quantised", _quantised(checkpoint)),
-        ("metadata", "; ".join(f"{key} = {value}" for key, value in weights.metadata.items())),
+        ("metadata", _metadata(weights)),
         ("not used", some(plan.unused)),
         ("of other models", some(plan.foreign)),
-    ):
+    )
+
+
+def _metadata(weights: Weights) -> str:
+    return "; ".join(f"{key} = {value}" for key, value in weights.metadata.items())
+
+
+def _say_facts(*facts: tuple[str, str]) -> None:
+    for name, value in facts:
         if value:
             say(f"  {name:<16}{value}")
 

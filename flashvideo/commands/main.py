@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import re
 import sys
+from pathlib import Path
 
 from ..arguments import Parser
 from ..checkpoints import CheckpointError
@@ -19,18 +21,22 @@ from .models import add_models
 from .on_ranks import run_on_ranks, silence_other_ranks
 from .plan import add_plan
 from .refine import add_refine
+from .terminal import REPOSITORY
 
-REPOSITORY = "https://github.com/flashvideo/ComfyUI-FlashVideo"
+_PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+_ELSEWHERE = "not in this download, only in the repository"
+_EPILOG = "COMMAND --help tells what a command does and takes."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
     0: done. 1: refused, with a message. 2: the command line is wrong. 3: done as far as the damaged source allows.
-    130: cancelled (143 by SIGTERM).
+    4: a plan is beyond its budget. 130: cancelled (143 by SIGTERM).
     """
     silence_other_ranks()
-    parser = Parser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.")
+    parser = Parser(prog="python -m flashvideo", description="FlashVideo without ComfyUI.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"ComfyUI-FlashVideo {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     models = (add_convert, add_info, add_models)
     for add_command in (*models, add_plan, add_generate, add_refine, _add_training, add_bench):
@@ -64,6 +70,12 @@ def _explained(error: BaseException) -> str | None:
     return None
 
 
+def _version() -> str:
+    """The pack's version, which stands in pyproject.toml alone; "unknown" where that was left behind."""
+    found = re.search(r'^version = "(.+)"$', _PROJECT.read_text(encoding="utf-8"), re.M) if _PROJECT.is_file() else None
+    return found.group(1) if found else "unknown"
+
+
 def _add_training(commands: argparse._SubParsersAction) -> None:
     if importlib.util.find_spec("..training", __package__):
         from ..training.ablations.command import add_ablate
@@ -74,7 +86,7 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         return
     # The registry's download has no training.
     for name in ("train", "ablate"):
-        parser = commands.add_parser(name, help="not in this download, only in the repository")
+        parser = commands.add_parser(name, help=_ELSEWHERE, description=f"{name} is {_ELSEWHERE}: {REPOSITORY}")
         parser.add_argument("rest", nargs=argparse.REMAINDER)
         parser.set_defaults(run=_no_training)
 

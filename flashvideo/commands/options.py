@@ -11,7 +11,7 @@ import torch
 
 from ..arguments import real, shown, whole, width_and_height
 from ..color import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE
-from ..config import NANO_STRENGTH
+from ..config import NANO_STRENGTH, TEMPORAL_FACTOR
 from ..devices import GIB
 from ..errors import CommandError
 from ..frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, TargetSize
@@ -86,10 +86,15 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         ("shift", real, STAGE2_SHIFT, "how the steps are spaced; useful: 2 to 3.5"),
         ("seed", whole, 0, "another seed gives another version of the fine detail"),
         ("window", whole, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
-        ("overlap", whole, OVERLAP_FRAMES, "frames that neighbouring windows share, a multiple of 4"),
         ("tile", whole, 0, f"pixels; refine in tiles of this side, such as {TILE}, an approximation; 0: no tiles"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    group.add_argument(
+        "--overlap",
+        type=whole,
+        help=f"frames that neighbouring windows share, a multiple of 4 (default: {OVERLAP_FRAMES}, or what "
+        "fits in a shorter window)",
+    )
     group.add_argument(
         "--strength",
         type=_or_auto(0, TRAIN_STEPS - 1),
@@ -217,6 +222,11 @@ def _checked_size(mode: str, **choices: float) -> TargetSize:
         raise CommandError(str(error)) from error
 
 
+def _overlap(window: int) -> int:
+    """The default for windows of this many frames: a multiple of 4 that fits in."""
+    return min(OVERLAP_FRAMES, max(0, window - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
+
+
 def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSettings:
     """The options of `add_refiner_options`, and the size. Raises CommandError for what can't be."""
     try:
@@ -230,7 +240,7 @@ def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSett
             solver=options.solver,
             seed=options.seed,
             window=options.window,
-            overlap=options.overlap,
+            overlap=_overlap(options.window) if options.overlap is None else options.overlap,
             tile=options.tile,
             color_match=options.color,
             detail_size=None if options.detail_size == AUTO else options.detail_size,

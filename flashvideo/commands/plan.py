@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import real, whole
 from ..atomic_files import check_target, write_whole
+from ..config import is_video_length
 from ..devices import GIB, open_device
 from ..errors import CommandError
-from .terminal import say
+from .terminal import BEYOND_BUDGET, say
 
 if TYPE_CHECKING:
-    import torch
-
     from ..planner import Setting
-    from ..planner.budget import Budget
+    from ..planner.budget import Budget, RatesOf
 
 BUILT_IN = ("official", "nano")
 NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an existing clip"
@@ -26,7 +25,12 @@ NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an exi
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("plan", help="estimate memory and time of a video before it is made")
+    parser = commands.add_parser(
+        "plan",
+        help="estimate memory and time of a video before it is made",
+        description="Estimates memory and time of a video on this device, or on a card that you name, and finds the "
+        "best settings within a budget. Exit code 4: the video is beyond the budget.",
+    )
     parser.add_argument("--width", type=whole, default=1920, help="pixels of the final video (default 1920)")
     parser.add_argument("--height", type=whole, default=1080, help="pixels of the final video (default 1080)")
     parser.add_argument("--frames", type=whole, default=49, help="length of the video (default 49)")
@@ -47,6 +51,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="MODEL",
         help="official (default), nano, or model files: parts without a file stay official",
     )
+    parser.add_argument("--card", metavar="NAME", help="plan for this card, such as 4090: its memory, estimated times")
     parser.add_argument("--memory", type=real, metavar="GiB", help="a budget: memory of the card (default: this card)")
     parser.add_argument("--seconds", type=real, metavar="S", help="a budget: time for the video")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the plan as a picture")
@@ -56,18 +61,21 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The command's options: `plot` is the picture to write, `as_json` asks for JSON instead of text."""
+    """The command's options: `plot` is the picture to write, `as_json` asks for JSON instead of text.
+
+    `rates` gives the speed; None where times would mean nothing.
+    """
 
     setting: Setting
     budget: Budget
-    device: torch.device
+    rates: RatesOf | None
     plot: Path | None
     as_json: bool
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> int:
     try:
-        _write_plan(plan_options(options))
+        return 0 if _write_plan(plan_options(options)) else BEYOND_BUDGET
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -77,11 +85,21 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
     # Imported here, so that the other commands start at once.
     from ..planner import Setting
     from ..planner.budget import Budget, on_card
+    from ..planner.cards import find_card, memory_of, rates_of
+    from ..planner.speed import CalibratedRates
 
     if options.plot:
         if options.plot.suffix.lower() != ".png":
             raise CommandError(f"--plot writes a PNG picture; {options.plot} must end in .png.")
         check_target(options.plot, force=True)
+    if options.stage1_steps and not is_video_length(options.frames):
+        raise CommandError(
+            f"--frames must be 1, 5, 9, ..., 49, ... (4n+1) for a draft; got {options.frames}. With --stage1-steps 0 "
+            "a clip of any length is refined."
+        )
+    if options.card and options.device:
+        raise CommandError("--card plans for another computer: leave --device out.")
+    card = find_card(options.card) if options.card else None
     device = open_device(options.device)
     setting = Setting(
         width=options.width,
@@ -93,36 +111,47 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
         tile=options.tile,
         precision=options.dtype,
         networks=_networks(options.model),
-        device=device.type,
+        device="cuda" if card else device.type,
     )
-    memory = _card(device) if options.memory is None else options.memory * GIB
-    budget = Budget(memory, options.seconds)
-    return PlanOptions(on_card(setting, budget.memory), budget, device, options.plot, options.json)
+    memory = memory_of(card) if card else _card(device)
+    budget = Budget(memory if options.memory is None else options.memory * GIB, options.seconds)
+    rates: RatesOf | None = rates_of(card) if card else CalibratedRates(device)
+    if card is None and device.type == "cpu" and _means_nothing(options):
+        rates = None
+    return PlanOptions(on_card(setting, budget.memory), budget, rates, options.plot, options.json)
 
 
-def _write_plan(options: PlanOptions) -> None:
+def _means_nothing(options: argparse.Namespace) -> bool:
+    """Whether times on the processor would: nobody asked for it, and the official models take weeks there."""
+    return options.device is None and options.seconds is None and "nano" not in options.model
+
+
+def _write_plan(options: PlanOptions) -> bool:
+    """Show the plan; returns whether it is within the budget, if there is one."""
     from ..planner import make_plan
     from ..planner.budget import advise
     from ..planner.report import advice_report, report
-    from ..planner.speed import CalibratedRates
 
-    setting, budget = options.setting, options.budget
+    setting, budget, rates = options.setting, options.budget, options.rates
     plan = make_plan(setting)
-    rates = CalibratedRates(options.device)
+    now = rates(setting) if rates else None
     limited = (budget.memory, budget.seconds) != (None, None)
     advice = advise(setting, budget, rates) if limited else None
     if options.as_json:
         text = json.dumps(_as_json(plan, rates, advice), indent=2)
     else:
-        text = report(plan, rates(setting))
+        text = report(plan, now)
         if advice:
             text += "\n\n" + advice_report(plan, advice, budget, rates)
     say(text)
     if options.plot:
         from ..planner.plot import plot
 
-        picture = plot(plan, rates(setting), budget)
+        if now is None:
+            raise CommandError("--plot shows times: name a card with --card, or ask for --device cpu.")
+        picture = plot(plan, now, budget)
         write_whole(options.plot, lambda part: picture.save(part, format="PNG"))
+    return advice is None or advice.fits
 
 
 def _networks(models: list[str]) -> Any:
@@ -154,7 +183,7 @@ def _as_json(plan: Any, rates: Any, advice: Any) -> dict[str, Any]:
             "models": setting.networks.name,
             "memory_bytes": round(plan.memory),
             "flops": plan.flops.total,
-            "seconds": rates(setting).seconds(plan.flops),
+            "seconds": rates(setting).seconds(plan.flops) if rates else None,
         }
 
     phases = [
@@ -165,11 +194,11 @@ def _as_json(plan: Any, rates: Any, advice: Any) -> dict[str, Any]:
             "weight_bytes": round(phase.weights),
             "activation_bytes": round(phase.activations),
             "tile_pixels": phase.tile,
-            "seconds": rates(plan.setting).seconds(phase.flops),
+            "seconds": rates(plan.setting).seconds(phase.flops) if rates else None,
         }
         for phase in plan.phases
     ]
-    result = {**costs(plan), "phases": phases, "rates": asdict(rates(plan.setting))}
+    result = {**costs(plan), "phases": phases, "rates": rates and asdict(rates(plan.setting))}
     if advice is not None:
         found = {name: getattr(advice, name) for name in ("precision", "length", "resolution", "nearest", "least")}
         result["budget"] = {"fits": advice.fits, **{name: each and costs(each) for name, each in found.items()}}

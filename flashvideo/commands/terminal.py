@@ -14,10 +14,12 @@ from ..errors import exit_code
 # Exit codes. 2 is argparse's.
 REFUSED = 1  # nothing was done, or not all of it
 DAMAGED = 3  # all was done that could be: the source is damaged
+BEYOND_BUDGET = 4  # a plan
 CANCELLED = exit_code(signal.SIGINT)  # by Ctrl+C
 TERMINATED = exit_code(signal.SIGTERM)
 
 BYTES = "B"
+REPOSITORY = "https://github.com/flashvideo/ComfyUI-FlashVideo"
 
 
 def say(line: str) -> None:

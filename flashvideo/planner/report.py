@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ..config import TEMPORAL_FACTOR
 from ..devices import GIB
 from .budget import LONGEST, RESERVED, Advice, Budget, RatesOf, on_card, size_name
+from .flops import Flops
 from .plan import Phase, Plan, Setting, make_plan
 from .speed import Rates
 
@@ -17,25 +18,35 @@ FRAMES_A_SECOND = 8  # of FlashVideo's own drafts
 ROW = "{:<14}{:>9}{:>12}{:>12}{:>14}"
 
 
-def report(plan: Plan, rates: Rates) -> str:
-    """The table of the phases and its summary."""
+def report(plan: Plan, rates: Rates | None) -> str:
+    """The table of the phases and its summary; without rates no times."""
     lines = [f"FlashVideo plan: {describe(plan.setting)}", ""]
     lines.append(ROW.format("phase", "tokens", "TFLOP", "memory", "time"))
     for phase in plan.phases:
-        time = duration(rates.seconds(phase.flops))
+        time = _time(rates, phase.flops)
         lines.append(ROW.format(phase.name, phase.tokens or "-", _tera(phase.flops.total), size(phase.memory), time))
-    time = duration(rates.seconds(plan.flops))
+    time = _time(rates, plan.flops)
     lines.append(ROW.format("all", "", _tera(plan.flops.total), size(plan.memory), time))
     return "\n".join([*lines, "", *_summary(plan, rates)])
 
 
-def _summary(plan: Plan, rates: Rates) -> Iterator[str]:
+def _time(rates: Rates | None, flops: Flops) -> str:
+    return duration(rates.seconds(flops)) if rates else "-"
+
+
+def _summary(plan: Plan, rates: Rates | None) -> Iterator[str]:
     cards = [make_plan(on_card(plan.setting, card * GIB)) for card in CARDS]
     card = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.memory, card)), None)
     fits = f"Fits a card with {card} GiB" if card else "Fits no single card"
     peak = plan.peak
     parts = f"{size(peak.weights)} of weights and {size(peak.activations)} of work space"
-    yield f"{fits}. Here {peak.name} needs the most memory, {parts}; {_gibibytes(RESERVED)} GiB of a card is left free."
+    left = f"{_gibibytes(RESERVED)} GiB of a card is left free"
+    if card and not _fits(plan.memory, card):
+        here = "Without a limit" if plan.setting.memory is None else "With the memory that is planned for here"
+        yield f"{fits}, where the VAE works in smaller tiles; {left}."
+        yield f"{here} {peak.name} takes the most: {parts}."
+    else:
+        yield f"{fits}. Here {peak.name} needs the most memory, {parts}; {left}."
     tiled = [phase for phase in plan.phases if phase.tile and not phase.tokens]
     if tiled:
         names = " and ".join(f"{phase.name} (tiles of {phase.tile} pixels)" for phase in tiled)
@@ -46,11 +57,20 @@ def _summary(plan: Plan, rates: Rates) -> Iterator[str]:
     streamed = next((card for card, there in zip(CARDS, cards, strict=True) if _fits(there.activations, card)), None)
     if streamed and (card is None or streamed < card):
         yield f"With {streamed} GiB it runs more slowly: ComfyUI keeps some weights in main memory."
+    if rates is None:
+        yield "No times: this computer has no graphics card. Name one with --card, or ask for --device cpu."
+        return
     slowest = max(plan.phases, key=lambda phase: rates.seconds(phase.flops))
     share = rates.seconds(slowest.flops) / rates.seconds(plan.flops)
     yield f"Most of the time goes into {slowest.name} ({share:.0%}), mostly {_kind(slowest, rates)}."
     speeds = ", ".join(f"{getattr(rates, kind) / TERA:.3g} {name}" for kind, name in KINDS.items())
-    yield f"Times are for this device ({rates.device}), from a short test of its speed: TFLOP a second {speeds}."
+    if rates.measured:
+        yield f"Times are for this device ({rates.device}), from a short test of its speed: TFLOP a second {speeds}."
+    else:
+        yield (
+            f"Times are estimates for {rates.device} from its data sheet, right within a factor of two: "
+            f"TFLOP a second {speeds}."
+        )
 
 
 def _fits(memory: float, card: int) -> bool:

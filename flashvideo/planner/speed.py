@@ -36,12 +36,13 @@ CALIBRATION_BYTES = 4 * 2**30  # peak memory of a calibration
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second by kind of work, and the device they were measured on."""
+    """Operations per second by kind of work, and the device they were measured on, or estimated for."""
 
     device: str
     matmul: float
     attention: float
     convolution: float
+    measured: bool = True
 
     def seconds(self, flops: Flops) -> float:
         """Time in seconds for an amount of work."""

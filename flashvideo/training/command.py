@@ -34,7 +34,11 @@ KINDS = {
 
 def add_train(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("train", help="train FlashVideo-Nano, or fine-tune the official weights")
+    parser = commands.add_parser(
+        "train", help="train FlashVideo-Nano, or fine-tune the official weights",
+        description="Trains one network by a TOML file (--config), or FlashVideo-Nano's four from nothing. Interrupted "
+        "runs resume with --resume. docs/training.md explains the files' keys.",
+    )  # fmt: skip
     parser.add_argument(
         "kind", choices=(*KINDS, WHOLE, FETCH),
         help="which network; nano: all four, from nothing; fetch: no training, downloads real clips to learn from",

@@ -11,7 +11,9 @@ import pytest
 from flashvideo import arguments
 from flashvideo.commands import main as command_line
 from flashvideo.commands.main import main
+from flashvideo.commands.options import add_refiner_options, add_size_options, refine_settings
 from flashvideo.errors import CommandError
+from flashvideo.frames import TargetSize
 from flashvideo.t5 import T5Tokens
 
 NO_NUMBERS = ("nan", "-inf", "1e400", "", "many", "9" * 5000, "1_0", "²", "٣")
@@ -151,3 +153,13 @@ def test_what_can_be_a_number_is_one() -> None:
     assert arguments.real("1e-3") == 0.001
     assert arguments.width_and_height("1920X1080") == (1920, 1080)
     assert arguments.width_and_height("1920x") is None
+
+
+@pytest.mark.parametrize(("window", "overlap"), [(49, 16), (17, 16), (13, 12), (5, 4), (1, 0)])
+def test_overlap_follows_a_shorter_window(window: int, overlap: int) -> None:
+    parser = argparse.ArgumentParser()
+    for add in (add_size_options, add_refiner_options):
+        add(parser.add_argument_group())
+    parser.set_defaults(prompt="words")
+    settings = refine_settings(parser.parse_args(["--window", str(window)]), TargetSize())
+    assert (settings.window, settings.overlap) == (window, overlap)
