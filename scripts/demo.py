@@ -116,7 +116,7 @@ def _run(example: Example, server: ComfyServer, workflows: Path, out: Path, clip
     from harness.workflow_files import committed
     from harness.workflow_runs import run_workflow
 
-    file = committed(workflows / example.workflow)
+    file = committed(workflows / example.workflow, own_clip=example.refines_clip)
     run = run_workflow(server, file, say, adjust=_use_clip if example.refines_clip else None)
     folder = out / example.folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -57,7 +57,8 @@ def _make(server: Any, path: Path, text: str) -> float:
     from harness.workflow_files import committed
     from harness.workflow_runs import run_workflow
 
-    run = run_workflow(server, committed(path), lambda _line: None, adjust=lambda prompt: _use_scene(prompt, text))
+    file = committed(path, own_clip=True)
+    run = run_workflow(server, file, lambda _line: None, adjust=lambda prompt: _use_scene(prompt, text))
     outputs = {Path(prefix).name: paths[0] for prefix, paths in run.files.items()}
     _picture(outputs).save(path.with_suffix(".jpg"), quality=_QUALITY, optimize=True)
     return run.seconds

@@ -13,6 +13,8 @@ from .workflow_api import WorkflowError, read_workflow
 WORKFLOWS = ROOT / "workflows"
 # The muted node that starts stage II, in the graph where a user looks at the draft first.
 COMMIT = "Commit: save the refined video"
+# The muted node that takes the user's clip instead of the example; it has no title of its own.
+OWN_CLIP = "LoadVideo"
 ALWAYS, MUTED, BYPASSED = 0, 2, 4  # a node's `mode` in ComfyUI's page
 
 
@@ -37,12 +39,19 @@ def switch_on(workflow: dict[str, Any], title: str) -> dict[str, Any]:
     return changed
 
 
-def committed(path: Path) -> Path:
-    """The workflow file, or, where a user looks at the draft first, a copy of it that goes on at once."""
+def committed(path: Path, *, own_clip: bool = False) -> Path:
+    """The workflow file, or a copy of it in which more is switched on.
+
+    That is stage II, where a user looks at the draft first, and with `own_clip` the node that loads the user's clip.
+    """
     workflow = read_workflow(path)
-    if COMMIT not in titles(workflow):
+    wanted = {COMMIT, OWN_CLIP} if own_clip else {COMMIT}
+    found = wanted & set(titles(workflow))
+    if not found:
         return path
+    for title in found:
+        workflow = switch_on(workflow, title)
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     copied = TEMPORARY / path.name
-    copied.write_text(json.dumps(switch_on(workflow, COMMIT)), encoding="utf-8")
+    copied.write_text(json.dumps(workflow), encoding="utf-8")
     return copied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +145,27 @@ def test_wires_connect_what_belongs_together(path: Path, object_info: dict[str, 
             continue
         required = object_info[node["type"]]["input"].get("required", {})
         linked = {port["name"]: wires[port["link"]] for port in node["inputs"] if port.get("link") is not None}
+        needed = {name: link for name, link in linked.items() if name in required}
         loose = [name for name, spec in declared({"input": {"required": required}}).items()
                  if spec[0] not in WIDGET_TYPES and name not in linked]  # fmt: skip
         assert not loose, f"{node['type']}: {loose}"
-        muted = [name for name, link in linked.items() if nodes[link[1]]["mode"] == MUTED]
+        muted = [name for name, link in needed.items() if nodes[link[1]]["mode"] == MUTED]
         assert not muted, f"{node['type']} waits for a node that is off: {muted}"
 
 
 @FILES
 def test_files_and_downloads_are_named_where_the_page_looks_for_them(path: Path) -> None:
-    for node in read_workflow(path)["nodes"]:
+    """Those of a generator that is off stand in the note instead: the page would ask for them at the start."""
+    workflow = read_workflow(path)
+    (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    for node in workflow["nodes"]:
         if node["type"] not in LOADERS:
+            continue
+        if node["mode"] == MUTED:
+            assert "models" not in node["properties"]
+            for file in (value for value in node["widgets_values"] if str(value).endswith(".safetensors")):
+                link = rf"\[{re.escape(file)}\]\(https://huggingface\.co/\S+/{re.escape(file)}\)"
+                assert re.search(rf"{link} into `models/{LOADERS[node['type']]}`", note), file
             continue
         models = node["properties"]["models"]
         assert models, node["type"]
@@ -169,6 +180,7 @@ def test_files_and_downloads_are_named_where_the_page_looks_for_them(path: Path)
 @FILES
 def test_only_what_needs_a_file_of_the_user_is_off(path: Path) -> None:
     nodes = read_workflow(path)["nodes"]
+    assert all(node["mode"] == MUTED for node in nodes if node["type"] == "LoadVideo")
     bypassed = {node["type"] for node in nodes if node["mode"] == BYPASSED}
     assert bypassed <= {"FlashVideoLoraLoader", "TorchCompileModel"}
     assert not [node["type"] for node in nodes if node["type"].startswith("FlashVideo") and node["mode"] == MUTED]

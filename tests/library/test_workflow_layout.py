@@ -1,0 +1,72 @@
+"""How the shipped workflows look on ComfyUI's page, computed from their files: readable, tidy, nothing hidden."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from harness.graph_layout import box, fitted_scale, group_box, nodes_crossed, shared_length, whole, wires
+from harness.workflow_api import read_workflow
+from harness.workflow_files import shipped
+
+PAGE = (1600, 1000)  # pixels of a usual window
+SMALLEST_SCALE = 0.5
+UNREAD = 8 / 14  # below this scale the page draws no titles: 8 pixels is its smallest type, 14 a title's at full size
+LARGE = {"FlashVideo 10 Compare Strengths and Steps"}  # four refiners: titles need a wider window than PAGE
+SIDEBAR, TOOLBAR = 70, 95  # pixels at the left and at the top that the page itself takes
+BELOW = 14  # units: Nodes 2.0 are a little taller than what the file says
+ONE_LINE = 56  # units side by side: less is a crossing, or how wires leave and reach neighbouring dots
+FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+
+
+@FILES
+def test_titles_can_be_read_when_the_whole_graph_is_shown(path: Path) -> None:
+    scale = fitted_scale(read_workflow(path), PAGE)
+    assert scale >= (SMALLEST_SCALE if path.stem in LARGE else UNREAD), scale
+
+
+@FILES
+def test_the_saved_view_shows_the_whole_graph_beside_the_page_s_own_bars(path: Path) -> None:
+    workflow = read_workflow(path)
+    view = workflow["extra"]["ds"]
+    left, top, right, bottom = whole(workflow)
+    x, y = view["offset"]
+    assert (left + x) * view["scale"] >= SIDEBAR
+    assert (top + y) * view["scale"] >= TOOLBAR
+    assert (right + x) * view["scale"] <= PAGE[0]
+    assert (bottom + y) * view["scale"] <= PAGE[1]
+
+
+@FILES
+def test_nodes_have_room_below_for_a_taller_kind(path: Path) -> None:
+    for one, other in itertools.permutations(read_workflow(path)["nodes"], 2):
+        a, b = box(one), box(other)
+        beside = a[2] <= b[0] or b[2] <= a[0]
+        assert beside or a[1] > b[1] or a[3] + BELOW <= b[1] or one["mode"] or other["mode"], (one["id"], other["id"])
+
+
+@FILES
+def test_no_wire_runs_behind_a_node(path: Path) -> None:
+    workflow = read_workflow(path)
+    hidden = {wire.link: crossed for wire in wires(workflow) if (crossed := nodes_crossed(wire, workflow["nodes"]))}
+    assert not hidden
+
+
+@FILES
+def test_no_two_wires_lie_on_one_line(path: Path) -> None:
+    pairs = itertools.combinations(wires(read_workflow(path)), 2)
+    assert not [(a.link, b.link) for a, b in pairs if shared_length(a, b) > ONE_LINE]
+
+
+@FILES
+def test_groups_lie_apart_and_have_a_title_that_fits(path: Path) -> None:
+    groups = read_workflow(path)["groups"]
+    for one, other in itertools.combinations(groups, 2):
+        a, b = group_box(one), group_box(other)
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (one["title"], other["title"])
+    for group in groups:
+        assert len(group["title"]) * group["font_size"] * 0.55 <= group["bounding"][2], group["title"]
