@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -11,6 +12,9 @@ import pytest
 from flashvideo.devices import GIB
 from flashvideo.planner import Setting, make_plan
 from flashvideo.planner.budget import RESERVED, on_card
+from flashvideo.training.config import LoopSettings, build, load_toml
+from flashvideo.training.tasks.networks import NetworkSettings
+from flashvideo.training.tasks.stage2 import Stage2Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -70,3 +74,13 @@ def test_readme_shows_every_workflow_in_its_order() -> None:
     text = README.read_text(encoding="utf-8")
     for path in (ROOT / "workflows").glob("*.json"):
         assert re.search(rf"\b{path.stem.split()[1]}\b", text), path.stem
+
+
+def test_training_page_explains_the_keys_and_its_small_config_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", text[text.index("## The keys of a config") :]))
+    for settings in (LoopSettings, NetworkSettings):
+        assert {each.name for each in fields(settings)} <= explained
+    (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.+?)```", text, re.S).group(1), encoding="utf-8")
+    settings = build(Stage2Settings, load_toml(tmp_path / "mine.toml"), "mine.toml")
+    assert (settings.network.lora_rank, settings.phases[-1].until) == (16, settings.loop.steps)
