@@ -5,11 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
+from harness.comfy_server import ComfyServer
 from harness.workflow_api import read_workflow
 from harness.workflow_files import ALWAYS, COMMIT, OWN_CLIP, shipped
 
+FRAMES, WIDTH, HEIGHT = 9, 112, 48
 FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="session", autouse=True)  # before the page asks what there is
+def clip(server: ComfyServer) -> None:
+    """A clip where Load Video looks for one: with nothing to choose, the page asks for the preview of no file."""
+    with av.open(str(server.input / "clip.mp4"), "w") as file:
+        video = file.add_stream("libx264", rate=12)
+        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for i in range(FRAMES):
+            picture = np.full((HEIGHT, WIDTH, 3), (70, 110, 60), np.uint8)
+            picture[12:36, 4 + 6 * i : 28 + 6 * i] = (220, 60, 40)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(video.encode())
 
 
 def active(workflow: dict[str, Any], types: set[str]) -> list[dict[str, Any]]:
