@@ -16,7 +16,7 @@ that match each frame's mean and deviation to its reference break this rule, and
   is not averaged over time: that would keep the refiner's own flicker and its steps between windows, and leave trails
   behind moving objects. Detail keeps the refiner's contrast: a strong gain leaves fringes at hard edges.
   How fine the low band is can be chosen (`detail_size`). At 70 pixels it holds light and colour. At about twice the
-  enlargement's factor it holds everything that the reference shows, and the refiner adds only what is finer.
+  enlargement's factor it holds nearly all that the reference shows, and the refiner adds only what is finer.
 - "adain": each channel gets the reference's mean and standard deviation (Huang and Belongie 2017, equation 8), both
   taken over the whole clip: one gain and one offset for all frames. It scales detail too, and can't copy the
   reference's shapes into a picture that moved away from them. But it corrects only casts that are the same everywhere,

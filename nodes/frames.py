@@ -163,9 +163,9 @@ class FlashVideoFinishFrames(io.ComfyNode):
                     max=MAX_DETAIL_SIZE,
                     optional=True,
                     tooltip="For wavelet, in pixels: what is smaller comes from the refiner, what is larger from the "
-                    "reference. 70 takes over colours only. About twice the enlargement (8 for 4 times) keeps all "
-                    "that the draft shows, and only adds finer detail: most faithful. Useful: 8 to 70; at least 5. "
-                    "0: 9 if model is FlashVideo-Nano, else 70. Default: 0.",
+                    "reference. 70 takes over colours only. About twice the enlargement (8 for 4 times) keeps "
+                    "nearly all that the draft shows, and only adds finer detail: most faithful. Useful: 8 to 70; at "
+                    "least 5. 0: 9 if model is FlashVideo-Nano, else 70. Default: 0.",
                 ),
                 io.Model.Input(
                     "model",

@@ -127,7 +127,7 @@ def _of(checkpoint: Checkpoint, source: Source, part: Part, kind: torch.dtype | 
         layer = name.removesuffix("weight")
         yield _Entry(name, kind.dtype, shape)
         yield _Entry(layer + SCALE, torch.float32, kind.scale_shape(shape[0]))
-        yield _Entry(layer + FORMAT, torch.uint8, (len(kind.description),))
+        yield _Entry(layer + FORMAT, torch.uint8, tuple(kind.description().shape))
 
 
 def _is_layers_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -182,7 +182,7 @@ def _write_tensors(
                 quantised, scale = kind.quantise(tensor)
                 write(name, quantised)
                 write(layer + SCALE, scale)
-                write(layer + FORMAT, torch.frombuffer(bytearray(kind.description), dtype=torch.uint8))
+                write(layer + FORMAT, kind.description())
                 if on_error is not None:
                     on_error(layer.rstrip("."), relative_error(tensor, quantised, scale))
             else:

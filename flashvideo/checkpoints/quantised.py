@@ -45,10 +45,9 @@ class Format:
         """Shape of `weight_scale` for a matrix of so many rows."""
         return (rows, 1) if self.by_row else ()
 
-    @property
-    def description(self) -> bytes:
-        """Content of `comfy_quant`."""
-        return json.dumps({"format": self.core_name}).encode()
+    def description(self, **more: bool) -> Tensor:
+        """A layer's `comfy_quant`, with more settings by ComfyUI's names."""
+        return torch.tensor(list(json.dumps({"format": self.core_name, **more}).encode()), dtype=torch.uint8)
 
 
 FORMATS = {

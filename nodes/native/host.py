@@ -6,14 +6,12 @@ On a host without it everything here does nothing, or falls back on what has alw
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -45,11 +43,11 @@ def when_on_another_device(patcher: ModelPatcher, follow: Callable[[ModelPatcher
         patcher.add_callback_with_key(event, KEY, lambda _original, copy: follow(copy))
 
 
-def keep_quantised(stage: Any, state: dict[str, Tensor], layers: Mapping[str, Format], *, fast: bool) -> bool:
+def keep_quantised(stage: Any, state: dict[str, Tensor], layers: Mapping[str, Format]) -> bool:
     """Have ComfyUI's own quantised layers take these ones as they are; False if this ComfyUI can't.
 
-    `stage` is the model's configuration and `state` its weights; both are set up for it in place. `fast` also
-    multiplies in 8 bits where the format and the card can, which rounds what flows through the network, too.
+    `stage` is the model's configuration and `state` its weights; both are set up for it in place. Products are made in
+    full precision: in 8 bits, what flows through the network would be rounded, too.
     """
     make_layers = getattr(comfy.ops, "mixed_precision_ops", None)
     # The first versions of these layers, with another option, can't be saved.
@@ -59,6 +57,5 @@ def keep_quantised(stage: Any, state: dict[str, Tensor], layers: Mapping[str, Fo
         return False
     stage.quant_config = {"mixed_ops": True}
     for name, form in layers.items():
-        said = {"format": form.core_name, "full_precision_matrix_mult": not fast}
-        state[f"{name}.{FORMAT}"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+        state[f"{name}.{FORMAT}"] = form.description(full_precision_matrix_mult=True)
     return True

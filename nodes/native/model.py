@@ -240,7 +240,7 @@ def load_model(
     """
     config, state, layers = read_quantised_dit(source)
     stage = StageConfig(config)
-    quantised = bool(layers) and dtype is None and keep_quantised(stage, state, layers, fast=fp8_matmul)
+    quantised = bool(layers) and dtype is None and keep_quantised(stage, state, layers)
     if layers and not quantised:
         logging.info("FlashVideo: quantised weights become plain ones here, which take as much memory as those do.")
         _, state = read_dit(source)
