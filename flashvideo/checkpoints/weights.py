@@ -7,26 +7,22 @@ instant and reading it takes the memory of one tensor; `Weights.release` frees t
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
-import pickletools
 import re
 import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .archives import is_archive
+from .pickles import DAMAGE, MAX_PICKLE, CountedFile, code_in_pickle
 
 # Scale factors that quantised files hold besides the weights.
 QUANTISATION = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$")
@@ -34,8 +30,6 @@ SHOWN_KEYS = 4  # of a list of keys in a message
 SHOWN_LETTERS = 120  # of a name or of another library's message
 # Beyond what any real model has: the largest known header has 0.3 MB and 2,500 tensors, and ComfyUI may add a graph.
 MAX_HEADER = 8 * 2**20  # bytes
-MAX_PICKLE, MAX_READS = 2**20, 400_000  # of a PyTorch file's table of contents: bytes, or calls in an old file
-MAX_SCANNED = 2**19  # bytes of a refused pickle that are searched for the names of code
 MAX_TENSORS, MAX_NAME, MAX_NAMES, MAX_AXES = 2**14, 512, 2**20, 8  # of names, letters: of one, and of all
 # Where training scripts put the weights in what they save, the official ones first.
 WEIGHT_KEYS = ("module", "state_dict", "model", "model_state_dict", "ema")
@@ -71,24 +65,6 @@ _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ),
 )
 _MISLEADING = (".safetensors",)  # endings by which newer PyTorches would read another kind of file
-# What a damaged PyTorch file makes torch.load raise, depending on where the damage is.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-)
 
 
 class CheckpointError(ValueError):
@@ -215,9 +191,13 @@ def _is_entry(value: object) -> bool:
     return dtype is None or math.prod(shape) * dtype.itemsize == place[1] - place[0]
 
 
+def _check_count(label: str, tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(f"{label} holds {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}.")
+
+
 def _check_names(label: str, names: Collection[str]) -> None:
-    if len(names) > MAX_TENSORS:
-        raise CheckpointError(f"{label} holds {len(names):,} tensors, and no model has more than {MAX_TENSORS:,}.")
+    _check_count(label, len(names))
     if (letters := sum(map(len, names))) > MAX_NAMES:
         raise CheckpointError(f"{label} is damaged: its tensors' names have {letters:,} letters.")
     longest = max(names, key=len, default="")
@@ -235,12 +215,12 @@ def read_safetensors_header(path: Path, size: int) -> tuple[dict[str, Any], int]
                 f"{length:,}. Download or convert it again."
             )
         if length > MAX_HEADER:
-            raise CheckpointError(
-                f"{path.name} is damaged: its header is {length:,} bytes long, and no model's is longer than "
-                f"{MAX_HEADER:,}."
-            )
+            words = f"its header is {length:,} bytes long, and no model's is longer than {MAX_HEADER:,}"
+            raise CheckpointError(f"{path.name} is damaged: {words}.")
+        text = file.read(length)
+        _check_count(path.name, text.count(b'"data_offsets"'))  # before any of them is read
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path.name} is a damaged safetensors file: its header isn't readable.") from error
     if not isinstance(header, dict):
@@ -266,10 +246,10 @@ def _load_torch(path: Path, archive: bool) -> object:
         if archive and path.suffix.lower() not in _MISLEADING:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with path.open("rb") as file:
-            source = file if archive else _Counted(file)
+            source = file if archive else CountedFile(file)
             return torch.load(source, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        if code := _code_in_pickle(path, archive):
+    except DAMAGE as error:
+        if code := code_in_pickle(path, archive):
             raise CheckpointError(
                 f"{path.name} contains code ({some(sorted(code))}) that loading would run, so it was not "
                 "loaded. Use this model only as safetensors, or as a .pt file that holds nothing but weights."
@@ -291,63 +271,6 @@ def _check_archive(path: Path) -> None:
         for entry in entries
     ):
         raise CheckpointError(f"{path.name} is damaged, or not a model file: its table of contents is too large.")
-
-
-class _Counted:
-    """A file with a limited number of reads, since a damaged pickle may be read byte by byte without end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._left = file, MAX_READS
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        """See BinaryIO. Raises UnpicklingError after MAX_READS."""
-        self._count()
-        return self._file.read(size)
-
-    def readline(self) -> bytes:
-        """See `read`."""
-        self._count()
-        return self._file.readline(MAX_PICKLE)
-
-    def readinto(self, buffer: memoryview) -> int:
-        """See `read`."""
-        self._count()
-        return self._file.readinto(buffer)
-
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise pickle.UnpicklingError("the table of contents is too long")
-
-
-def _code_in_pickle(path: Path, archive: bool) -> set[str]:
-    """Names outside PyTorch's own that a pickle would import. It is disassembled, not run."""
-    if not archive:
-        with path.open("rb") as file:
-            return set(_imports(io.BytesIO(file.read(MAX_SCANNED))))
-    with suppress(*_DAMAGE), zipfile.ZipFile(path) as content:
-        for name in content.namelist():
-            if name.endswith("data.pkl"):
-                with content.open(name) as file:
-                    return set(_imports(io.BytesIO(file.read(MAX_SCANNED))))
-    return set()
-
-
-def _imports(file: BinaryIO) -> Iterator[str]:
-    strings: list[str] = []  # what STACK_GLOBAL takes its two names from
-    with suppress(*_DAMAGE):
-        while True:  # a file of the old kind is several pickles in a row
-            for opcode, argument, _ in pickletools.genops(file):
-                name = ""
-                if opcode.name in ("GLOBAL", "INST"):
-                    name = str(argument).replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL":
-                    name = ".".join(strings[-2:])
-                elif isinstance(argument, str):
-                    strings.append(argument)
-                if name and not name.startswith(("torch.", "collections.")):
-                    yield name
 
 
 def _find_tensors(loaded: object, label: str) -> dict[str, Tensor]:

@@ -49,11 +49,10 @@ def run_on_ranks(options: argparse.Namespace, explain: Callable[[BaseException],
         message = explain(error)
         if message is None:  # a fault of the program: whoever finds it shows where
             message = traceback.format_exc()
-        told = meeting.rank > 0 and not isinstance(error, RankEndedError) and meeting.has_reported(SECONDS_FOR_RANK_0)
-        if not told:
+        # A mistake that all find is best told by rank 0, which ends its own progress bar.
+        if isinstance(error, RankEndedError) or meeting.rank == 0 or not meeting.has_heard(SECONDS_FOR_RANK_0):
             _report(message, meeting)
         _end(1, meeting)
-    meeting.leave()
     import torch.distributed as dist
 
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 # Ranks wait for each other that long: on CPUs one layer's attention of a large video takes minutes, and rank 0 writes
 # the result alone. A process that ends is noticed at once, without this.
 PATIENCE = timedelta(hours=2)
-_SAID, _DONE = "said", "done"
+LONGEST_RUN = timedelta(days=365)
+_REPORTED = "reported"  # how many processes had an error to report
 
 
 def processes() -> int:
@@ -62,6 +64,15 @@ class Meeting:
         except (RuntimeError, ValueError) as error:
             raise CommandError(f"The other processes can't be found: {str(error).splitlines()[0]}.") from error
         self._store: Store = dist.PrefixStore("flashvideo", store)
+        self._heard = threading.Event()
+        if self.rank and hasattr(store, "clone"):  # PyTorch of 2025 and newer: a connection of its own
+            threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True).start()
+
+    def _listen(self, store: Store) -> None:
+        """Notice a report at once, while this process computes: who kept the store may have ended when it asks."""
+        with suppress(RuntimeError):
+            store.wait([_REPORTED], LONGEST_RUN)
+            self._heard.set()
 
     def join(self, device: str) -> Ranks:
         """All processes, once each of them has joined."""
@@ -80,26 +91,18 @@ class Meeting:
 
     def may_report(self) -> bool:
         """Whether this process is the first that has an error to report."""
+        if self._heard.is_set():
+            return False
         try:
-            return self._store.add(_SAID, 1) == 1
-        except RuntimeError:  # the process that kept the store has ended: rank 0, if it isn't torchrun's
+            return self._store.add(_REPORTED, 1) == 1
+        except RuntimeError:  # the process that kept the store has ended in silence: rank 0, if it isn't torchrun's
             return self.rank == 1
 
-    def has_reported(self, seconds: float) -> bool:
-        """Whether rank 0 ends within so many seconds by itself, with a message of its own."""
-        try:
-            self._store.wait([_DONE], timedelta(seconds=seconds))
-        except RuntimeError:
-            return False
-        return True
+    def has_heard(self, seconds: float) -> bool:
+        """Whether another process reports an error within so many seconds."""
+        return self._heard.wait(seconds)
 
-    def leave(self, seconds: float = 0.0) -> None:
-        """Tell the others that rank 0 has reported all that there is.
-
-        Without torchrun, rank 0 keeps the store that they ask: it stays so many seconds for them.
-        """
-        if self.rank == 0:
-            with suppress(RuntimeError):
-                self._store.set(_DONE, "1")
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                time.sleep(seconds)
+    def leave(self, seconds: float) -> None:
+        """End after a report: without torchrun, rank 0 keeps the store, and stays so many seconds for the others."""
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(seconds)

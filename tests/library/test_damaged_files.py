@@ -1,6 +1,7 @@
-"""Damaged files: each loads as what it is, or is refused in one short sentence that names it, quickly.
+"""Damaged files: each loads as what it is, or is refused in one short sentence that names it.
 
-`python -m pytest tests/library/test_damaged_files.py --damaged 300` tries so many of every kind, in place of 40.
+`python -m pytest tests/library/test_damaged_files.py --damaged 300` tries so many of every kind, in place of 40, and
+also asks that each takes at most two seconds of a quiet processor.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from torch import Tensor
 
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, open_checkpoint
 from flashvideo.checkpoints.lora import read_lora
-from flashvideo.checkpoints.weights import MAX_HEADER, MAX_READS, open_weights
+from flashvideo.checkpoints.pickles import MAX_READS
+from flashvideo.checkpoints.weights import MAX_HEADER, open_weights
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.t5 import load_encoder
 from flashvideo.vae import VideoVAE
 
-SECONDS = 2.0  # of a processor, for one file
+SECONDS = 2.0  # of a quiet processor, for one file
+HANGS = 120.0  # seconds of any processor that mean that there is no end
+FEW = 40  # damaged files of a kind
 LONGEST = 2000  # letters of a message
 ODD = (
     None,
@@ -62,16 +66,16 @@ def states() -> list[dict[str, Tensor]]:
     return [FlashVideoDiT(DIT).state_dict(), VideoVAE(VAE).state_dict(), lora]
 
 
-def try_all(path: Path) -> None:
-    """Every reader's answer to a file: something, or a CheckpointError as it should be, in time."""
+def try_all(path: Path, seconds: float = HANGS) -> None:
+    """Every reader's answer to a file: something, or a CheckpointError as it should be, within processor seconds."""
     for reader in READERS:
-        begin = time.process_time()
+        begin = time.thread_time()
         try:
             reader(path)
         except CheckpointError as error:
             assert str(error).startswith((path.name, str(path))), error
             assert len(str(error)) <= LONGEST
-        assert time.process_time() - begin < SECONDS
+        assert time.thread_time() - begin < seconds
 
 
 def with_header(header: object, data: bytes = b"") -> bytes:
@@ -174,11 +178,12 @@ def test_damaged_files_load_or_are_refused_by_name(
     tmp_path: Path,
     pytestconfig: pytest.Config,
 ) -> None:
-    for seed in range(pytestconfig.getoption("--damaged", 40)):
+    seconds = SECONDS if pytestconfig.getoption("--damaged", FEW) > FEW else HANGS
+    for seed in range(pytestconfig.getoption("--damaged", FEW)):
         chance = random.Random(f"{kind.__name__} {seed}")
         path = tmp_path / f"{seed}.{chance.choice(('safetensors', 'pt'))}"
         path.write_bytes(kind(chance.choice(states), chance))
-        try_all(path)
+        try_all(path, seconds)
         path.unlink()
 
 

@@ -19,19 +19,24 @@ from small_videos import make_video, read
 
 from flashvideo.commands.main import main
 from flashvideo.errors import CommandError
-from flashvideo.parallel.launch import own_device
+from flashvideo.parallel.launch import Meeting, own_device
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds; far beyond what it takes, even on a busy machine
 REFINE = ("--scale", "2", "--steps", "2", "--device", "cpu", "--crf", "0", "--prompt", "a red circle")
 
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 class Run:
     """A command on several processes, started by torchrun or with the environment that it gives them."""
 
     def __init__(self, folder: Path, size: int, *words: str | Path, torchrun: bool = False) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = str(found.getsockname()[1])
+        port = free_port()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command, environments = ["-m", "flashvideo", *map(str, words)], [env]
         if torchrun:
@@ -120,6 +125,25 @@ def test_a_mistake_is_reported_once_before_the_work(tmp_path: Path) -> None:
         assert 1 in run.wait()
         assert len(run.sentences()) == 1 and sentence in run.sentences()[0], run.error.read_text()
     assert target.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("has_reported", [True, False])
+def test_one_reports_even_when_rank_0_has_ended(has_reported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other asks long after rank 0, which keeps the store, has left; or rank 0 was killed in silence."""
+    lines = ["from flashvideo.parallel.launch import Meeting", "meeting = Meeting()"]
+    lines += [f"print({'meeting.may_report()' if has_reported else True}, flush=True)", "input()"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    command, environment = [sys.executable, "-c", "\n".join(lines)], {**os.environ, **place, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env={**environment, "RANK": "0"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as rank_0:
+        for name, value in {**place, "RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+        meeting = Meeting()
+        assert rank_0.stdout.readline() == "True\n"
+        assert meeting.has_heard(PATIENCE if has_reported else 0.0) == has_reported
+        rank_0.kill()
+    assert meeting.may_report() != has_reported
 
 
 @pytest.mark.parametrize(("name", "cards", "place", "device"), [
