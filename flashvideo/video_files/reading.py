@@ -27,6 +27,7 @@ _ANIMATIONS = {"WEBP", "AVIF", "TIFF"}  # of what Pillow reads; FFmpeg reads GIF
 _MILLISECOND = Fraction(1, 1000)  # Pillow's unit of durations
 _EIGHT_BITS = 8
 
+_RAW = "It is a raw stream, which holds neither times nor a count: frames that have been lost from it go unnoticed."
 _OPAQUE = "Its transparency gets lost: the result stands on black."
 
 
@@ -37,7 +38,7 @@ class VideoClip:
     `times` are the frames' timestamps in units of `time_base` seconds, after `start`, the seconds at which the clocks
     of the tracks begin where that is later than 0; `last` is how long the last frame is shown (0: as long as `rate`
     says). `height` and `width` are those of the upright pictures. `notes` are sentences on what gets lost because
-    refined files hold none of it, `damage` on what of the file can't be decoded.
+    refined files hold none of it, and on what can't be known; `damage` on what of the file can't be decoded.
     """
 
     path: Path
@@ -217,8 +218,10 @@ def _clip(
 
 
 def _losses(survey: Survey, track: av.VideoStream) -> Iterator[str]:
-    """What refined pictures don't keep."""
+    """What refined pictures don't keep, and what nobody can know."""
     frame = survey.first
+    if frame.pts is None and not survey.shown:
+        yield _RAW
     if survey.transparent:
         yield _OPAQUE
     if frame.interlaced_frame:

@@ -11,7 +11,7 @@ from typing import Any
 from .bed import ROOT
 from .comfy_server import ComfyServer
 from .contact_sheet import Row, contact_sheet, read_frames
-from .workflow_runs import run_workflow
+from .workflow_runs import api_prompt, run_prompt
 
 DRAFT = "flashvideo/draft"  # prefix under which the workflow saves its draft
 PROMPT_NODE, SAMPLER_NODE = "FlashVideoTextEncode", "FlashVideoStage1Sampler"
@@ -29,9 +29,10 @@ def draft_prompts(server: ComfyServer, workflow: Path, folder: Path, say: Callab
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    drafts = []
+    drafts, prompt = [], api_prompt(server, workflow)
     for number, text in enumerate(HELD_OUT_PROMPTS, start=1):
-        run = run_workflow(server, workflow, lambda _line: None, adjust=lambda prompt, text=text: _draft(prompt, text))
+        _draft(prompt, text)
+        run = run_prompt(server, prompt, lambda _line: None)
         drafts.append(Path(shutil.copy2(run.files[DRAFT][0], folder / f"{number:02d}.mp4")))
         say(f"  drafted: {text}")
     verdicts = judge_prompts(HELD_OUT_PROMPTS, [_tensor(path) for path in drafts])

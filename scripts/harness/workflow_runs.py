@@ -67,13 +67,26 @@ def run_workflow(
     Raises:
         WorkflowError: the file, a setting or a node's input is wrong, or a node failed; names the node.
     """
+    prompt = api_prompt(server, workflow_file)
+    set_inputs(prompt, settings)
+    if adjust is not None:
+        adjust(prompt)
+    workflow = read_workflow(workflow_file)
+    return run_prompt(server, prompt, tell, workflow if "nodes" in workflow else None)
+
+
+def api_prompt(server: ComfyServer, workflow_file: Path) -> dict[str, Any]:
+    """A workflow file in the format that the server runs. Takes a second or two. Raises WorkflowError."""
     workflow = read_workflow(workflow_file)
     with server.client() as client:
-        prompt = to_api(workflow, client.object_info())
-        set_inputs(prompt, settings)
-        if adjust is not None:
-            adjust(prompt)
-        interface = workflow if "nodes" in workflow else None
+        return to_api(workflow, client.object_info())
+
+
+def run_prompt(
+    server: ComfyServer, prompt: dict[str, Any], tell: Callable[[str], None], interface: dict[str, Any] | None = None
+) -> Run:
+    """Run a workflow in API format; files keep `interface`, what the page shows of it. See `run_workflow`."""
+    with server.client() as client:
         return _follow(client, prompt, client.queue(prompt, interface), server.output, tell)
 
 

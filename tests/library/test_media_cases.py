@@ -150,6 +150,8 @@ def test_raw_streams_have_the_times_of_their_rate(tmp_path: Path) -> None:
     copy(raw, tmp_path / "out.mp4")
     times = read(tmp_path / "out.mp4").times
     assert {after - before for before, after in pairwise(times)} == {Fraction(1, 25)}
+    assert "go unnoticed" in open_clip(raw).notes[0]  # lost frames: nothing in the file tells
+    assert not open_clip(source).notes
 
 
 @pytest.mark.parametrize(
