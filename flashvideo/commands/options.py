@@ -36,6 +36,9 @@ class OutputOptions:
 
     crf: int
     sound: str
+    codec: str
+    bits: int | None
+    deinterlace: bool
     work: Path | None
     force: bool
     anew: bool
@@ -57,7 +60,20 @@ class ModelOptions:
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
     """How OUT is written."""
+    group.add_argument(
+        "--codec",
+        choices=(AUTO, "h264", "hevc", "av1", "prores"),
+        default=AUTO,
+        help="of the written video (default: auto: h264, with 10 bits hevc)",
+    )
+    group.add_argument(
+        "--bits",
+        choices=(AUTO, "8", "10"),
+        default=AUTO,
+        help="a colour in the written video (default: auto: 10 if IN has more than 8; prores always has 10)",
+    )
     group.add_argument("--crf", type=whole, default=14, help="quality of the written video: 0 is lossless, default 14")
+    group.add_argument("--deinterlace", action="store_true", help="make whole pictures of IN's interlaced ones first")
     group.add_argument(
         "--sound", choices=("copy", "aac", "none"), default="copy", help="copy (default) it as it is, encode it as AAC"
     )
@@ -157,7 +173,17 @@ def output_options(options: argparse.Namespace) -> OutputOptions:
     """The options of `add_file_options`. Raises CommandError."""
     if not 0 <= options.crf <= MAX_CRF:
         raise CommandError(f"--crf must be 0 to {MAX_CRF}; got {options.crf}.")
-    return OutputOptions(options.crf, options.sound, options.work, options.force, options.anew)
+    bits = None if options.bits == AUTO else int(options.bits)
+    return OutputOptions(
+        options.crf,
+        options.sound,
+        options.codec,
+        bits,
+        options.deinterlace,
+        options.work,
+        options.force,
+        options.anew,
+    )
 
 
 def model_options(options: argparse.Namespace) -> ModelOptions:

@@ -164,6 +164,9 @@ def _refine_job(job: _Job, networks: Networks, options: RefineOptions, bars: Pro
     files = FileOptions(
         crf=output.crf,
         sound=output.sound,
+        codec=output.codec,
+        bits=output.bits,
+        deinterlace=output.deinterlace,
         force=output.force,
         work=_work(options, job),
         anew=output.anew,

@@ -21,6 +21,7 @@ from ..errors import CommandError
 from ..frames import PictureSize, odd_size_notice, to_bytes
 from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
+    AUTO,
     CONTAINERS,
     CRF,
     SOUNDS,
@@ -39,7 +40,7 @@ from .work_folder import WorkFolder, discard, is_result_of
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
-FORMAT = 6  # of the work folder; a run of another format can't be resumed. 6: even sides, damaged sources
+FORMAT = 7  # of the work folder; a run of another format can't be resumed. 7: codecs, 10 bits
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
 _JPEG_QUALITY = 95
 _DEEP_STEP = 257  # 65535 / 255
@@ -54,14 +55,18 @@ log = logging.getLogger(__name__)
 class FileOptions:
     """How a video file is written.
 
-    `crf`, `sound`: see `VideoFormat`. `force`: replace what is there. `work`: the folder for unfinished work
-    (default: the result's name + .unfinished), `anew`: start over. `about` (JSON): what else the result depends on,
-    such as the networks' files; runs with a different value aren't resumed. `segment_chunks`: see `RefineRun`.
-    `warn` gets warnings before the work starts, `note` what was chosen automatically (the strength).
+    `crf`, `sound`, `codec`, `bits`: see `VideoFormat`. `deinterlace`: see `open_clip`. `force`: replace what is there.
+    `work`: the folder for unfinished work (default: the result's name + .unfinished), `anew`: start over. `about`
+    (JSON): what else the result depends on, such as the networks' files; runs with a different value aren't resumed.
+    `segment_chunks`: see `RefineRun`. `warn` gets warnings before the work starts, `note` what was chosen
+    automatically (the strength).
     """
 
     crf: int = CRF
     sound: str = SOUNDS[0]
+    codec: str = AUTO
+    bits: int | None = None
+    deinterlace: bool = False
     force: bool = False
     work: Path | None = None
     anew: bool = False
@@ -142,7 +147,7 @@ def refine_video(
 def _assist(networks: Networks, source: Path, settings: RefineSettings, options: FileOptions) -> None:
     """The other ranks' part of `refine_video`."""
     with following(networks.ranks):
-        clip = open_clip(source)
+        clip = open_clip(source, deinterlace=options.deinterlace)
         size = settings.size.resolve(clip.height, clip.width)
         if settings.color_match == "wavelet":  # the same phases, and rank 0 matches the colours
             settings = replace(settings, color_match="none")
@@ -165,13 +170,15 @@ def _lead(
         options.note(f"{target} is complete: an earlier run was stopped during its clean-up.")
         return ()
     check_paths(source, target, force=options.force)
-    clip = open_clip(source, lambda done, total: report(READ, done, max(done, total)))
+    clip = open_clip(
+        source, lambda done, total: report(READ, done, max(done, total)), deinterlace=options.deinterlace
+    )
     if options.sound == "none":
         clip = clip.alone()
     size = settings.size.resolve(clip.height, clip.width)
-    form = VideoFormat(clip, *size, options.crf, options.sound)
+    form = VideoFormat(clip, *size, options.crf, options.sound, options.codec, options.bits)
     damage = (*clip.damage, *check_container(target.suffix, form, options.warn))
-    for text in (odd_size_notice(size), *clip.notes, *damage):
+    for text in (odd_size_notice(size), *clip.notes, *form.losses(), *damage):
         if text:
             options.warn(text)
     with closing(_work_folder(source, target, size, settings, options)) as folder:
@@ -186,7 +193,7 @@ def _lead(
             _check_space(folder, needed)
         _warn_of_memory(run.main_bytes(), form, options.warn)
         begin()
-        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(map(to_bytes, chunks), form)))
+        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(chunks, form)))
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
         with whole_file(target, replace=options.force) as part:
             write_video(part, form, segments, CONTAINERS[target.suffix.lower()])
@@ -226,6 +233,8 @@ def _work_folder(
         "file": file_identity(source),
         "crf": options.crf,
         "sound": options.sound,
+        "codec": [options.codec, options.bits],
+        "deinterlace": options.deinterlace,
         "segment": options.segment_chunks,
     }
     facts["pixels"] = str(size)

@@ -3,13 +3,16 @@
 The timestamps of the pictures and the packets of sound are those of the source, so that rate, length and lips stay.
 """
 
-from .encoding import CRF, VideoFormat, encode_segment, read_comment, write_lossless
+from .encoding import AUTO, BITS, CODECS, CRF, VideoFormat, encode_segment, read_comment, write_lossless
 from .opening import VIDEO_ENDINGS, open_container, picture_track
 from .pixels import UPRIGHT, Orientation, colour_matrix, orientation_of, upright_pixels
 from .reading import VideoClip, is_animated, open_clip
 from .writing import CONTAINERS, SOUNDS, check_container, write_video
 
 __all__ = [
+    "AUTO",
+    "BITS",
+    "CODECS",
     "CONTAINERS",
     "CRF",
     "SOUNDS",

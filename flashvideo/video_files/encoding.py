@@ -1,4 +1,4 @@
-"""Refined frames as H.264 segments, and drafts without loss.
+"""Refined frames as segments of H.264, HEVC, AV1 or ProRes, and drafts without loss.
 
 A segment is encoded by itself, from a key frame on, and kept as packets: a run that is interrupted has its finished
 segments, and the file they make is the same as if nothing had happened.
@@ -6,7 +6,7 @@ segments, and the file they make is the same as if nothing had happened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,21 +17,106 @@ import torch
 from av.codec.context import Flags
 from torch import Tensor
 
+from ..errors import CommandError
+from .hdr import PQ, SCREEN_UNITS, Mastering, sdr_to_pq
 from .opening import opened
-from .pixels import BT601, EXACT, LIMITED
+from .pixels import BT601, DEEP_YUV, EXACT, LIMITED
 from .reading import VideoClip
 
-CODEC = "libx264"
 CRF = 14  # of the official script's writer: hardly distinguishable from the frames themselves
-# Without this, x264's assembler code reads beyond its tables for some widths, and no two files are the same.
-_STEADY = "mbtree=0"
+AUTO = "auto"
+BITS = 8, 10  # a colour that files are written with
+_WHITE = 255
+# Without the first, x264's assembler code reads beyond its tables for some widths, and no two files are the same;
+# x265's result would depend on how many threads there are.
+_STEADY_X264, _STEADY_X265 = "mbtree=0", "frame-threads=1:log-level=error"
+_REORDERED = 2  # frames by which x264 and x265 decode earlier than they show
+_MAX_CRF_X264, _MAX_CRF_AV1 = 51, 63
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A kind of pictures in a file, and FFmpeg's encoder for it.
+
+    `halved`, `full`: pixel formats by bits a colour, with colours at half size (for even sides only) and at full size.
+    `tag`: what players of Apple's ask for in MP4 and MOV.
+    """
+
+    title: str
+    name: str
+    halved: Mapping[int, str]
+    full: Mapping[int, str]
+    options: Callable[[int, Mastering], dict[str, str]]
+    containers: Collection[str] = ("mp4", "mov", "matroska")
+    tag: str = ""
+
+
+def _h264(crf: int, mastering: Mastering) -> dict[str, str]:
+    known = [_STEADY_X264]
+    if mastering.screen:
+        known.append(f"mastering-display={mastering.screen_text(*SCREEN_UNITS)}")
+    if mastering.brightest:
+        known.append("cll={},{}".format(*mastering.brightest))
+    # With 10 bits quality 0 still loses something.
+    return {**({"crf": str(crf)} if crf else {"qp": "0"}), "x264-params": ":".join(known)}
+
+
+def _hevc(crf: int, mastering: Mastering) -> dict[str, str]:
+    known = [_STEADY_X265, *(["lossless=1"] if crf == 0 else [])]
+    if mastering.screen:
+        known.append(f"master-display={mastering.screen_text(*SCREEN_UNITS)}")
+    if mastering.brightest:
+        known.append("max-cll={},{}".format(*mastering.brightest))
+    return {"crf": str(crf), "x265-params": ":".join(known)}
+
+
+def _av1(crf: int, mastering: Mastering) -> dict[str, str]:
+    known = ["lp=1"]  # threads that its result may depend on
+    if mastering.screen:
+        known.append(f"mastering-display={mastering.screen_text()}")
+    if mastering.brightest:
+        known.append("content-light={},{}".format(*mastering.brightest))
+    return {"crf": str(round(crf * _MAX_CRF_AV1 / _MAX_CRF_X264)), "preset": "6", "svtav1-params": ":".join(known)}
+
+
+ENCODERS = {
+    "h264": Encoder(
+        "H.264",
+        "libx264",
+        {8: "yuv420p", 10: "yuv420p10le"},
+        {8: "yuv444p", 10: "yuv444p10le"},
+        _h264,
+    ),
+    "hevc": Encoder(
+        "HEVC",
+        "libx265",
+        {8: "yuv420p", 10: "yuv420p10le"},
+        {8: "yuv444p", 10: "yuv444p10le"},
+        _hevc,
+        tag="hvc1",
+    ),
+    "av1": Encoder("AV1", "libsvtav1", {8: "yuv420p", 10: "yuv420p10le"}, {}, _av1),
+    "prores": Encoder(
+        "ProRes",
+        "prores_ks",
+        {10: "yuv422p10le"},
+        {10: "yuv444p10le"},
+        lambda crf, mastering: {},
+        containers=("mov", "matroska"),
+    ),
+}
+CODECS = (AUTO, *ENCODERS)
 
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """How a refined video is written: H.264 of constant quality (`crf`: 0 is lossless, 51 the worst), and its sound.
+    """How a refined video is written: its pictures, and its sound.
 
-    `sound` is one of `writing.SOUNDS`: copied as it is, encoded anew as AAC, or none.
+    `codec` is one of CODECS; auto is H.264, for more than 8 bits HEVC. `bits` a colour, one of BITS; None is 8, and 10
+    for sources of more. `crf` is the quality, constant over time: 0 is lossless (but for AV1), 51 the worst; ProRes
+    has none. `sound` is one of `writing.SOUNDS`: copied as it is, encoded anew as AAC, or none.
+
+    Raises CommandError for a codec that isn't there, or can't have these bits or this size.
     """
 
     clip: VideoClip
@@ -39,33 +124,76 @@ class VideoFormat:
     width: int
     crf: int = CRF
     sound: str = "copy"
+    codec: str = AUTO
+    bits: int | None = None
 
-    def prepare(self, context: av.VideoCodecContext) -> None:
-        """Set up an encoder."""
-        context.height, context.width = self.height, self.width
-        # Colours at half size need even sides.
-        context.pix_fmt = "yuv444p" if self.height % 2 or self.width % 2 else "yuv420p"
+    def __post_init__(self) -> None:
+        encoder, bits = self.encoder, self.depth
+        if self.pixels is None:
+            if bits not in encoder.halved:
+                able = " or ".join(map(str, encoder.halved))
+                raise CommandError(f"{encoder.title} has {able} bits a colour, not {bits}.")
+            raise CommandError(f"{encoder.title} needs even sides; the result would be {self.width}x{self.height}.")
+        try:
+            av.Codec(encoder.name, "w")
+        except (av.FFmpegError, ValueError) as error:  # PyAV's own error is a ValueError
+            raise CommandError(f"This machine's PyAV can't write {encoder.title} ({encoder.name}).") from error
+
+    @property
+    def encoder(self) -> Encoder:
+        """What the pictures are encoded with."""
+        automatic = "h264" if self.depth == min(BITS) else "hevc"
+        return ENCODERS[automatic if self.codec == AUTO else self.codec]
+
+    @property
+    def depth(self) -> int:
+        """Bits a colour."""
+        if self.bits is None:
+            least = 10 if self.codec == "prores" else min(BITS)
+            return max(least, 10 if self.clip.bits > min(BITS) else min(BITS))
+        return self.bits
+
+    @property
+    def pixels(self) -> str | None:
+        """FFmpeg's name of the pixel format; None where the codec has none."""
+        is_even = self.height % 2 == self.width % 2 == 0
+        return (self.encoder.halved if is_even else self.encoder.full).get(self.depth)
+
+    def prepare(self, context: av.VideoCodecContext, container: str = "") -> None:
+        """Set up an encoder, for a container that it has to name itself to."""
+        context.height, context.width, context.pix_fmt = self.height, self.width, self.pixels
         context.framerate, context.time_base = self.clip.rate, 1 / self.clip.rate
         context.colorspace, context.color_range = self.clip.matrix, LIMITED
         context.color_primaries, context.color_trc = self.clip.tags
         if self.clip.pixel_aspect is not None:
             context.sample_aspect_ratio = self.clip.pixel_aspect
-        context.options = {"crf": str(self.crf), "x264-params": _STEADY}
+        if self.encoder.tag and container in ("mp4", "mov"):
+            context.codec_tag = self.encoder.tag
+        context.options = self.encoder.options(self.crf, self.clip.mastering)
+
+    def losses(self) -> Iterator[str]:
+        """A sentence on each thing of the pictures that this format has no room for."""
+        clip = self.clip
+        if clip.bits > self.depth:
+            hdr = f", and it is HDR ({clip.curve}): dark and bright parts may show steps" if clip.curve else ""
+            yield f"Its {clip.bits} bits a colour become {self.depth}{hdr}."
+        if (clip.mastering.screen or clip.mastering.brightest) and self.encoder.name == "prores_ks":
+            yield "ProRes has no room for its mastering data (the display that it was made on, its brightest frames)."
 
 
 def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Tensor]:
-    """Encode frames, [t, H, W, 3] uint8 at a time, from a key frame on.
+    """Encode frames, [t, H, W, 3] at a time, uint8 or in [0, 1], from a key frame on.
 
     Returns `data`, the packets' bytes one after the other, and `packets` [n, 4]: size, number of the frame shown,
     number by which it is decoded (starts below 0), and whether it is a key frame.
     """
-    context = av.CodecContext.create(CODEC, "w")
+    context = av.CodecContext.create(form.encoder.name, "w")
     form.prepare(context)
     context.flags |= Flags.global_header
     packets, index = [], 0
     for chunk in frames:
-        for pixels in chunk.numpy():
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        for pixels in _stored(chunk, form):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
             frame = frame.reformat(
                 format=context.pix_fmt, src_colorspace=BT601, dst_colorspace=form.clip.matrix, interpolation=EXACT
             )
@@ -73,9 +201,24 @@ def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Ten
             packets += context.encode(frame)
             index += 1
     packets += context.encode(None)
-    rows = [[packet.size, packet.pts, packet.dts, int(packet.is_keyframe)] for packet in packets]
+    # x265 doesn't set the times of decoding of one or two frames.
+    unset = any(abs(packet.dts) > len(packets) + _REORDERED for packet in packets)
+    decoded = [number - _REORDERED if unset else packet.dts for number, packet in enumerate(packets)]
+    rows = [
+        [packet.size, packet.pts, when, int(packet.is_keyframe)] for packet, when in zip(packets, decoded, strict=True)
+    ]
     data = np.frombuffer(b"".join(bytes(packet) for packet in packets), dtype=np.uint8)
     return {"data": torch.from_numpy(data.copy()), "packets": torch.tensor(rows)}
+
+
+def _stored(frames: Tensor, form: VideoFormat) -> np.ndarray:
+    """Frames as pixels of the file's brightness, uint8 or uint16."""
+    if frames.dtype == torch.uint8:
+        return frames.numpy()
+    if form.clip.curve == PQ:
+        frames = sdr_to_pq(frames)
+    white, dtype = (_WHITE, np.uint8) if form.depth == min(BITS) else (DEEP_YUV, np.uint16)
+    return (frames * white).round().numpy().astype(dtype)
 
 
 def write_lossless(target: Path, frames: Tensor, rate: Fraction, comment: str) -> None:

@@ -15,6 +15,8 @@ _HD_ROWS = 720  # from here on, untagged video is taken as BT.709
 EXACT = 0x2 | 0x2000 | 0x40000
 _CHANNELS = 4  # of a transparent picture
 _OPAQUE = 255
+# White in 16 bits: all of them in RGB; swscale moves 255 of 8 bits up by 8 when it comes from or goes to YUV.
+DEEP_RGB, DEEP_YUV = 65535, 65280
 
 
 class Orientation(NamedTuple):
@@ -66,18 +68,35 @@ def _has_alpha(frame: av.VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
-def upright_pixels(frame: av.VideoFrame, matrix: int, orientation: Orientation = UPRIGHT) -> np.ndarray:
-    """A frame as it is meant to be seen, uint8 [H, W, 3]: by its colour matrix, upright, on black."""
+def upright_pixels(
+    frame: av.VideoFrame, matrix: int, orientation: Orientation = UPRIGHT, *, deep: bool = False
+) -> np.ndarray:
+    """A frame as it is meant to be seen, [H, W, 3]: by its colour matrix, upright, on black.
+
+    uint8, or float32 in [0, 1] if `deep`, for pictures of more than 8 bits a colour.
+    """
+    colours = "rgba" if _has_alpha(frame) else "rgb"
+    depth = {"rgb": "rgb48le", "rgba": "rgba64le"} if deep else {"rgb": "rgb24", "rgba": "rgba"}
+    is_rgb = frame.format.is_rgb
     # PyAV takes BT.601 and limited range for granted unless the two are named and differ.
     frame = frame.reformat(
-        format="rgba" if _has_alpha(frame) else "rgb24",
+        format=depth[colours],
         src_colorspace=matrix,
         dst_colorspace=BT601,
         src_color_range=FULL if int(frame.color_range) == FULL else LIMITED,
         dst_color_range=LIMITED,
         interpolation=EXACT,
     )
-    return orientation.apply(on_black(frame.to_ndarray()))
+    pixels = frame.to_ndarray()
+    if deep:
+        return orientation.apply(_fractions(pixels, DEEP_RGB if is_rgb else DEEP_YUV))
+    return orientation.apply(on_black(pixels))
+
+
+def _fractions(pixels: np.ndarray, white: int) -> np.ndarray:
+    """A picture uint16 [H, W, 3 or 4] as float32 [H, W, 3] in [0, 1], on black."""
+    colours = np.minimum(pixels[..., :3].astype(np.float32) / white, 1)
+    return colours if pixels.shape[2] < _CHANNELS else colours * (pixels[..., 3:].astype(np.float32) / DEEP_RGB)
 
 
 def on_black(pixels: np.ndarray) -> np.ndarray:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -16,18 +17,21 @@ from torch import Tensor
 
 from ..errors import CommandError
 from .damage import Survey, damage_of
+from .hdr import CURVES, PQ, Mastering, has_dynamic_metadata, mastering_of, pq_to_sdr
 from .opening import is_encrypted, opened, picture_track
 from .pixels import BT709, UPRIGHT, Orientation, colour_matrix, on_black, orientation_of, upright_pixels
 from .times import Clock, in_order
 
 _FALLBACK_RATE = Fraction(8)  # frames a second: what the model makes
 _UNSPECIFIED = 2  # as a colour tag
-_HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer curves
 _ANIMATIONS = {"WEBP", "AVIF", "TIFF"}  # of what Pillow reads; FFmpeg reads GIF and APNG
 _MILLISECOND = Fraction(1, 1000)  # Pillow's unit of durations
 _EIGHT_BITS = 8
+# One frame for each stored one, and only of those that are stored as two halves.
+_DEINTERLACER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 _RAW = "It is a raw stream, which holds neither times nor a count: frames that have been lost from it go unnoticed."
+_INTERLACED = "It is interlaced and is refined with its comb lines: the command's --deinterlace makes whole ones first."
 _OPAQUE = "Its transparency gets lost: the result stands on black."
 
 
@@ -37,7 +41,10 @@ class VideoClip:
 
     `times` are the frames' timestamps in units of `time_base` seconds, after `start`, the seconds at which the clocks
     of the tracks begin where that is later than 0; `last` is how long the last frame is shown (0: as long as `rate`
-    says). `height` and `width` are those of the upright pictures. `notes` are sentences on what gets lost because
+    says). `height` and `width` are those of the upright pictures.
+
+    `bits` are those of a colour, `curve` is "PQ" or "HLG" for HDR. `interlaced`: pictures are stored as two halves of
+    different times; `deinterlaced`: `frames` makes whole ones of them. `notes` are sentences on what gets lost because
     refined files hold none of it, and on what can't be known; `damage` on what of the file can't be decoded.
     """
 
@@ -53,6 +60,11 @@ class VideoClip:
     tags: tuple[int, int] = (_UNSPECIFIED, _UNSPECIFIED)  # colour primaries and transfer
     start: Fraction = Fraction(0)
     last: int = 0
+    bits: int = _EIGHT_BITS
+    curve: str = ""
+    mastering: Mastering = Mastering()
+    interlaced: bool = False
+    deinterlaced: bool = False
     notes: tuple[str, ...] = ()
     damage: tuple[str, ...] = ()
 
@@ -79,12 +91,30 @@ class VideoClip:
         return opened(self.path)
 
     def frames(self, start: int = 0) -> Iterator[Tensor]:
-        """Frames from number `start` on, [height, width, 3] uint8."""
+        """Frames from number `start` on, [height, width, 3]: uint8, or in [0, 1] if they have more than 8 bits.
+
+        PQ's are brought to an ordinary screen's brightness, see `hdr`.
+        """
+        deep = self.bits > _EIGHT_BITS
         with opened(self.path, steady=bool(self.damage)) as container:
             pictures = (item for item in decoded(container) if isinstance(item, av.VideoFrame))
+            if self.deinterlaced:
+                pictures = _whole_pictures(pictures, picture_track(container))
             for index, frame in enumerate(pictures):
                 if index >= start:
-                    yield torch.from_numpy(upright_pixels(frame, self.matrix, self.orientation))
+                    pixels = torch.from_numpy(upright_pixels(frame, self.matrix, self.orientation, deep=deep))
+                    yield pq_to_sdr(pixels) if deep and self.curve == PQ else pixels
+
+
+def _whole_pictures(pictures: Iterator[av.VideoFrame], track: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Make one picture of the two halves of each, by FFmpeg's filter."""
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(template=track), graph.add(*_DEINTERLACER), graph.add("buffersink")).configure()
+    for picture in chain(pictures, [None]):  # None: there are no more
+        graph.push(picture)
+        with suppress(av.BlockingIOError, av.EOFError):  # nothing more for now
+            while True:
+                yield graph.pull()
 
 
 @dataclass(frozen=True)
@@ -140,16 +170,22 @@ def _packets(container: av.container.InputContainer, *tracks: av.stream.Stream) 
         yield packet
 
 
-def open_clip(path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None) -> VideoClip:
+def open_clip(
+    path: Path, on_frame: Callable[[int, int], None] = lambda done, total: None, *, deinterlace: bool = False
+) -> VideoClip:
     """Read a video or an animated picture to its end: only that shows how many frames can be decoded.
 
-    `on_frame(done, expected)` runs after each; expected is 0 where the file doesn't say. Raises CommandError.
+    `on_frame(done, expected)` runs after each; expected is 0 where the file doesn't say. `deinterlace`: make whole
+    pictures of interlaced ones. Raises CommandError.
     """
     if is_animated(path) and _pillow_kind(path) in _ANIMATIONS:
         return _open_animation(path, on_frame)
     clip = _survey(path, on_frame, steady=False)
-    # Counted as the frames will be read.
-    return _survey(path, on_frame, steady=True) if clip.damage else clip
+    if clip.damage:  # counted as the frames will be read
+        clip = _survey(path, on_frame, steady=True)
+    if deinterlace:
+        return replace(clip, deinterlaced=clip.interlaced)
+    return replace(clip, notes=(*clip.notes, _INTERLACED)) if clip.interlaced else clip
 
 
 def _survey(path: Path, on_frame: Callable[[int, int], None], *, steady: bool) -> VideoClip:
@@ -212,26 +248,24 @@ def _clip(
         tags=(int(context.color_primaries), int(context.color_trc)),
         start=start,
         last=survey.last if survey.last != step else 0,
-        notes=tuple(_losses(survey, track)),
+        bits=max(component.bits for component in first.format.components),
+        curve=CURVES.get(int(context.color_trc), ""),
+        mastering=mastering_of(first),
+        interlaced=survey.interlaced,
+        notes=tuple(_losses(survey)),
         damage=tuple(damage_of(path, container, track, survey, times)),
     )
 
 
-def _losses(survey: Survey, track: av.VideoStream) -> Iterator[str]:
+def _losses(survey: Survey) -> Iterator[str]:
     """What refined pictures don't keep, and what nobody can know."""
     frame = survey.first
     if frame.pts is None and not survey.shown:
         yield _RAW
     if survey.transparent:
         yield _OPAQUE
-    if frame.interlaced_frame:
-        yield "It is interlaced and is refined as it is, with its comb lines: deinterlace it first for a better result."
-    bits = max(component.bits for component in frame.format.components)
-    curve = _HDR.get(int(track.codec_context.color_trc))
-    if curve:
-        yield f"It is HDR ({curve}, {bits} bits): the result has {_EIGHT_BITS} bits and no mastering data."
-    elif bits > _EIGHT_BITS:
-        yield f"Its {bits} bits a colour become {_EIGHT_BITS}."
+    if has_dynamic_metadata(frame):
+        yield "Its dynamic HDR metadata (HDR10+ or Dolby Vision) gets lost: frame by frame, it belongs to the source."
 
 
 def is_animated(path: Path) -> bool:

@@ -16,7 +16,7 @@ import av
 from torch import Tensor
 
 from ..errors import CommandError
-from .encoding import CODEC, VideoFormat
+from .encoding import VideoFormat
 from .opening import disposition, has_flag, opened, picture_track, texts
 from .reading import VideoClip
 from .sound import SoundEncoder, keep_end
@@ -86,6 +86,9 @@ def check_container(suffix: str, form: VideoFormat, tell: Tell = lambda text: No
 
     `tell` gets what else of the source it has no room for; returns sentences on sound that is damaged.
     """
+    if CONTAINERS[suffix.lower()] not in form.encoder.containers:
+        able = [ending for ending, kind in CONTAINERS.items() if kind in form.encoder.containers]
+        raise CommandError(f"A {suffix} file can't hold {form.encoder.title} pictures. {' and '.join(able)} can.")
     with form.clip.source() as source:
         try:
             with _output(_Nowhere(), CONTAINERS[suffix.lower()], form, source) as (container, tracks):
@@ -94,9 +97,10 @@ def check_container(suffix: str, form: VideoFormat, tell: Tell = lambda text: No
         except (av.FFmpegError, ValueError) as error:
             codecs = ", ".join(each.codec_context.name for each in _sounds(source)) or "none"
             able = [ending for ending in CONTAINERS if ending != suffix.lower() and _takes(ending, form, source)]
+            pictures, name = form.encoder.title, form.clip.path.name
             raise CommandError(
-                f"A {suffix} file can't hold {CODEC} pictures and the sound of {form.clip.path.name} as it is "
-                f"({codecs}): {error}. " + (f"{' and '.join(able)} can." if able else "No container here can."),
+                f"A {suffix} file can't hold {pictures} pictures and the sound of {name} as it is ({codecs}): {error}. "
+                + (f"{' and '.join(able)} can." if able else "No container here can."),
                 hint="--sound aac encodes it anew, --sound none leaves it out.",
             ) from error
         for name, count in Counter(tracks.dropped).items():
@@ -137,8 +141,8 @@ def _output(
 ) -> Iterator[tuple[av.container.OutputContainer, _Tracks]]:
     """A container with the refined pictures' track, and those of the source that it takes."""
     with av.open(file, "w", format=kind) as container:
-        stream = container.add_stream(CODEC, rate=form.clip.rate)
-        form.prepare(stream.codec_context)
+        stream = container.add_stream(form.encoder.name, rate=form.clip.rate)
+        form.prepare(stream.codec_context, kind)
         stream.time_base = form.clip.time_base
         tracks = _Tracks(stream)
         if source is not None:

@@ -40,6 +40,7 @@ from .stages import refiner_settings
 from .vae import FlashVideoVAE
 from .video_source import SAVED_AS_IT_IS, sound_suffix, source_file
 
+_BITS = 8  # a colour: browsers show previews of H.264
 CHUNKS = 33, 9  # frames and latent frames: two chunks, more than the VAE has in hand
 _SHARES = {READ: 2, ENCODE: 18, REFINE: 55, MEASURE: 10, DECODE: 15}  # of the time, roughly
 _BAR_STEPS = 1000
@@ -184,7 +185,7 @@ def refine_long_video(
         guided = GuidedRefiner(model, positive, negative, settings, vae.device)
         loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
         networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
-        options = FileOptions(work=unfinished / key, about=about, warn=warn, note=note)
+        options = FileOptions(bits=_BITS, work=unfinished / key, about=about, warn=warn, note=note)
         # The network is guided already: with cfg 1 the library evaluates it once a step.
         refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
     if copied:
