@@ -10,7 +10,7 @@ from .reading import (
     load_vae,
     open_checkpoint,
     read_dit,
-    read_quantised_dit,
+    read_stored_dit,
     read_vae,
 )
 from .weights import CheckpointError
@@ -26,6 +26,6 @@ __all__ = [
     "load_vae",
     "open_checkpoint",
     "read_dit",
-    "read_quantised_dit",
+    "read_stored_dit",
     "read_vae",
 ]

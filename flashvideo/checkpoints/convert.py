@@ -1,4 +1,4 @@
-"""Convert a checkpoint to safetensors with ComfyUI's names, one tensor at a time.
+"""Convert a checkpoint to safetensors (or GGUF) with ComfyUI's names, one tensor at a time.
 
 The header is written first, then each tensor as it is read, merged and cast, into a file beside the target that
 takes the target's name only when it is complete. Nothing larger than a few tensors and a window of the mapped
@@ -21,7 +21,10 @@ from torch import Tensor
 
 from ..atomic_files import check_space, check_target, sha256, whole_file
 from ..progress import PhaseProgress, Progress, no_phase_progress
+from .gguf_header import SUFFIX
+from .gguf_writing import WRITTEN, gguf_bytes, gguf_package, write_gguf
 from .keymaps import OWN_PREFIX, Part, Source
+from .packed import Packing
 from .quantised import FORMAT, FORMATS, SCALE, Format, relative_error
 from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
@@ -35,6 +38,7 @@ DTYPES = {
     "fp32": torch.float32,
     "fp8_e4m3fn": torch.float8_e4m3fn,
     **FORMATS,
+    **WRITTEN,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -64,7 +68,7 @@ def convert_file(
     progress: PhaseProgress | None = None,
     on_error: Callable[[str, float], None] | None = None,
 ) -> Checkpoint:
-    """Write the FlashVideo or CogVideoX model in `source` to the safetensors file `target`.
+    """Write the FlashVideo or CogVideoX model in `source` to `target`, a safetensors file, or a GGUF file.
 
     `dtype` is a key of DTYPES; the 8-bit ones apply to the matrices of the layers, and everything else becomes
     bfloat16. `on_error` gets each quantised layer's name and relative error. An existing target is only replaced with
@@ -79,12 +83,17 @@ def convert_file(
     if checkpoint.quantised:
         raise CheckpointError(f"{source.name} is quantised already: convert the original instead.")
     kind = DTYPES[dtype]
-    if checkpoint.stage == "vae" and (isinstance(kind, Format) or kind == torch.float8_e4m3fn):
+    if checkpoint.stage == "vae" and (isinstance(kind, Format | Packing) or kind == torch.float8_e4m3fn):
         raise CheckpointError("the VAE loses too much in 8 bits: choose bf16, fp16 or keep.")
-    check_converted_target(source, target, force)
+    check_converted_target(source, target, force, is_gguf=isinstance(kind, Packing))
     report = progress or no_phase_progress
-    entries = _layout(checkpoint, kind)
-    check_space(target.parent, sum(entry.nbytes for entry in entries.values()), target.name)
+    if isinstance(kind, Packing):
+        gguf_package()
+        size = gguf_bytes(checkpoint, kind, _is_layers_matrix)
+    else:
+        entries = _layout(checkpoint, kind)
+        size = sum(entry.nbytes for entry in entries.values())
+    check_space(target.parent, size, target.name)
     metadata = {
         **checkpoint.weights.metadata,
         "format": "pt",
@@ -92,14 +101,21 @@ def convert_file(
         "flashvideo.version": LAYOUT_VERSION,
         "flashvideo.source_sha256": sha256(source, partial(report, "checksum")),
     }
+    if isinstance(kind, Packing):
+        with whole_file(target, replace=force) as part:
+            write_gguf(part, checkpoint, kind, _is_layers_matrix, metadata, partial(report, "convert"), on_error)
+        return checkpoint
     with whole_file(target, replace=force) as part, part.open("wb") as file:
         file.write(_header(checkpoint, entries, metadata))
         _write_tensors(file, checkpoint, kind, entries, partial(report, "convert"), on_error)
     return checkpoint
 
 
-def check_converted_target(source: Path, target: Path, force: bool) -> None:
+def check_converted_target(source: Path, target: Path, force: bool, *, is_gguf: bool = False) -> None:
     """Refuse a target that can't or shouldn't be written. Raises WriteError and CheckpointError."""
+    if is_gguf != (target.suffix.lower() == SUFFIX):
+        what, ending = ("a GGUF file", SUFFIX) if is_gguf else ("a safetensors file", ".safetensors")
+        raise CheckpointError(f"{target.name} should end in {ending}: {what} is what is written.")
     if target.suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(f"{target.name} should end in .safetensors: that is what is written.")
     check_target(target, force=force, source=source)

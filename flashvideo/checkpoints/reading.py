@@ -25,6 +25,7 @@ from ..vae import VideoVAE
 from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, vae_config
 from .foreign import describe_foreign, is_lora
 from .keymaps import NORM_GROUPS_METADATA, Layout, Part, Plan, Source, find_layout, make_plan, original_name
+from .packed import Packing
 from .quantised import SCALE, Format, dequantise, quantised_layers
 from .weights import QUANTISATION, CheckpointError, Weights, check_finite, open_weights, short, some
 
@@ -36,7 +37,7 @@ __all__ = [
     "load_vae",
     "open_checkpoint",
     "read_dit",
-    "read_quantised_dit",
+    "read_stored_dit",
     "read_vae",
     "vae_config",
 ]
@@ -48,6 +49,19 @@ log = logging.getLogger(__name__)
 STAGE_METADATA = "flashvideo.stage"  # "1", "2" or "vae"
 STAGE_NAMES = {"1": "stage I", "2": "stage II", "vae": "the VAE"}
 _WHOLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # data types that a network can compute in
+
+
+@dataclass(frozen=True)
+class StoredDiT:
+    """A diffusion transformer's weights as its file stores them, by their converted names.
+
+    Of each of the `layers` there are weight, weight_scale and comfy_quant; the matrices of `packings` are bytes.
+    """
+
+    config: DiTConfig
+    state: dict[str, Tensor]
+    layers: dict[str, Format]
+    packings: dict[str, Packing]
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,23 @@ class Checkpoint:
         if wrong:
             raise CheckpointError(f"{self.weights.label}: quantised weights of a wrong shape ({some(wrong)}).")
         return layers
+
+    @property
+    def packings(self) -> dict[str, Packing]:
+        """How a GGUF file packs the network's matrices, by their converted names."""
+        kept = (source for source in self.plan.sources if not source.lora_a)
+        found = {part.name: self.weights.packings.get(source.key) for source in kept for part in source.parts}
+        return {name: packing for name, packing in found.items() if packing is not None}
+
+    def packed_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """As `tensors`, with the matrices of `packings` as they are: bytes [out, bytes of a row]."""
+        for source in self.plan.sources:
+            if source.lora_a or source.key not in self.weights.packings:
+                yield from self.convert(source)
+                continue
+            packed = self.weights.read_packed(source.key)
+            for part in source.parts:
+                yield part.name, _rows(packed, part)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Converted names and tensors, one source tensor at a time, in the file's order; quantised ones as they are."""
@@ -304,10 +335,12 @@ def read_dit(source: FileSource, *, stage: int | None = None) -> tuple[DiTConfig
     return checkpoint.config, dict(checkpoint.full_tensors())
 
 
-def read_quantised_dit(source: FileSource) -> tuple[DiTConfig, dict[str, Tensor], dict[str, Format]]:
-    """As `read_dit`, with quantised layers as they are (weight, weight_scale, comfy_quant), and their formats."""
+def read_stored_dit(source: FileSource) -> StoredDiT:
+    """As `read_dit`, with quantised layers and packed matrices as they are."""
     checkpoint = open_checkpoint(source, kind="dit")
-    return checkpoint.config, dict(checkpoint.tensors()), checkpoint.layers
+    packings = checkpoint.packings
+    tensors = checkpoint.packed_tensors() if packings else checkpoint.tensors()
+    return StoredDiT(checkpoint.config, dict(tensors), checkpoint.layers, packings)
 
 
 def read_vae(source: FileSource) -> tuple[VAEConfig, dict[str, Tensor]]:

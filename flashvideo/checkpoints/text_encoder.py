@@ -16,6 +16,19 @@ from .keymaps import find_layout
 from .weights import CheckpointError, Weights, open_weights
 
 _FIRST = "encoder.block.0.layer.0.SelfAttention.q.weight"  # every T5 has it
+_GGUF_FIRST = "enc.blk.0.attn_q.weight"
+_GGUF_NAMES = (  # patterns of llama.cpp's names for T5's encoder, and what takes their place
+    (r"^enc\.blk\.", "encoder.block."),
+    (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+    (r"^token_embd\.", "shared."),
+    (r"\.attn_([qkvo])\.", r".layer.0.SelfAttention.\1."),
+    (r"\.attn_rel_b\.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.attn_norm\.", ".layer.0.layer_norm."),
+    (r"\.ffn_gate\.", ".layer.1.DenseReluDense.wi_0."),
+    (r"\.ffn_up\.", ".layer.1.DenseReluDense.wi_1."),
+    (r"\.ffn_down\.", ".layer.1.DenseReluDense.wo."),
+    (r"\.ffn_norm\.", ".layer.1.layer_norm."),
+)
 T5_VOCABULARY = 32128
 UMT5_VOCABULARY = 256384
 BYT5_VOCABULARIES = (384, 1510)
@@ -29,22 +42,40 @@ def open_text_encoder(source: str | Path | Mapping[str, Any]) -> Weights:
     Names are those of the encoder alone. Raises CheckpointError as `open_weights` does.
     """
     weights = open_weights(source)
+    if _GGUF_FIRST in weights.shapes:
+        return _renamed(weights, {_from_gguf(name): name for name in weights.shapes})
     prefix = next((name.removesuffix(_FIRST) for name in weights.shapes if name.endswith(f".{_FIRST}")), "")
     if not prefix or _FIRST in weights.shapes:
         return weights
+    return _renamed(weights, {name.removeprefix(prefix): name for name in weights.shapes if name.startswith(prefix)})
 
-    def reopen() -> Callable[[str], Tensor]:
-        read = weights.reopen()
-        return lambda name: read(prefix + name)
 
-    inside = {name: name.removeprefix(prefix) for name in weights.shapes if name.startswith(prefix)}
+def _from_gguf(name: str) -> str:
+    """The usual name of a tensor that llama.cpp's converter named."""
+    for old, new in _GGUF_NAMES:
+        name = re.sub(old, new, name)
+    return name
+
+
+def _renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """Weights by new names; `names` gives the old ones."""
+
+    def by_new_name(reopen: Callable[[], Callable[[str], Tensor]]) -> Callable[[], Callable[[str], Tensor]]:
+        def opened() -> Callable[[str], Tensor]:
+            read = reopen()
+            return lambda name: read(names[name])
+
+        return opened
+
     return Weights(
         weights.label,
         weights.container,
-        {short: weights.shapes[name] for name, short in inside.items()},
-        {short: weights.dtypes[name] for name, short in inside.items()},
-        reopen,
+        {new: weights.shapes[old] for new, old in names.items()},
+        {new: weights.dtypes[old] for new, old in names.items()},
+        by_new_name(weights.reopen),
         weights.metadata,
+        {new: weights.packings[old] for new, old in names.items() if old in weights.packings},
+        weights.reopen_packed and by_new_name(weights.reopen_packed),
     )
 
 

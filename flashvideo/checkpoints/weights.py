@@ -22,10 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .archives import is_archive
+from .gguf_header import MAGIC, DamagedError, Entry, read_header
+from .packed import PACKINGS, Packing
 from .pickles import DAMAGE, MAX_PICKLE, CountedFile, code_in_pickle
 
 # Scale factors that quantised files hold besides the weights.
 QUANTISATION = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$")
+PACKING = "gguf_type"  # beside a packed `weight` that ComfyUI saved: ggml's number of its kind
 SHOWN_KEYS = 4  # of a list of keys in a message
 SHOWN_LETTERS = 120  # of a name or of another library's message
 # Beyond what any real model has: the largest known header has 0.3 MB and 2,500 tensors, and ComfyUI may add a graph.
@@ -57,7 +60,6 @@ _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         (b"<!doctype", b"<html", b"<?xml", b"<head"),
         "is a web page, not a model: the download link led to a page (a login, perhaps). Download it again.",
     ),
-    ((b"gguf",), "is a GGUF file, which isn't read here: `convert --to int8` makes one half as large as the official."),
     ((b"{",), "is a JSON text file, not a model: use the .safetensors or .pt file that belongs to it."),
     (
         (b"rar!", b"7z\xbc\xaf", b"\x1f\x8b"),
@@ -100,6 +102,8 @@ class Weights:
     dtypes: dict[str, torch.dtype | None]  # None for a storage type unknown here
     reopen: Callable[[], Callable[[str], Tensor]]  # maps the file; the result reads a tensor by name
     metadata: dict[str, str] = field(default_factory=dict)
+    packings: dict[str, Packing] = field(default_factory=dict)  # of GGUF's matrices; `read` unpacks them to bfloat16
+    reopen_packed: Callable[[], Callable[[str], Tensor]] | None = None  # as `reopen`, for those: rows of bytes
     _reader: Callable[[str], Tensor] | None = field(default=None, init=False)
 
     def read(self, name: str) -> Tensor:
@@ -107,6 +111,13 @@ class Weights:
         if self._reader is None:
             self._reader = self.reopen()
         return self._reader(name)
+
+    def read_packed(self, name: str) -> Tensor:
+        """Return a packed matrix [out, in] as it is: bytes [out, bytes of a row]. Raises CheckpointError if damaged."""
+        packed = self.reopen_packed()(name)
+        if not self.packings[name].is_finite(packed):
+            raise CheckpointError(f"{self.label} is damaged: {short(name)} holds factors that are not finite (NaN).")
+        return packed
 
     def release(self) -> None:
         """Unmap the file once no tensor of it is in use any more; the next read maps it again."""
@@ -131,8 +142,10 @@ def open_weights(source: str | Path | Mapping[str, Any]) -> Weights:
         head = file.read(512)
     if reason := _not_weights(head, size):
         raise CheckpointError(f"{path.name} {reason}")
+    if head.startswith(MAGIC):
+        return _open_gguf(path, size)
     if head[8:9] == b"{" and not head.startswith(b"PK"):
-        return _open_safetensors(path, size)
+        return _with_packings(_open_safetensors(path, size))
     return _open_torch(path)
 
 
@@ -164,6 +177,67 @@ def _open_safetensors(path: Path, size: int) -> Weights:
         return lambda name: _damaged(lambda: file.get_tensor(name), path)
 
     return Weights(path.name, "safetensors", shapes, dtypes, reopen, metadata)
+
+
+def _open_gguf(path: Path, size: int) -> Weights:
+    try:
+        entries, metadata = read_header(path, size)
+    except DamagedError as error:
+        raise CheckpointError(f"{path.name} is a GGUF file that can't be read: {error}.") from error
+    _check_names(path.name, entries)
+
+    def reopen_bytes() -> Callable[[str], Tensor]:
+        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return lambda name: whole[entries[name].start : entries[name].start + entries[name].nbytes]
+
+    def reopen() -> Callable[[str], Tensor]:
+        read = reopen_bytes()
+        return lambda name: _plain(read(name), entries[name])
+
+    def reopen_packed() -> Callable[[str], Tensor]:
+        read = reopen_bytes()
+        return lambda name: read(name).reshape(entries[name].shape[0], -1)
+
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    packings = {name: entry.kind for name, entry in entries.items() if isinstance(entry.kind, Packing)}
+    dtypes = {name: torch.bfloat16 if name in packings else entry.kind for name, entry in entries.items()}
+    matrices = {name: packing for name, packing in packings.items() if len(shapes[name]) == 2}
+    return Weights(path.name, "GGUF", shapes, dtypes, reopen, metadata, matrices, reopen_packed)
+
+
+def _with_packings(weights: Weights) -> Weights:
+    """Know the packed matrices of a file that ComfyUI saved from a model of a GGUF file."""
+    marks = [name for name in weights.shapes if name.endswith(f".{PACKING}")]
+    if not marks:
+        return weights
+    read_stored, found = weights.reopen, weights.reopen()
+    for mark in marks:
+        name = mark.removesuffix(PACKING) + "weight"
+        shape, number = weights.shapes.get(name, ()), found(mark)
+        packing = PACKINGS.get(int(number)) if number.numel() == 1 else None
+        if packing is None or len(shape) != 2 or weights.dtypes[name] != torch.uint8 or shape[1] % packing.nbytes:
+            raise CheckpointError(f"{weights.label} is damaged: {short(name)} should be packed, and isn't.")
+        weights.packings[name], weights.dtypes[name] = packing, torch.bfloat16
+        weights.shapes[name] = (shape[0], packing.columns(shape[1]))
+    for mark in marks:
+        del weights.shapes[mark], weights.dtypes[mark]
+
+    def reopen() -> Callable[[str], Tensor]:
+        read = read_stored()
+        return lambda name: (
+            weights.packings[name].unpack(read(name), torch.bfloat16) if name in weights.packings else read(name)
+        )
+
+    weights.reopen, weights.reopen_packed = reopen, read_stored
+    return weights
+
+
+def _plain(content: Tensor, entry: Entry) -> Tensor:
+    """A tensor from its bytes in a GGUF file."""
+    if isinstance(entry.kind, Packing):
+        return entry.kind.unpack(content.reshape(1, -1), torch.bfloat16).reshape(entry.shape)
+    aligned = content if entry.start % entry.kind.itemsize == 0 else content.clone()
+    return aligned.view(entry.kind).reshape(entry.shape)
 
 
 def _damaged(action: Callable[[], Any], path: Path) -> Any:

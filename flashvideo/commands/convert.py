@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -24,18 +25,18 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
         help="convert a model or a LoRA to safetensors with ComfyUI's names",
-        description="Writes a model as safetensors with ComfyUI's names, its LoRA merged into it; or a CogVideoX LoRA "
-        "with the names that ComfyUI's LoRA loaders know. IN stays as it is.",
+        description="Writes a model as safetensors or GGUF with ComfyUI's names, its LoRA merged into it; or a "
+        "CogVideoX LoRA with the names that ComfyUI's LoRA loaders know. IN stays as it is.",
     )
     parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, a LoRA, ...")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors file to write")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors or .gguf file to write")
     parser.add_argument(
         *("--dtype", "--to"),
         choices=DTYPES,
         type=lambda text: text.replace("-", "_"),
         default="keep",
         help="data type of the new file (default: keep). fp8_scaled and int8 have scale factors: as small as "
-        "fp8_e4m3fn, and nearer to the original",
+        "fp8_e4m3fn, and nearer to the original; gguf_... writes GGUF, and needs the package gguf",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=_convert)
@@ -105,6 +106,7 @@ def _info(path: Path) -> None:
         ("parameters", _parameters(checkpoint)),
         ("data types", _dtypes(checkpoint)),
         ("quantised", _quantised(checkpoint)),
+        ("packed", _counted(packing.name for packing in checkpoint.packings.values())),
         ("metadata", _metadata(weights)),
         ("not used", some(plan.unused)),
         ("of other models", some(plan.foreign)),
@@ -148,10 +150,13 @@ def _parameters(checkpoint: Checkpoint) -> str:
 
 def _quantised(checkpoint: Checkpoint) -> str:
     try:
-        counts = Counter(form.core_name for form in checkpoint.layers.values())
+        return _counted(form.core_name for form in checkpoint.layers.values())
     except CheckpointError:
         return "in a way that FlashVideo's loaders don't read"
-    return ", ".join(f"{name} ({count} layers)" for name, count in counts.items())
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} ({count} layers)" for name, count in Counter(names).items())
 
 
 def _dtypes(checkpoint: Checkpoint) -> str:

@@ -24,7 +24,8 @@ from ...flashvideo.checkpoints.weights import QUANTISATION, some
 from ...flashvideo.config import TEXT_TOKENS, T5Config
 from ...flashvideo.nano import nano_state
 from ...flashvideo.t5 import t5_shapes
-from .host import ModelPatcher, remember_loader
+from .host import ModelPatcher, has_dynamic, remember_loader
+from .packed import PackedOperations, keep_packed
 
 try:
     from comfy.utils import convert_old_quants
@@ -39,6 +40,7 @@ except ImportError:  # ComfyUI 0.3.75 reads scaled fp8 files as they are
 
 TOKENIZER_NAME = "t5xxl"  # ComfyUI's name for any T5 that uses T5-XXL's tokenizer
 END_TOKEN = 1
+_EMBEDS = re.compile(r"shared\.|encoder\.embed_tokens\.|.*\.relative_attention_bias\.")  # looked up, not multiplied
 # What t5_xxl_detect calls the quantisation of a file, and the model option by which T5XXLModel takes it; the first is
 # ComfyUI 0.3.75's, the second that of later versions.
 _QUANTISATION = {"t5xxl_scaled_fp8": "t5xxl_scaled_fp8", "t5_quantization_metadata": "t5xxl_quantization_metadata"}
@@ -102,10 +104,13 @@ def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> com
     """
     weights = open_text_encoder(nano_state("text_encoder") if path is None else path)
     config = t5_config(weights)
-    state = {name: weights.read(name) for name in weights.shapes if _KEPT.match(name)}
+    packings = {name: each for name, each in weights.packings.items() if _KEPT.match(name) and not _EMBEDS.match(name)}
+    state = {name: weights.read(name) for name in weights.shapes if _KEPT.match(name) and name not in packings}
+    state |= {name: weights.read_packed(name) for name in packings}
     if "shared.weight" not in state:
         state["shared.weight"] = state["encoder.embed_tokens.weight"]
     _check_complete(weights.label, config, state)
+    keep_packed(state, packings)
     state, _ = convert_old_quants(state, model_prefix="", metadata=weights.metadata)
 
     def loaded(**options: Any) -> FlashVideoTextModel:
@@ -119,8 +124,11 @@ def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> com
         comfy.supported_models_base.ClipTarget(FlashVideoTokenizer, loaded),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(state),
-        model_options=_model_options(weights.label, config, state),
-        **({"disable_dynamic": True} if disable_dynamic else {}),
+        model_options={
+            **_model_options(weights.label, config, state),
+            **({"custom_operations": PackedOperations} if packings else {}),
+        },
+        **({"disable_dynamic": True} if disable_dynamic or (packings and has_dynamic()) else {}),
     )
     remember_loader(clip.patcher, _load_patcher, path)  # Set CLIP Hooks loads it once more, too
     return clip

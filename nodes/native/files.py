@@ -11,6 +11,7 @@ import folder_paths
 from comfy_api.latest import ui
 
 from ...flashvideo.checkpoints.catalogue import what_goes_into
+from ...flashvideo.checkpoints.gguf_header import SUFFIX
 from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
 from .notices import warn
 
@@ -24,7 +25,17 @@ _loaded: WeakValueDictionary[Hashable, object] = WeakValueDictionary()
 
 def options(folder: str, built_in: tuple[str, ...] = (BUILT_IN,)) -> list[str]:
     """What a loader offers: the built-in model first, then the files of a model folder such as "vae"."""
-    return [*built_in, *folder_paths.get_filename_list(folder)]
+    return [*built_in, *folder_paths.get_filename_list(folder), *_gguf_files(folder)]
+
+
+def _gguf_files(folder: str) -> list[str]:
+    """A model folder's GGUF files, which ComfyUI doesn't list."""
+    found = set()
+    for place in folder_paths.get_folder_paths(folder):
+        if Path(place).is_dir():
+            names, _ = folder_paths.recursive_search(place, excluded_dir_names=[".git"])
+            found.update(name for name in names if name.lower().endswith(SUFFIX))
+    return sorted(found - set(folder_paths.get_filename_list(folder)))
 
 
 def resolve(folder: str, name: str, built_in: tuple[str, ...] = (BUILT_IN,)) -> Path | None:

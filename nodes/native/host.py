@@ -25,6 +25,11 @@ def patcher_class(*, disable_dynamic: bool = False) -> type[ModelPatcher]:
     return ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
 
 
+def has_dynamic() -> bool:
+    """Whether this ComfyUI has patchers with dynamic VRAM, on or not."""
+    return hasattr(comfy.model_patcher, "CoreModelPatcher")
+
+
 def assigned(patcher: ModelPatcher) -> dict[str, bool]:
     """The option with which a model of a dynamic patcher takes its weights: as the file has them, not copied."""
     return {"assign": True} if hasattr(patcher, "is_dynamic") and patcher.is_dynamic() else {}

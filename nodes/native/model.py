@@ -17,7 +17,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...flashvideo.checkpoints import OWN_PREFIX, read_dit, read_quantised_dit
+from ...flashvideo.checkpoints import OWN_PREFIX, read_dit, read_stored_dit
 from ...flashvideo.config import (
     NANO_STAGE1,
     NANO_STAGE2,
@@ -34,6 +34,7 @@ from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
 from .host import ModelPatcher, assigned, keep_quantised, patcher_class, remember_loader
+from .packed import PackedOperations, PackedPatcher, keep_packed, unpacked
 from .sampling import RefinerSampling, Stage1Sampling
 from .schedule_guard import guard_stage1
 
@@ -222,7 +223,8 @@ class StageConfig(comfy.supported_models_base.BASE):
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Names for Save Checkpoint and ModelSave that ComfyUI's own loaders don't take for CogVideoX's."""
-        return super().process_unet_state_dict_for_saving({OWN_PREFIX + key: each for key, each in state_dict.items()})
+        named = {OWN_PREFIX + key: each for key, each in unpacked(state_dict).items()}
+        return super().process_unet_state_dict_for_saving(named)
 
 
 def load_model(
@@ -235,13 +237,18 @@ def load_model(
     """A MODEL from a checkpoint in any known layout, or from its state dict.
 
     `dtype` overrides how weights are stored; `fp8_matmul` multiplies in fp8 on cards that can; `disable_dynamic` loads
-    it without newer ComfyUIs' dynamic VRAM. Quantised layers stay so where this ComfyUI has such layers and no `dtype`
-    is given; elsewhere they become bfloat16. Raises CheckpointError.
+    it without newer ComfyUIs' dynamic VRAM. Without a `dtype`, GGUF's packed weights stay packed, and quantised layers
+    stay so where this ComfyUI has such layers; elsewhere they become bfloat16. Raises CheckpointError.
     """
-    config, state, layers = read_quantised_dit(source)
+    stored = read_stored_dit(source)
+    config, state = stored.config, stored.state
     stage = StageConfig(config)
-    quantised = bool(layers) and dtype is None and keep_quantised(stage, state, layers)
-    if layers and not quantised:
+    packed = bool(stored.packings) and dtype is None
+    quantised = packed or (bool(stored.layers) and dtype is None and keep_quantised(stage, state, stored.layers))
+    if packed:
+        stage.custom_operations = PackedOperations
+        keep_packed(state, stored.packings)
+    elif (stored.layers or stored.packings) and not quantised:
         logging.info("FlashVideo: quantised weights become plain ones here, which take as much memory as those do.")
         _, state = read_dit(source)
     load_device = comfy.model_management.get_torch_device()
@@ -251,14 +258,13 @@ def load_model(
         supported_dtypes=stage.supported_inference_dtypes,
         weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
     )
-    stored = None if quantised else storage  # None: whatever the layers hold, they compute in what the device does best
-    compute = comfy.model_management.unet_manual_cast(stored, load_device, stage.supported_inference_dtypes)
+    held = None if quantised else storage  # None: whatever the layers hold, they compute in what the device does best
+    compute = comfy.model_management.unet_manual_cast(held, load_device, stage.supported_inference_dtypes)
     stage.set_inference_dtype(storage, compute)
     stage.optimizations["fp8"] = fp8_matmul
     model = stage.get_model(state).to(offload_device)
-    patcher = patcher_class(disable_dynamic=disable_dynamic)(
-        model, load_device=load_device, offload_device=offload_device
-    )
+    make_patcher = PackedPatcher if packed else patcher_class(disable_dynamic=disable_dynamic)
+    patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(state, "", **assigned(patcher))
     if not quantised:  # newer ComfyUIs' layers take weights as the file has them
         for parameter in model.diffusion_model.parameters():

@@ -22,6 +22,7 @@ from torch import Tensor
 from flashvideo.atomic_files import WriteError
 from flashvideo.checkpoints import CheckpointError, convert, load_dit, read_dit, read_vae
 from flashvideo.checkpoints.convert import convert_file
+from flashvideo.checkpoints.gguf_writing import WRITTEN
 from flashvideo.checkpoints.lora import convert_lora, read_lora
 from flashvideo.checkpoints.weights import read_safetensors_header
 from flashvideo.commands import main as cli
@@ -145,7 +146,7 @@ def test_numbers_too_large_for_the_new_type_become_its_largest(stage1: Path, tmp
 
 
 def test_every_tensor_stands_aligned_for_its_data_type(stage2: Path, tmp_path: Path) -> None:
-    for dtype in convert.DTYPES:
+    for dtype in convert.DTYPES.keys() - WRITTEN.keys():
         out = tmp_path / f"{dtype}.safetensors"
         convert_file(stage2, out, dtype=dtype)
         header, start = read_safetensors_header(out, out.stat().st_size)

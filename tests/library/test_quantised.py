@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashvideo.checkpoints import CheckpointError, load_dit, open_checkpoint, read_dit, read_quantised_dit
+from flashvideo.checkpoints import CheckpointError, load_dit, open_checkpoint, read_dit, read_stored_dit
 from flashvideo.checkpoints.convert import convert_file
 from flashvideo.checkpoints.quantised import FORMATS, dequantise, relative_error
 from flashvideo.commands.main import main
@@ -100,11 +100,12 @@ def test_int8_is_nearer_than_scaled_fp8_and_both_load_without_comfyui(stage2: Pa
 
 def test_quantised_layers_are_read_as_they_are_for_comfyui(stage2: Path, tmp_path: Path) -> None:
     convert_file(stage2, tmp_path / "q.safetensors", dtype="int8")
-    config, state, layers = read_quantised_dit(tmp_path / "q.safetensors")
+    stored = read_stored_dit(tmp_path / "q.safetensors")
+    config, state, layers = stored.config, stored.state, stored.layers
     assert config == read_dit(stage2)[0]
     assert {layer.rpartition(".")[2] for layer in layers} == {"q", "k", "v", "attn_out", "ff_proj", "ff_out", "linear"}
     assert all(state[f"{layer}.weight"].dtype == torch.int8 for layer in layers)
-    assert read_quantised_dit(stage2)[2] == {}
+    assert read_stored_dit(stage2).layers == {}
 
 
 def test_a_quantised_file_and_the_vae_are_not_quantised(stage2: Path, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_what_cannot_be_read_is_refused_by_name(
     state = load_file(tmp_path / "q.safetensors")
     damage(state, "flashvideo.blocks.1.ff_proj")
     save_file(state, tmp_path / "damaged.safetensors")
-    for read in (load_dit, read_dit, read_quantised_dit):
+    for read in (load_dit, read_dit, read_stored_dit):
         with pytest.raises(CheckpointError, match=words):
             read(tmp_path / "damaged.safetensors")
     assert open_checkpoint(tmp_path / "damaged.safetensors").quantised

@@ -29,7 +29,7 @@ def official(stage: int) -> dict[str, Tensor]:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11\n", "git-lfs pointer"),
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
         (b'{"weight_map": {}}', "is a JSON text file"),
-        (b"GGUF\x03\0\0\0", "is a GGUF file"),
+        (b"GGUF\x03\0\0\0", "is a GGUF file that can't be read: it is damaged or incomplete"),
         (b"hello, this is no model", "damaged or incomplete, or not a model file"),
     ],
 )
