@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ...flashvideo.degradation import degrade_latent
+from .host import let_go
 from .idle_patches import warn_of_idle_patches
 from .notices import warn
 from .out_of_memory import explained
@@ -291,6 +292,7 @@ def _at_strength(
         sigmas = sampling.moved(sigmas, strength)
         return guard_degradation(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
+        let_go(guider.model_patcher)
         guider.model_patcher = automatic
 
 

@@ -48,6 +48,16 @@ def when_on_another_device(patcher: ModelPatcher, follow: Callable[[ModelPatcher
         patcher.add_callback_with_key(event, KEY, lambda _original, copy: follow(copy))
 
 
+def let_go(patcher: ModelPatcher) -> None:
+    """Part with a clone that was made for one run.
+
+    ComfyUI's copies for other devices and their patcher hold each other. A clone and the model that it was made of
+    would then go at one time, and ComfyUI's list of loaded models would name one that is gone, which its nodes don't
+    expect.
+    """
+    patcher.additional_models.pop("multigpu", None)
+
+
 def keep_quantised(stage: Any, state: dict[str, Tensor], layers: Mapping[str, Format]) -> bool:
     """Have ComfyUI's own quantised layers take these ones as they are; False if this ComfyUI can't.
 

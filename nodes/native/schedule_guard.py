@@ -41,6 +41,7 @@ class _Ideal:
     def __init__(self, sampling: Any) -> None:
         patcher = SimpleNamespace(get_model_object=lambda _name: sampling, model_sampling=sampling)
         self.inner_model = SimpleNamespace(model_sampling=sampling, model_patcher=patcher)
+        patcher.model = self.inner_model
         self.model_patcher = patcher
         self.conds: dict[str, Any] = {}
         self.cfg = 1.0

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
+from .host import let_go
 from .sampling import AutoRefinerSampling, RefinerSampling, Stage1ExactSampling, flow_to_sigma, per_sample
 from .schedule_guard import DYNAMIC
 from .tiny_vae import previewer
@@ -139,19 +140,22 @@ def run_stage1(
         return solve_vp(denoise, x, sampling.schedule, lambda _: draw().to(x), on_step)
 
     sigmas = sampling.sigmas.flip(0)
-    return comfy.sample.sample_custom(
-        model,
-        draw(),
-        ANY_SCALE if dynamic else scale,
-        comfy.samplers.KSAMPLER(official),
-        torch.cat((sigmas, sigmas.new_zeros(1))),
-        positive,
-        negative,
-        torch.zeros_like(latent),
-        callback=_progress(model, steps, latent),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    try:
+        return comfy.sample.sample_custom(
+            model,
+            draw(),
+            ANY_SCALE if dynamic else scale,
+            comfy.samplers.KSAMPLER(official),
+            torch.cat((sigmas, sigmas.new_zeros(1))),
+            positive,
+            negative,
+            torch.zeros_like(latent),
+            callback=_progress(model, steps, latent),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    finally:
+        let_go(model)
 
 
 def run_stage2(
@@ -168,19 +172,22 @@ def run_stage2(
 ) -> Tensor:
     """Refined latent in the VAE's scale [B, 16, T, H, W] from a latent that was degraded (and marked) before."""
     model = refiner_settings(model, strength, shift)
-    return comfy.sample.sample_custom(
-        model,
-        torch.zeros_like(degraded),
-        cfg,
-        comfy.samplers.sampler_object(solver),
-        flow_to_sigma(1 - stage2_times(steps, shift), strength),
-        positive,
-        negative,
-        degraded,
-        callback=_progress(model, steps, degraded),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=0,
-    )
+    try:
+        return comfy.sample.sample_custom(
+            model,
+            torch.zeros_like(degraded),
+            cfg,
+            comfy.samplers.sampler_object(solver),
+            flow_to_sigma(1 - stage2_times(steps, shift), strength),
+            positive,
+            negative,
+            degraded,
+            callback=_progress(model, steps, degraded),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=0,
+        )
+    finally:
+        let_go(model)
 
 
 def _progress(model: comfy.model_patcher.ModelPatcher, steps: int, latent: Tensor) -> Callable[..., None]:

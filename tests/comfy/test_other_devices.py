@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -80,6 +81,30 @@ def test_guidance_split_over_two_devices_equals_one(
     both, ran = split(comfy_nodes, base)
     assert torch.equal(run(both), one)
     assert len(set(ran)) == 2  # two networks took part
+
+
+@pytest.mark.parametrize("sampler", ["stage 1", "stage 2", "auto"])
+def test_comfyui_never_lists_a_model_that_is_gone(
+    sampler: str, comfy_nodes: dict[str, Any], model: Any, draft_model: Any
+) -> None:
+    base = draft_model if sampler == "stage 1" else model
+    positive, negative = conditioning(base, 1), conditioning(base, 2)
+    latent = {"samples": torch.zeros(1, 16, 1, 4, 4)}
+    both, _ = split(comfy_nodes, base)
+    with torch.inference_mode():
+        if sampler == "stage 1":
+            comfy_nodes["FlashVideoStage1Sampler"].execute(both, positive, negative, latent, 3, 2, 6.0, True)
+        elif sampler == "stage 2":
+            degraded = comfy_nodes["FlashVideoLatentDegradation"].execute(latent, 300, 5).result[0]
+            comfy_nodes["FlashVideoStage2Refiner"].execute(both, positive, negative, degraded, 1, 4.0, 2.5, "euler")
+        else:
+            both = comfy_nodes["FlashVideoRefinerSettings"].execute(both, -1, 2.5).result[0]
+            settings = (5, 1, 4.0, "euler", "simple", positive, negative, latent, 1.0)
+            comfy_nodes["KSampler"]().sample(both, *settings)
+    base_is_used_again, both = base.clone(), None  # another graph is run, with the same file
+    gc.collect()
+    assert None not in comfy.model_management.loaded_models()
+    split(comfy_nodes, base_is_used_again)
 
 
 def test_a_model_can_be_put_on_another_device(comfy_nodes: dict[str, Any], model: Any) -> None:

@@ -195,9 +195,12 @@ def wan() -> Any:
 @pytest.fixture()
 def hunyuan() -> Any:
     """HunyuanVideo's tokenizer."""
-    from comfy.text_encoders.hunyuan_video import HunyuanVideoTokenizer
+    from comfy.text_encoders import hunyuan_video
 
-    return HunyuanVideoTokenizer()
+    folder = Path(hunyuan_video.__file__).parent / "llama_tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("this copy of ComfyUI lacks its llama tokenizer")
+    return hunyuan_video.HunyuanVideoTokenizer()
 
 
 @pytest.mark.parametrize(("family", "names"), [("wan", "umt5xxl"), ("hunyuan", "l, llama")])
