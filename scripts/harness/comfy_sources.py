@@ -32,7 +32,7 @@ def existing(folder: Path) -> Path:
     for tree in (folder, folder / "ComfyUI"):
         if (tree / "main.py").is_file() and (tree / "comfy").is_dir():
             return tree.resolve()
-    raise SetUpError(f"COMFYUI_PATH is {folder}, but there is no ComfyUI: no main.py with a comfy folder beside it.")
+    raise SetUpError(f"There is no ComfyUI in {folder}: no main.py with a comfy folder beside it.")
 
 
 def python_of(tree: Path, named: str | None) -> Path | None:

@@ -131,6 +131,9 @@ def ui_workflow() -> dict[str, Any]:
     return ui_graph([image, invert, video, save, muted], links)
 
 
+HERE = str(Path(__file__).parent)
+
+
 @pytest.mark.parametrize(
     ("host", "theirs", "answers", "chosen"),
     [
@@ -138,20 +141,22 @@ def ui_workflow() -> dict[str, Any]:
         ("", "", False, "copy"),
         ("newest", "", True, "clone"),
         ("0.3.75", "", True, "copy"),
-        ("", "/somewhere", True, "theirs"),
+        ("", "/somewhere", True, "theirs, /somewhere"),
         ("newest", "", False, "HOST=newest needs the ComfyUI on GitHub"),
         ("newest", "/somewhere", True, "leave one out"),
-        ("0.33", "", True, "HOST is 0.33: choose newest or 0.3.75"),
+        ("0.33", "", True, "HOST is 0.33: choose newest, 0.3.75 or the folder of a ComfyUI"),
+        (HERE, "", True, f"theirs, {HERE}"),
+        (HERE, "/somewhere", True, "leave one out"),
     ],
 )
 def test_host_says_which_comfyui_is_taken(
     host: str, theirs: str, answers: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMFYUI_PATH", theirs)
-    monkeypatch.setattr(set_up, "_their_comfyui", lambda _key: "theirs" if theirs else None)
+    monkeypatch.setattr(set_up, "_their_comfyui", lambda _key, named: f"theirs, {named}")
     monkeypatch.setattr(set_up, "_cloned_comfyui", lambda _key: "clone" if answers else None)
     monkeypatch.setattr(set_up, "_packaged_comfyui", lambda _key: "copy")
-    if " " in chosen:
+    if chosen.split()[0] not in ("theirs,", "clone", "copy"):
         with pytest.raises(set_up.SetUpError, match=chosen):
             set_up._chosen_comfyui("key", host)
     else:
