@@ -2,7 +2,8 @@
 
 The only module that writes a final name. A file is written under a new name in the target's folder, which is created
 exclusively, so that no other file is overwritten, and gets the target's name when it is complete and on the disk. A
-target is a regular file or doesn't exist: links, devices, pipes and folders are refused.
+target is a regular file or doesn't exist: links, devices, pipes and folders are refused. Whoever writes a file keeps it
+locked, where the system can, so that what a killed program has left is known from what another is writing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout  # torch requires it
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 from .errors import CommandError
 from .progress import Progress
 
@@ -32,7 +38,8 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a disk that has none
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}
 _LONGEST_NAME = 200  # bytes of the target's name in a part's: file systems allow 255 in all
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_OLD = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NEW = _OLD | os.O_CREAT | os.O_EXCL
 _KINDS = (
     (stat.S_ISLNK, "a link: give the name of the file itself"),
     (stat.S_ISDIR, "a folder: give a file name"),
@@ -56,13 +63,16 @@ def whole_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
     now or at the end, or with `replace` false if it exists at the end; then it stays.
     """
     check_regular(target)
-    part = _new_part(target)
+    part, held = _new_part(target)
     try:
         yield part
         place_whole(part, target, replace=replace)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def write_whole(target: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
@@ -83,15 +93,60 @@ def place_whole(part: Path, target: Path, *, replace: bool = True) -> None:
     _sync_folder(target.parent)
 
 
-def _new_part(target: Path) -> Path:
-    name = os.fsencode(target.name)[:_LONGEST_NAME].decode(errors="ignore")
-    part = target.with_name(f"{name}.{secrets.token_hex(8)}{PART}")
+def remove_abandoned(target: Path) -> None:
+    """Delete unfinished files that a killed program has left beside `target`; those that are being written stay.
+
+    Does nothing where the system or the disk has no locks to know them by.
+    """
+    pattern = re.compile(re.escape(_part_stem(target)) + r"\.[0-9a-f]{16}" + re.escape(PART))
+    with suppress(OSError):
+        for part in [each for each in target.parent.iterdir() if pattern.fullmatch(each.name)]:
+            with suppress(OSError):
+                _remove_unless_written(part)
+
+
+def _remove_unless_written(part: Path) -> None:
+    if not stat.S_ISREG(part.lstat().st_mode):
+        return
+    descriptor = os.open(part, _OLD)
     try:
-        os.close(os.open(part, _NEW, 0o666))
-    except OSError as error:
-        error.filename = str(target)  # the name that the user knows
-        raise
-    return part
+        if _lock(descriptor):
+            part.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _new_part(target: Path) -> tuple[Path, int | None]:
+    """A new empty file beside `target`, and a descriptor that keeps it locked until closed; None without locks."""
+    while True:
+        part = target.with_name(f"{_part_stem(target)}.{secrets.token_hex(8)}{PART}")
+        try:
+            descriptor = os.open(part, _NEW, 0o666)
+        except OSError as error:
+            error.filename = str(target)  # the name that the user knows
+            raise
+        if fcntl is None:  # on Windows nobody could rename a file that is open
+            os.close(descriptor)
+            return part, None
+        _lock(descriptor, wait=True)
+        if part.exists():  # until it was locked, another program could take it for abandoned
+            return part, descriptor
+        os.close(descriptor)
+
+
+def _part_stem(target: Path) -> str:
+    return os.fsencode(target.name)[:_LONGEST_NAME].decode(errors="ignore")
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; whether that worked."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _place_new(part: Path, target: Path) -> None:

@@ -213,6 +213,13 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
     )
 
 
+def absolute_models(models: ModelOptions) -> ModelOptions:
+    """The same files for a process that works in another folder."""
+    paths = {name: getattr(models, name) for name in ("model", "vae", "text_encoder")}
+    paths = {name: path and path.absolute() for name, path in paths.items()}
+    return replace(models, **paths, tokenizer=models.tokenizer and str(Path(models.tokenizer).absolute()))
+
+
 def existing_file(path: Path) -> Path:
     """The path itself. Raises CommandError if it isn't a file's."""
     if not path.is_file():

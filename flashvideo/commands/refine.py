@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..atomic_files import InUseError
 from ..checkpoints import load_dit, load_vae
 from ..config import NANO_STAGE2, NANO_STRENGTH, TEXT_TOKENS
-from ..devices import is_out_of_memory, main_memory, open_device
+from ..devices import is_out_of_memory, main_memory, open_device, return_memory
 from ..errors import CommandError, cancelled
 from ..frames import TargetSize
 from ..nano import NANO_NOTICE, nano_is_trained
 from ..parallel import RankEndedError, Ranks, agree
+from ..parallel.farm import FarmOptions, check_farm
 from ..parallel.sharding import shard_weights
+from ..progress import PhaseProgress
 from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
 from .loading import BUILT_IN, dtypes, encode_prompt, model_file
+from .on_workers import Clip, Outcome, add_farm_options, farm_options, run_on_workers
 from .options import (
     ModelOptions,
     OutputOptions,
+    absolute_models,
     add_file_options,
     add_model_options,
     add_refiner_options,
@@ -57,6 +65,7 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     add_refiner_options(group)
     add_model_options(parser.add_argument_group("models"))
     add_file_options(parser.add_argument_group("files"))
+    add_farm_options(parser.add_argument_group("several cards"))
     # `ranks`: the processes that torchrun has started, if any.
     parser.set_defaults(run=lambda options: refine(refine_options(options, options.source, TargetSize())), ranks=None)
 
@@ -66,7 +75,7 @@ class RefineOptions:
     """The command's options.
 
     `source` and `target` are both files, or both folders. `own_strength`: the user chose a strength or `auto`;
-    otherwise the model decides.
+    otherwise the model decides. `farm`: where the clips of a folder are spread to.
     """
 
     source: Path
@@ -78,6 +87,7 @@ class RefineOptions:
     models: ModelOptions
     output: OutputOptions
     ranks: Ranks | None = None
+    farm: FarmOptions | None = None
 
 
 def refine_options(options: argparse.Namespace, source: Path, default_size: TargetSize) -> RefineOptions:
@@ -92,13 +102,18 @@ def refine_options(options: argparse.Namespace, source: Path, default_size: Targ
         models=model_options(options),
         output=output_options(options),
         ranks=options.ranks,
+        farm=farm_options(options),
     )
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """One file. `prompt` and `settings` replace the command's, where they differ from file to file."""
+
     source: Path
     target: Path
+    prompt: str | None = None
+    settings: RefineSettings | None = None
 
 
 def refine(options: RefineOptions) -> int:
@@ -109,22 +124,82 @@ def refine(options: RefineOptions) -> int:
     except ModuleNotFoundError as error:
         raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
 
-    def checked_jobs() -> list[_Job]:
+    if options.farm is not None:
+        if not options.source.is_dir():
+            raise CommandError("--ray spreads the videos of a folder: give a folder as IN.")
+        check_farm(options.farm)
+
+    def checked_jobs() -> list[Job]:
         jobs = _jobs(options)
         for job in jobs:
             check_paths(job.source, job.target, force=options.output.force)
         return jobs
 
-    jobs = agree(options.ranks, checked_jobs)
+    return refine_jobs(agree(options.ranks, checked_jobs), options)
+
+
+def refine_jobs(jobs: list[Job], options: RefineOptions) -> int:
+    """Refine files whose paths are checked; returns the exit code. Of several, `options.source` is their folder."""
     if not jobs:
         return 0
-    networks = _networks(options)
-    if not options.own_strength and networks.dit.config == NANO_STAGE2:
-        options = replace(options, settings=replace(options.settings, strength=NANO_STRENGTH))
-    return _refine_all(jobs, networks, options)
+    if options.farm is not None:
+        return _refine_on_workers(jobs, options)
+    return _refine_all(jobs, _networks(options), options)
 
 
-def _refine_all(jobs: list[_Job], networks: Networks, options: RefineOptions) -> int:
+def _with_own_strength(options: RefineOptions, networks: Networks) -> RefineOptions:
+    if options.own_strength or networks.dit.config != NANO_STAGE2:
+        return options
+    return replace(options, settings=replace(options.settings, strength=NANO_STRENGTH))
+
+
+def _refine_on_workers(jobs: list[Job], options: RefineOptions) -> int:
+    from ..refiner.files import expected_work
+
+    if options.models.model is None and not nano_is_trained():
+        say(NANO_NOTICE)
+    jobs = sorted(
+        jobs, key=lambda job: expected_work(job.source, (job.settings or options.settings).size), reverse=True
+    )
+    clips = [
+        Clip(job.source.name, job.target, replace(job, source=job.source.absolute(), target=job.target.absolute()))
+        for job in jobs
+    ]
+    output = options.output
+    options = replace(
+        options,
+        target=options.target.absolute(),
+        models=absolute_models(options.models),
+        output=replace(output, work=output.work and output.work.absolute()),
+    )
+    return run_on_workers(options.farm, partial(_prepare_worker, options), clips)
+
+
+def _prepare_worker(options: RefineOptions) -> Callable[[Clip, PhaseProgress, Callable[[str], None]], Outcome]:
+    """What a worker keeps from clip to clip. Raises CommandError."""
+    return_memory()
+    if not options.target.is_dir():
+        raise CommandError(
+            f"{socket.gethostname()} has no folder {options.target}: all machines need the videos and the folder of "
+            "the results under the same path."
+        )
+    return partial(_refine_clip, _networks(options), options)
+
+
+def _refine_clip(
+    networks: Networks, options: RefineOptions, clip: Clip, report: PhaseProgress, note: Callable[[str], None]
+) -> Outcome:
+    job: Job = clip.task
+    if _is_done(job.target, options):  # by a worker that was killed just then, or by another program
+        return Outcome()
+    try:
+        damage = _refine_job(job, networks, options, report, note)
+    except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        return Outcome(problem=reason(error), in_use=isinstance(error, InUseError))
+    return Outcome(notes=damage, damaged=bool(damage))
+
+
+def _refine_all(jobs: list[Job], networks: Networks, options: RefineOptions) -> int:
     bars, failed, damaged = ProgressBars("frame", {REFINE: "window"}), 0, 0
     several = options.source.is_dir()  # several programs may share a folder
     for job in jobs:
@@ -132,13 +207,13 @@ def _refine_all(jobs: list[_Job], networks: Networks, options: RefineOptions) ->
         if agree(options.ranks, lambda job=job: _is_done(job.target, options)):
             continue
         try:
-            damage = _refine_job(job, networks, options, bars)
+            damage = _refine_job(job, networks, options, bars, warn)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
             if options.ranks is not None and options.ranks.busy:  # the others are in the middle of it
                 raise _fatal(job, error) from error
             failed += not (several and isinstance(error, InUseError))
-            warn(f"{job.source.name}: {_reason(error)}")
+            warn(f"{job.source.name}: {reason(error)}")
         except KeyboardInterrupt:
             bars.close()
             if options.ranks is not None:
@@ -153,13 +228,19 @@ def _refine_all(jobs: list[_Job], networks: Networks, options: RefineOptions) ->
     return DAMAGED if damaged else 0
 
 
-def _refine_job(job: _Job, networks: Networks, options: RefineOptions, bars: ProgressBars) -> tuple[str, ...]:
+def _refine_job(
+    job: Job, networks: Networks, options: RefineOptions, report: PhaseProgress, note: Callable[[str], None]
+) -> tuple[str, ...]:
     """Returns sentences on what is damaged in the source."""
     from ..refiner.files import FileOptions, is_picture, refine_picture, refine_video
 
+    if job.settings is not None:
+        options = replace(options, prompt=job.prompt, settings=job.settings)
+        networks = replace(networks, context=_context(options, networks.dit.config.text_dim, networks.device))
+    options = _with_own_strength(options, networks)
     settings, output = options.settings, options.output
     if is_picture(job.source):
-        refine_picture(networks, job.source, job.target, settings, force=output.force, on_progress=bars, note=warn)
+        refine_picture(networks, job.source, job.target, settings, force=output.force, on_progress=report, note=note)
         return ()
     files = FileOptions(
         crf=output.crf,
@@ -168,21 +249,21 @@ def _refine_job(job: _Job, networks: Networks, options: RefineOptions, bars: Pro
         bits=output.bits,
         deinterlace=output.deinterlace,
         force=output.force,
-        work=_work(options, job),
+        work=_work_of(job.target, options),
         anew=output.anew,
         about=_about(options, networks),
-        note=warn,
-        warn=lambda text: warn(f"{job.source.name}: {text}"),
+        note=note,
+        warn=note if options.farm else lambda text: note(f"{job.source.name}: {text}"),
     )
-    return refine_video(networks, job.source, job.target, settings, files, bars)
+    return refine_video(networks, job.source, job.target, settings, files, report)
 
 
-def _fatal(job: _Job, error: Exception) -> CommandError:
+def _fatal(job: Job, error: Exception) -> CommandError:
     """The error that ends all ranks."""
-    return error if isinstance(error, RankEndedError) else CommandError(f"{job.source.name}: {_reason(error)}")
+    return error if isinstance(error, RankEndedError) else CommandError(f"{job.source.name}: {reason(error)}")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What went wrong with a file. Raises errors of unknown kinds again."""
     if isinstance(error, CommandError):
         return error.with_hint
@@ -196,14 +277,14 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _jobs(options: RefineOptions) -> list[_Job]:
+def _jobs(options: RefineOptions) -> list[Job]:
     """What to refine, and where to. Results that a folder holds already are left out."""
     from ..refiner.files import videos_in, was_finished
     from ..video_files import CONTAINERS
 
     if not options.source.is_dir():
-        job = _Job(options.source, options.target)
-        if not options.output.force and was_finished(job.target, _work(options, job)):
+        job = Job(options.source, options.target)
+        if not options.output.force and was_finished(job.target, _work_of(job.target, options)):
             say(f"{job.target}: refined")  # the run was killed during its clean-up
             return []
         return [job]
@@ -223,22 +304,25 @@ def _jobs(options: RefineOptions) -> list[_Job]:
             target = options.target / f"{video.name}{ending}"
         taken.add(target.name.lower())
         if not _is_done(target, options):
-            jobs.append(_Job(video, target))
+            jobs.append(Job(video, target))
     return jobs
 
 
 def _is_done(target: Path, options: RefineOptions) -> bool:
-    """Whether a result exists and is kept; reports it."""
+    """Whether a result exists and is kept; reports it, and deletes what a killed run has left beside it."""
+    from ..refiner.files import was_finished
+
     done = target.exists() and not options.output.force
     if done:
+        was_finished(target, _work_of(target, options))
         say(f"{target} exists already and is left as it is")
     return done
 
 
-def _work(options: RefineOptions, job: _Job) -> Path | None:
+def _work_of(target: Path, options: RefineOptions) -> Path | None:
     from ..refiner.files import work_folder_of
 
-    return None if options.output.work is None else work_folder_of(job.target, options.output.work)
+    return None if options.output.work is None else work_folder_of(target, options.output.work)
 
 
 def _networks(options: RefineOptions) -> Networks:
@@ -253,13 +337,17 @@ def _networks(options: RefineOptions) -> Networks:
     if models.shard_weights:
         shard_weights(dit, dit.blocks, device)
     vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
-    if options.prompt is None:
-        context = torch.zeros(1, TEXT_TOKENS, dit.config.text_dim)  # as in the unconditional evaluation
-    else:
-        words = with_motion(options.prompt, options.motion)
-        context = agree(options.ranks, lambda: encode_prompt(words, models, dit.config.text_dim, device).cpu())
+    context = _context(options, dit.config.text_dim, device)
     store = None if device.type == "cpu" else STORE_SHARE * main_memory()
     return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, options.ranks)
+
+
+def _context(options: RefineOptions, text_dim: int, device: torch.device) -> Tensor:
+    """The prompt's encoding."""
+    if options.prompt is None:
+        return torch.zeros(1, TEXT_TOKENS, text_dim)  # as in the unconditional evaluation
+    words = with_motion(options.prompt, options.motion)
+    return agree(options.ranks, lambda: encode_prompt(words, options.models, text_dim, device).cpu())
 
 
 def _vae_memory(wanted: float | None, device: torch.device) -> float | None:

@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..atomic_files import InUseError, check_space, check_target, whole_file
+from ..atomic_files import InUseError, check_space, check_target, remove_abandoned, whole_file
 from ..color import DETAIL_SIZE
 from ..devices import GIB, main_memory
 from ..errors import CommandError
-from ..frames import PictureSize, odd_size_notice, to_bytes
+from ..frames import PictureSize, TargetSize, odd_size_notice, to_bytes
 from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
     AUTO,
@@ -31,6 +32,8 @@ from ..video_files import (
     encode_segment,
     is_animated,
     open_clip,
+    open_container,
+    picture_track,
     write_video,
 )
 from .ranks import SharedWork, following, leading
@@ -91,6 +94,22 @@ def _is_video(path: Path) -> bool:
     return ending in VIDEO_ENDINGS or (ending in PICTURE_ENDINGS and is_animated(path))
 
 
+def expected_work(source: Path, size: TargetSize) -> float:
+    """Pixels of a video's result, roughly, from its header alone; 0 for what has no readable one."""
+    try:
+        with open_container(source) as container:
+            track = picture_track(container)
+            if track is None or track.codec_context is None:
+                return 0.0
+            frames = track.frames
+            if not frames and container.duration:
+                frames = float(container.duration / av.time_base * (track.average_rate or 0))
+            height, width = size.resolve(track.codec_context.height, track.codec_context.width)
+            return max(1.0, frames) * height * width
+    except (CommandError, ValueError, OSError, av.FFmpegError):
+        return 0.0
+
+
 def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
     """Raise CommandError unless `source` is a file and `target` a valid result for it; `force` allows to replace."""
     if not source.is_file():
@@ -104,7 +123,11 @@ def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
 
 
 def was_finished(target: Path, work: Path | None = None) -> bool:
-    """Whether an earlier run finished `target` but was killed before deleting its work folder; then deletes it."""
+    """Whether an earlier run finished `target` but was killed before deleting its work folder; then deletes it.
+
+    Also deletes what a killed run has left beside `target`.
+    """
+    remove_abandoned(target)
     folder = work or work_folder_of(target)
     if not is_result_of(target, folder):
         return False
@@ -263,6 +286,7 @@ def refine_picture(
         return
     with leading(ranks) as begin:
         check_paths(source, target, force=force)
+        remove_abandoned(target)
         pixels, profile = _read_picture(source)
         size = settings.size.resolve(*pixels.shape[:2])
         _note_automatic(networks, settings, size, note)

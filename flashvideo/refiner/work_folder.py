@@ -230,6 +230,8 @@ class _Snapshot(Mapping):
 def is_result_of(target: Path, folder: Path) -> bool:
     """Whether a file is the result of the run in `folder`, which was killed before it could delete the folder."""
     try:
+        if target.is_file() and all(path.name == LOCK for path in folder.iterdir()):
+            return True  # the last that a run deletes
         return (folder / MARKER).is_file() and _read_json(folder / RESULT) == _identity(target)
     except (CommandError, OSError):
         return False

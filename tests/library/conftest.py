@@ -30,8 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests s
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`python -m pytest tests/library/test_damaged_files.py --damaged 300`: for people, with minutes to spare."""
+    """`python -m pytest tests/library/test_damaged_files.py --damaged 300`, or `tests/library/test_farm.py --farm-clips
+    40 --farm-kills 10 --farm-workers 4`: for people, with minutes to spare.
+    """
     parser.getgroup("fuzz").addoption("--damaged", type=int, default=40, help="damaged files to try of each kind")
+    for name, default, text in (
+        ("clips", 6, "clips to refine on a Ray cluster"),
+        ("kills", 2, "workers of it that are killed"),
+        ("workers", 2, "workers at a time"),
+    ):
+        parser.getgroup("farm").addoption(f"--farm-{name}", type=int, default=default, help=text)
 
 
 @pytest.fixture(scope="module")

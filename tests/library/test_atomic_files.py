@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from flashvideo import atomic_files
-from flashvideo.atomic_files import WriteError, check_target, file_size, whole_file, write_problem, write_whole
+from flashvideo.atomic_files import (
+    WriteError,
+    check_target,
+    file_size,
+    remove_abandoned,
+    whole_file,
+    write_problem,
+    write_whole,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,6 +144,14 @@ def test_a_kill_blocks_no_later_run(tmp_path: Path) -> None:
     check_target(target)
     put(target)
     assert target.read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 2
+    theirs = tmp_path / f"other.bin.{'0' * 16}.part"
+    theirs.write_bytes(b"of another target")
+    with whole_file(target) as part:
+        remove_abandoned(target)
+        assert set(tmp_path.iterdir()) == {target, part, theirs}  # what is being written stays
+    remove_abandoned(target)
+    assert set(tmp_path.iterdir()) == {target, theirs}
 
 
 def test_the_longest_name_that_a_disk_allows(tmp_path: Path) -> None:

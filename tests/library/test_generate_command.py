@@ -13,6 +13,7 @@ import torch
 
 from flashvideo import atomic_files
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.commands import drafts
 from flashvideo.commands import generate as generate_command
 from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
@@ -28,9 +29,11 @@ WORDS = "a red circle moves left over a green hill"
 def generate(tokenizer: Path, tmp_path: Path) -> Callable[..., int]:
     """Runs the command on small sizes; returns its exit code."""
 
-    def run(*more: str, words: str = WORDS, name: str = "out.mp4") -> int:
-        small = ("--draft-size", "48x32", "--frames", "5", "--draft-steps", "3", "--steps", "1", "--scale", "1.5")
-        fixed = ("--tokenizer", str(tokenizer), "--device", "cpu")
+    def run(
+        *more: str, words: str = WORDS, name: str = "out.mp4", seed: str = "0", size: tuple = ("--scale", "1.5")
+    ) -> int:
+        small = ("--draft-size", "48x32", "--frames", "5", "--draft-steps", "3", "--steps", "1", *size)
+        fixed = ("--tokenizer", str(tokenizer), "--device", "cpu", "--seed", seed)
         return main(["generate", words, str(tmp_path / name), *small, *fixed, *more])
 
     return run
@@ -43,7 +46,7 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 def test_a_video_is_drafted_and_refined(generate: Callable[..., int], tokenizer: Path, tmp_path: Path) -> None:
-    assert generate("--seed", "7") == 0
+    assert generate(seed="7") == 0
     assert frames_of(tmp_path / "out.mp4").shape == (5, 48, 72, 3)
 
     dit = load_dit(nano_state("stage1"), dtype=torch.float32)
@@ -76,7 +79,7 @@ def test_a_draft_is_kept_for_a_second_run_and_no_other(
     assert not (tmp_path / "out.mp4").exists()
     before = (tmp_path / "out.mp4.draft.mkv").read_bytes()
 
-    monkeypatch.setattr("flashvideo.commands.generate.sample_stage1", lambda *_, **__: pytest.fail("drafted again"))
+    monkeypatch.setattr("flashvideo.commands.drafts.sample_stage1", lambda *_, **__: pytest.fail("drafted again"))
     assert generate() == 0
     assert frames_of(tmp_path / "out.mp4").shape[0] == 5
     assert (tmp_path / "out.mp4.draft.mkv").read_bytes() == before
@@ -120,9 +123,77 @@ def test_a_draft_that_ends_early_leaves_no_file(
 def test_a_folder_that_takes_no_files_is_refused_before_the_draft(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(generate_command, "make_draft", None)
+    monkeypatch.setattr(drafts, "make_draft", None)
     assert main(["generate", WORDS, "/proc/out.mp4", "--device", "cpu"]) == 1
     assert capsys.readouterr().err == "/proc/out.mp4.draft.mkv: No such file or directory\n"
+
+
+PROMPTS = """\ufeffa red circle moves left over a green hill
+
+{"prompt": "a blue square", "seed": 7, "size": "48x32"}
+{"prompt": "a blue square", "draft_size": "32x32", "frames": 1}
+"""
+
+
+def test_each_prompt_of_a_file_gives_what_it_gives_alone(
+    generate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(PROMPTS, encoding="utf-8")
+    assert generate("--prompts", words=str(prompts), name="many", seed="5") == 0
+    made = {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+    results = [f"{number:04}.mp4" for number in (1, 3, 4)]
+    assert sorted(made) == sorted(name + ending for name in results for ending in ("", ".draft.mkv"))
+    assert [frames_of(tmp_path / "many" / name).shape for name in results] == [
+        (5, 48, 72, 3),
+        (5, 32, 48, 3),
+        (1, 48, 48, 3),
+    ]
+    assert generate("--exact", "48x32", words="a blue square", name="0003.mp4", seed="7", size=()) == 0
+    assert made["0003.mp4"] == (tmp_path / "0003.mp4").read_bytes()
+    drafts = [frames_of(folder / "0003.mp4.draft.mkv") for folder in (tmp_path / "many", tmp_path)]
+    assert np.array_equal(*drafts)  # Matroska has a random number in each file
+
+    capsys.readouterr()
+    (tmp_path / "many" / "0004.mp4").unlink()
+    assert generate("--prompts", words=str(tmp_path / "many"), name="prompts.txt", seed="5") == 0  # in the other order
+    assert capsys.readouterr().out.count("exists already and is left as it is") == 2
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+
+    prompts.write_text("another prompt\n", encoding="utf-8")
+    assert generate("--prompts", "--force", words=str(prompts), name="many") == 1
+    assert "is the draft of other words or settings" in capsys.readouterr().err
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "prompts.txt holds no prompts."),
+        ('a hill\n{"prompt": "a hill"', "prompts.txt, line 2: that is no JSON object: "),
+        (
+            '{"prompt": "a hill", "steps": 3}',
+            "line 1: there is no 'steps', only prompt, seed, size, draft_size, frames.",
+        ),
+        ('{"prompt": "a hill", "seed": "3"}', 'line 1: seed takes a whole number; got "3".'),
+        ('{"seed": 3}', "line 1: a prompt is missing."),
+        ('{"prompt": "a hill", "seed": -3}', "prompts.txt, line 1: a seed must be 0 to"),
+        ('{"prompt": "a hill", "size": "large"}', "prompts.txt, line 1: --exact takes a width and a height"),
+        ('a hill\n\n{"prompt": "a hill", "frames": 6}', "prompts.txt, line 3: --frames must be"),
+    ],
+)
+def test_a_mistake_in_a_file_of_prompts_is_told_by_its_line_before_the_work(
+    generate: Callable[..., int], text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text(text)
+    assert generate("--prompts", words=str(tmp_path / "prompts.txt"), name="many") == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "many").exists()
+
+
+def test_ray_spreads_prompts_only(generate: Callable[..., int], capsys: pytest.CaptureFixture) -> None:
+    assert generate("--ray") == 1
+    assert "it goes with --prompts" in capsys.readouterr().err
 
 
 def test_bench_runs_a_script_of_the_benchmarks(capfd: pytest.CaptureFixture) -> None:
