@@ -77,6 +77,8 @@ class Command:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flashvideo", *map(str, words)],
                 stdout=output, stderr=error, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # Tests that run in a shell's background ignore Ctrl+C, and so would this.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def wait(self) -> int:
