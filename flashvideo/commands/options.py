@@ -25,6 +25,7 @@ from ..t5 import MOTIONS, T5Tokens
 
 AUTO = "auto"
 MAX_CRF = 51  # of x264
+MAX_FPS = 1000
 MAX_MEMORY = 1e6  # GiB; anything beyond is a slip
 MOTION = "medium"  # the official script's for stage II
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +40,8 @@ class OutputOptions:
     codec: str
     bits: int | None
     deinterlace: bool
+    fps: float | None
+    start_number: int | None
     work: Path | None
     force: bool
     anew: bool
@@ -76,6 +79,10 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--deinterlace", action="store_true", help="make whole pictures of IN's interlaced ones first")
     group.add_argument(
         "--sound", choices=("copy", "aac", "none"), default="copy", help="copy (default) it as it is, encode it as AAC"
+    )
+    group.add_argument("--fps", type=real, metavar="F", help="frames a second of numbered pictures as IN (default: 24)")
+    group.add_argument(
+        "--start-number", type=whole, metavar="N", help="of numbered pictures as OUT (default: as in IN, of a video 1)"
     )
     group.add_argument("--work", type=Path, metavar="DIR", help="folder for unfinished work (default: beside OUT)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -173,6 +180,10 @@ def output_options(options: argparse.Namespace) -> OutputOptions:
     """The options of `add_file_options`. Raises CommandError."""
     if not 0 <= options.crf <= MAX_CRF:
         raise CommandError(f"--crf must be 0 to {MAX_CRF}; got {options.crf}.")
+    if options.fps is not None and not 0 < options.fps <= MAX_FPS:
+        raise CommandError(f"--fps must be above 0 and at most {MAX_FPS}; got {options.fps:g}.")
+    if options.start_number is not None and options.start_number < 0:
+        raise CommandError(f"--start-number must be 0 or more; got {options.start_number}.")
     bits = None if options.bits == AUTO else int(options.bits)
     return OutputOptions(
         options.crf,
@@ -180,6 +191,8 @@ def output_options(options: argparse.Namespace) -> OutputOptions:
         options.codec,
         bits,
         options.deinterlace,
+        options.fps,
+        options.start_number,
         options.work,
         options.force,
         options.anew,

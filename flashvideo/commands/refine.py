@@ -53,8 +53,12 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
         description="Give a video real detail: same frames, same times, same sound. Interrupted runs resume when the "
         "same command is run again.",
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="a video, a picture, or a folder of videos")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv), or a folder")
+    parser.add_argument(
+        "source", metavar="IN", type=Path, help="a video, a picture, pictures like shot/%%04d.png, a folder of videos"
+    )
+    parser.add_argument(
+        "target", metavar="OUT", type=Path, help="the file to write (.mp4, .mov, .mkv), out/%%04d.png, or a folder"
+    )
     add_size_options(parser.add_argument_group("size of the result (default: --short-side 1080)"))
     group = parser.add_argument_group("refiner")
     group.add_argument(
@@ -248,6 +252,8 @@ def _refine_job(
         codec=output.codec,
         bits=output.bits,
         deinterlace=output.deinterlace,
+        fps=output.fps,
+        start_number=output.start_number,
         force=output.force,
         work=_work_of(job.target, options),
         anew=output.anew,

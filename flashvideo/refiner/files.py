@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -22,22 +21,18 @@ from ..errors import CommandError
 from ..frames import PictureSize, TargetSize, odd_size_notice, to_bytes
 from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
-    AUTO,
     CONTAINERS,
-    CRF,
-    SOUNDS,
     VIDEO_ENDINGS,
-    VideoFormat,
-    check_container,
-    encode_segment,
     is_animated,
-    open_clip,
+    is_pattern,
     open_container,
     picture_track,
-    write_video,
+    sequence_identity,
 )
+from .file_options import FileOptions
+from .outputs import check_patterns, open_source, output_of
 from .ranks import SharedWork, following, leading
-from .run import ENCODE, SEGMENT_CHUNKS, Networks, RefineRun, RefineSettings, refine_frames
+from .run import ENCODE, Networks, RefineRun, RefineSettings, refine_frames
 from .work_folder import WorkFolder, discard, is_result_of
 
 READ = "read"  # the phase before the others: the video is read to its end once
@@ -54,34 +49,9 @@ _USABLE = 0.9  # of main memory
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FileOptions:
-    """How a video file is written.
-
-    `crf`, `sound`, `codec`, `bits`: see `VideoFormat`. `deinterlace`: see `open_clip`. `force`: replace what is there.
-    `work`: the folder for unfinished work (default: the result's name + .unfinished), `anew`: start over. `about`
-    (JSON): what else the result depends on, such as the networks' files; runs with a different value aren't resumed.
-    `segment_chunks`: see `RefineRun`. `warn` gets warnings before the work starts, `note` what was chosen
-    automatically (the strength).
-    """
-
-    crf: int = CRF
-    sound: str = SOUNDS[0]
-    codec: str = AUTO
-    bits: int | None = None
-    deinterlace: bool = False
-    force: bool = False
-    work: Path | None = None
-    anew: bool = False
-    about: Mapping[str, Any] = field(default_factory=dict)
-    segment_chunks: int = SEGMENT_CHUNKS
-    warn: Callable[[str], None] = log.warning
-    note: Callable[[str], None] = log.info
-
-
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its name, and not animated."""
-    return path.suffix.lower() in PICTURE_ENDINGS and not is_animated(path)
+    """Whether a file is a picture by its name, neither animated nor one of several that are numbered."""
+    return not is_pattern(path) and path.suffix.lower() in PICTURE_ENDINGS and not is_animated(path)
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -112,8 +82,13 @@ def expected_work(source: Path, size: TargetSize) -> float:
 
 def check_paths(source: Path, target: Path, *, force: bool = False) -> None:
     """Raise CommandError unless `source` is a file and `target` a valid result for it; `force` allows to replace."""
-    if not source.is_file():
+    if not is_pattern(source) and not source.is_file():
         raise CommandError(f"There is no file {source}.")
+    if is_pattern(source) or is_pattern(target):
+        check_patterns(source, target)
+        if not is_pattern(target):
+            check_target(target, force=force)
+        return
     picture = is_picture(source)
     endings = PICTURE_ENDINGS if picture else tuple(CONTAINERS)
     if target.suffix.lower() not in endings:
@@ -170,7 +145,7 @@ def refine_video(
 def _assist(networks: Networks, source: Path, settings: RefineSettings, options: FileOptions) -> None:
     """The other ranks' part of `refine_video`."""
     with following(networks.ranks):
-        clip = open_clip(source, deinterlace=options.deinterlace)
+        clip = open_source(source, options)
         size = settings.size.resolve(clip.height, clip.width)
         if settings.color_match == "wavelet":  # the same phases, and rank 0 matches the colours
             settings = replace(settings, color_match="none")
@@ -193,15 +168,14 @@ def _lead(
         options.note(f"{target} is complete: an earlier run was stopped during its clean-up.")
         return ()
     check_paths(source, target, force=options.force)
-    clip = open_clip(
-        source, lambda done, total: report(READ, done, max(done, total)), deinterlace=options.deinterlace
-    )
+    clip = open_source(source, options, lambda done, total: report(READ, done, max(done, total)))
     if options.sound == "none":
         clip = clip.alone()
     size = settings.size.resolve(clip.height, clip.width)
-    form = VideoFormat(clip, *size, options.crf, options.sound, options.codec, options.bits)
-    damage = (*clip.damage, *check_container(target.suffix, form, options.warn))
-    for text in (odd_size_notice(size), *clip.notes, *form.losses(), *damage):
+    output = output_of(clip, size, target, options)
+    resumes = (options.work or work_folder_of(target)).is_dir() and not options.anew
+    damage = (*clip.damage, *output.check(options, resumes=resumes))
+    for text in (odd_size_notice(size), *clip.notes, *output.form.losses(), *damage):
         if text:
             options.warn(text)
     with closing(_work_folder(source, target, size, settings, options)) as folder:
@@ -212,15 +186,13 @@ def _lead(
         run = RefineRun(networks, clip, size, settings, work, report, options.segment_chunks)
         _note_automatic(networks, settings, size, options.note)
         if folder.fresh:
-            needed = run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * form.height * form.width)
+            needed = run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * size[0] * size[1])
             _check_space(folder, needed)
-        _warn_of_memory(run.main_bytes(), form, options.warn)
+        _warn_of_memory(run.main_bytes(), size, options.warn)
         begin()
-        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, encode_segment(chunks, form)))
+        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, output.encode(chunks)))
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
-        with whole_file(target, replace=options.force) as part:
-            write_video(part, form, segments, CONTAINERS[target.suffix.lower()])
-            folder.note_result(part)
+        output.write(segments, folder, force=options.force)
         folder.remove()
     return damage
 
@@ -238,11 +210,11 @@ def _note_automatic(
         )
 
 
-def _warn_of_memory(needed: float, form: VideoFormat, warn: Callable[[str], None]) -> None:
+def _warn_of_memory(needed: float, size: PictureSize, warn: Callable[[str], None]) -> None:
     there = main_memory()
     if needed > _USABLE * there:
         warn(
-            f"For {form.width}x{form.height} the VAE keeps {needed / GIB:.0f} GiB in main memory and this "
+            f"For {size} the VAE keeps {needed / GIB:.0f} GiB in main memory and this "
             f"machine has {there / GIB:.0f} GiB: it may become very slow, or be killed. Half as many pixels need "
             "half of it."
         )
@@ -253,7 +225,8 @@ def _work_folder(
 ) -> WorkFolder:
     facts = {
         "format": FORMAT,
-        "file": file_identity(source),
+        "file": sequence_identity(source) if is_pattern(source) else file_identity(source),
+        "pictures": [options.fps, options.start_number],
         "crf": options.crf,
         "sound": options.sound,
         "codec": [options.codec, options.bits],

@@ -5,8 +5,19 @@ The timestamps of the pictures and the packets of sound are those of the source,
 
 from .encoding import AUTO, BITS, CODECS, CRF, VideoFormat, encode_segment, read_comment, write_lossless
 from .opening import VIDEO_ENDINGS, open_container, picture_track
+from .picture_metadata import with_metadata
 from .pixels import UPRIGHT, Orientation, colour_matrix, orientation_of, upright_pixels
 from .reading import VideoClip, is_animated, open_clip
+from .sequences import (
+    SEQUENCES,
+    PictureSequence,
+    SequenceFormat,
+    encode_pictures,
+    is_pattern,
+    open_sequence,
+    picture_name,
+    sequence_identity,
+)
 from .writing import CONTAINERS, SOUNDS, check_container, write_video
 
 __all__ = [
@@ -15,22 +26,31 @@ __all__ = [
     "CODECS",
     "CONTAINERS",
     "CRF",
+    "SEQUENCES",
     "SOUNDS",
     "UPRIGHT",
     "VIDEO_ENDINGS",
     "Orientation",
+    "PictureSequence",
+    "SequenceFormat",
     "VideoClip",
     "VideoFormat",
     "check_container",
     "colour_matrix",
+    "encode_pictures",
     "encode_segment",
     "is_animated",
+    "is_pattern",
     "open_clip",
     "open_container",
+    "open_sequence",
     "orientation_of",
+    "picture_name",
     "picture_track",
     "read_comment",
+    "sequence_identity",
     "upright_pixels",
+    "with_metadata",
     "write_lossless",
     "write_video",
 ]

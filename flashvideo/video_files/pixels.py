@@ -13,6 +13,7 @@ LIMITED, FULL = 1, 2  # FFmpeg's numbers of the ranges that brightness is stored
 _HD_ROWS = 720  # from here on, untagged video is taken as BT.709
 # swscale's numbers: bilinear, colour for every pixel, rounding. Without the last two each channel loses 1.3 of 255.
 EXACT = 0x2 | 0x2000 | 0x40000
+_UNSAFE = ("png", "apng")
 _CHANNELS = 4  # of a transparent picture
 _OPAQUE = 255
 # White in 16 bits: all of them in RGB; swscale moves 255 of 8 bits up by 8 when it comes from or goes to YUV.
@@ -36,16 +37,29 @@ class Orientation(NamedTuple):
 UPRIGHT = Orientation()
 
 
-def orientation_of(frame: av.VideoFrame) -> Orientation:
+def side_data(frame: av.VideoFrame, name: str, codec: str) -> bytes | None:
+    """What comes with a frame beside its pixels, by PyAV's name; None without it. `codec`: FFmpeg's name.
+
+    Not asked of PNG: for its colour profile, PyAV (16 at least) frees memory twice, which ends the program.
+    """
+    if codec in _UNSAFE:
+        return None
+    try:
+        return bytes(frame.side_data[name])
+    except KeyError:
+        return None
+
+
+def orientation_of(frame: av.VideoFrame, codec: str) -> Orientation:
     """The orientation that a file's display matrix asks for: telephones store lying or mirrored pictures.
 
     The matrix maps (x, y) to (a x + c y, b x + d y), see FFmpeg's libavutil/display.h; angles between quarter turns
     are taken as the nearest one.
     """
-    try:
-        matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), "<i4").reshape(3, 3)
-    except KeyError:
+    data = side_data(frame, "DISPLAYMATRIX", codec)
+    if data is None:
         return UPRIGHT
+    matrix = np.frombuffer(data, "<i4").reshape(3, 3)
     (a, b), (c, d) = matrix[:2, :2].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(False, d < 0, a < 0)

@@ -32,7 +32,7 @@ _DEINTERLACER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 _RAW = "It is a raw stream, which holds neither times nor a count: frames that have been lost from it go unnoticed."
 _INTERLACED = "It is interlaced and is refined with its comb lines: the command's --deinterlace makes whole ones first."
-_OPAQUE = "Its transparency gets lost: the result stands on black."
+OPAQUE = "Its transparency gets lost: the result stands on black."
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _clip(
         shown = [None if time is None else time - early for time in shown]
     clock, step = Clock(time_base, start), round(1 / (rate * time_base))
     times = tuple(clock(time, step) for time in shown)
-    orientation = orientation_of(first)
+    orientation = orientation_of(first, context.name)
     size = (first.height, first.width)
     aspect = Fraction(track.sample_aspect_ratio or 0) or None
     return VideoClip(
@@ -250,21 +250,21 @@ def _clip(
         last=survey.last if survey.last != step else 0,
         bits=max(component.bits for component in first.format.components),
         curve=CURVES.get(int(context.color_trc), ""),
-        mastering=mastering_of(first),
+        mastering=mastering_of(first, context.name),
         interlaced=survey.interlaced,
-        notes=tuple(_losses(survey)),
+        notes=tuple(_losses(survey, context.name)),
         damage=tuple(damage_of(path, container, track, survey, times)),
     )
 
 
-def _losses(survey: Survey) -> Iterator[str]:
+def _losses(survey: Survey, codec: str) -> Iterator[str]:
     """What refined pictures don't keep, and what nobody can know."""
     frame = survey.first
     if frame.pts is None and not survey.shown:
         yield _RAW
     if survey.transparent:
-        yield _OPAQUE
-    if has_dynamic_metadata(frame):
+        yield OPAQUE
+    if has_dynamic_metadata(frame, codec):
         yield "Its dynamic HDR metadata (HDR10+ or Dolby Vision) gets lost: frame by frame, it belongs to the source."
 
 
@@ -306,5 +306,5 @@ def _open_animation(path: Path, on_frame: Callable[[int, int], None]) -> Animate
         times=tuple(times),
         matrix=BT709,
         last=round(end / _MILLISECOND) - times[-1],
-        notes=(_OPAQUE,) if transparent else (),
+        notes=(OPAQUE,) if transparent else (),
     )

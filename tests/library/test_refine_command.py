@@ -23,7 +23,7 @@ from flashvideo.config import NANO_STRENGTH
 from flashvideo.errors import CommandError
 from flashvideo.nano import nano_state
 from flashvideo.refiner import files as refine_files
-from flashvideo.refiner import work_folder
+from flashvideo.refiner import outputs, work_folder
 from flashvideo.refiner.files import WORK_ENDING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,16 +236,16 @@ def test_a_prompt_steers(tmp_path: Path) -> None:
 def test_cancelling_says_how_to_go_on(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    encode = refine_files.encode_segment
+    encode = outputs.encode_segment
 
     def cancelled(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(refine_files, "encode_segment", cancelled)
+    monkeypatch.setattr(outputs, "encode_segment", cancelled)
     assert refine(clip, tmp_path / "out.mp4", *FAST) == CANCELLED
     assert "The same command resumes" in capsys.readouterr().err
     assert not (tmp_path / "out.mp4").exists()
-    monkeypatch.setattr(refine_files, "encode_segment", encode)
+    monkeypatch.setattr(outputs, "encode_segment", encode)
     assert refine(clip, tmp_path / "out.mp4", *FAST) == 0
     assert "encode" not in capsys.readouterr().err
 
@@ -335,7 +335,7 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_work(
     options: list[str], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(refine_files, "encode_segment", None)
+    monkeypatch.setattr(outputs, "encode_segment", None)
     assert refine(clip, *options, *FAST) == REFUSED
     assert "can't be used for unfinished work: No such file or directory. --work DIR" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]

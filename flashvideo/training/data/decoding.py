@@ -163,7 +163,7 @@ def _middle(container: av.container.InputContainer, rate: float, longest: int) -
     for frame in container.decode(stream):
         if skipped and (frame.time or 0.0) - origin < skipped:
             continue
-        yield upright_pixels(frame, colour_matrix(frame), orientation_of(frame))
+        yield upright_pixels(frame, colour_matrix(frame), orientation_of(frame, stream.codec_context.name))
         count += 1
         if count == longest:
             return

@@ -261,7 +261,7 @@ def _decode(
     sizes: set[tuple[int, ...]] = set()
 
     def keep(frame: av.VideoFrame) -> None:
-        pixels = upright_pixels(frame, colour_matrix(frame), orientation_of(frame))
+        pixels = upright_pixels(frame, colour_matrix(frame), orientation_of(frame, stream.codec_context.name))
         sizes.add(pixels.shape)
         if len(sizes) > 1:
             raise UnusablePart("its pictures change their size")
