@@ -105,6 +105,7 @@ class Weights:
     packings: dict[str, Packing] = field(default_factory=dict)  # of GGUF's matrices; `read` unpacks them to bfloat16
     reopen_packed: Callable[[], Callable[[str], Tensor]] | None = None  # as `reopen`, for those: rows of bytes
     _reader: Callable[[str], Tensor] | None = field(default=None, init=False)
+    _packed_reader: Callable[[str], Tensor] | None = field(default=None, init=False)
 
     def read(self, name: str) -> Tensor:
         """Return the tensor of this name, a view of the mapped file where the file can be mapped."""
@@ -114,14 +115,16 @@ class Weights:
 
     def read_packed(self, name: str) -> Tensor:
         """Return a packed matrix [out, in] as it is: bytes [out, bytes of a row]. Raises CheckpointError if damaged."""
-        packed = self.reopen_packed()(name)
+        if self._packed_reader is None:
+            self._packed_reader = self.reopen_packed()
+        packed = self._packed_reader(name)
         if not self.packings[name].is_finite(packed):
             raise CheckpointError(f"{self.label} is damaged: {short(name)} holds factors that are not finite (NaN).")
         return packed
 
     def release(self) -> None:
         """Unmap the file once no tensor of it is in use any more; the next read maps it again."""
-        self._reader = None
+        self._reader = self._packed_reader = None
 
 
 def open_weights(source: str | Path | Mapping[str, Any]) -> Weights:
@@ -199,10 +202,10 @@ def _open_gguf(path: Path, size: int) -> Weights:
         return lambda name: read(name).reshape(entries[name].shape[0], -1)
 
     shapes = {name: entry.shape for name, entry in entries.items()}
-    packings = {name: entry.kind for name, entry in entries.items() if isinstance(entry.kind, Packing)}
-    dtypes = {name: torch.bfloat16 if name in packings else entry.kind for name, entry in entries.items()}
-    matrices = {name: packing for name, packing in packings.items() if len(shapes[name]) == 2}
-    return Weights(path.name, "GGUF", shapes, dtypes, reopen, metadata, matrices, reopen_packed)
+    packed = {name: entry.kind for name, entry in entries.items() if isinstance(entry.kind, Packing)}
+    dtypes = {name: torch.bfloat16 if name in packed else entry.kind for name, entry in entries.items()}
+    packed = {name: kind for name, kind in packed.items() if len(shapes[name]) == 2}
+    return Weights(path.name, "GGUF", shapes, dtypes, reopen, metadata, packed, reopen_packed)
 
 
 def _with_packings(weights: Weights) -> Weights:
@@ -219,7 +222,6 @@ def _with_packings(weights: Weights) -> Weights:
             raise CheckpointError(f"{weights.label} is damaged: {short(name)} should be packed, and isn't.")
         weights.packings[name], weights.dtypes[name] = packing, torch.bfloat16
         weights.shapes[name] = (shape[0], packing.columns(shape[1]))
-    for mark in marks:
         del weights.shapes[mark], weights.dtypes[mark]
 
     def reopen() -> Callable[[str], Tensor]:

@@ -73,6 +73,57 @@ def test_easycache_skips_steps_and_leaves_a_picture(
     assert float((skipped - exact).std()) < float(exact.std())
 
 
+def test_lazycache_that_skips_nothing_changes_nothing(
+    comfy_nodes: dict[str, Any], draft_model: Any, draft: Callable[..., Tensor], sample: Callable[..., Tensor]
+) -> None:
+    cached = comfy_nodes["LazyCache"].execute(draft_model, 0.0, 0.0, 1.0, False).result[0]
+    torch.testing.assert_close(draft(cached), draft(draft_model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample(cached), sample(draft_model), rtol=0, atol=1e-5)
+
+
+def test_lazycache_skips_steps_and_leaves_a_picture(
+    comfy_nodes: dict[str, Any], draft_model: Any, draft: Callable[..., Tensor]
+) -> None:
+    exact = draft(draft_model, 20)
+    cached = comfy_nodes["LazyCache"].execute(draft_model, 0.2, 0.15, 0.95, False).result[0]
+    skipped = draft(cached, 20)
+    assert not torch.equal(skipped, exact)
+    assert float((skipped - exact).std()) < float(exact.std())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_comfyuis_own_8_bit_attention_is_called_where_a_node_chooses_it(
+    stage: int,
+    comfy_nodes: dict[str, Any],
+    draft_model: Any,
+    draft: Callable[..., Tensor],
+    model: Any,
+    degrade_and_refine: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What ComfyUI registers under that name; here it is its basic attention, for want of a card."""
+    if "ModelAttentionBackend" not in comfy_nodes:
+        pytest.skip("this ComfyUI has no node for that")
+    from comfy.ldm.modules import attention
+
+    calls: list[int] = []
+
+    def registered(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return attention.attention_basic(*args, **kwargs)
+
+    monkeypatch.setitem(attention.REGISTERED_ATTENTION_FUNCTIONS, "comfy_kitchen_int8", registered)
+    latent = normal(1, 16, 2, 4, 6, seed=1)
+
+    def run(used: Any) -> Tensor:
+        return draft(used) if stage == 1 else degrade_and_refine(used, latent, 300, steps=1, cfg=1.0)
+
+    base = draft_model if stage == 1 else model
+    chosen = comfy_nodes["ModelAttentionBackend"]().patch(base, "comfy kitchen attention")[0]
+    torch.testing.assert_close(run(chosen), run(base), rtol=0, atol=1e-4)
+    assert calls
+
+
 def test_what_samplings_give_is_never_what_they_were_given(submodule: Callable[[str], ModuleType]) -> None:
     """ComfyUI and its nodes may write to it."""
     library, latent = submodule("nodes.native.sampling"), normal(1, 16, 1, 2, 2, seed=1)
