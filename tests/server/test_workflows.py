@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 import pytest
 from harness.comfy_client import ComfyClient, Executing, Failure, Interrupted, Preview, Progress, Success, saved_files
 from harness.comfy_server import ComfyServer
@@ -37,27 +35,6 @@ def prompt_of(client: ComfyClient) -> Callable[..., dict[str, Any]]:
         return prompt
 
     return convert
-
-
-@pytest.fixture()
-def clip(server: ComfyServer) -> Path:
-    """A clip from elsewhere: 20 frames of 70x44 at 12 frames a second, with sound."""
-    path = server.input / "clip.mp4"
-    with av.open(str(path), "w") as file:
-        video = file.add_stream("libx264", rate=12)
-        video.width, video.height, video.pix_fmt = 70, 44, "yuv420p"
-        audio = file.add_stream("aac", rate=16000)
-        for i in range(20):
-            picture = np.full((44, 70, 3), 40, np.uint8)
-            picture[10:30, 2 + 2 * i : 22 + 2 * i] = (220, 60, 40)
-            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        tone = np.sin(np.arange(16000 * 20 // 12) * 2 * math.pi * 440 / 16000).astype(np.float32)[None]
-        sound = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-        sound.sample_rate = 16000
-        file.mux(audio.encode(sound))
-        file.mux(video.encode())
-        file.mux(audio.encode())
-    return path
 
 
 def node_id(prompt: dict[str, Any], class_type: str, title: str | None = None) -> str:
