@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
+import lzma
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,9 @@ from .checkpoints.weights import QUANTISATION, some
 from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
 
-TOKENIZER_IN_COMFYUI = Path("comfy") / "text_encoders" / "t5_tokenizer" / "tokenizer.json"
-_WHERE = (
-    f"Give the tokenizer.json of ComfyUI's {TOKENIZER_IN_COMFYUI.parent} folder with --tokenizer, or ComfyUI's folder "
-    "in COMFYUI_PATH."
-)
+# T5 v1.1's, by Google, under the Apache License 2.0; the same in every size of T5.
+_TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "t5_tokenizer.json.xz"
+_WITHOUT = "Without --tokenizer the pack's own is used."
 NO_MOTION = "none"
 MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
 
@@ -35,32 +33,21 @@ class T5Tokens:
     """T5's tokenizer, always 226 tokens: padded with 0, and cut where a text is longer."""
 
     def __init__(self, path: str) -> None:
-        """Read a tokenizer.json; an empty path stands for the one that comes with ComfyUI. Raises CommandError."""
-        tokenizers, file = _library("tokenizers"), _find_tokenizer(path)
+        """Read a tokenizer.json; an empty path stands for the one that comes with the pack. Raises CommandError."""
+        tokenizers, file = _library("tokenizers"), Path(path) if path else _TOKENIZER
+        if not file.is_file():
+            raise CommandError(f"There is no tokenizer {file}. {_WITHOUT}")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            text = file.read_text(encoding="utf-8") if path else lzma.decompress(file.read_bytes()).decode()
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the package raises nothing narrower
-            raise CommandError(f"{file} is no tokenizer.json ({str(error).splitlines()[0]}). {_WHERE}") from error
+            raise CommandError(f"{file} is no tokenizer.json ({str(error).splitlines()[0]}). {_WITHOUT}") from error
         self._tokenizer.enable_truncation(TEXT_TOKENS)
         self._tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=0, pad_token="<pad>")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """[B, 226] token numbers."""
         return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
-
-
-def _find_tokenizer(path: str) -> Path:
-    if path:
-        candidates = [Path(path)]
-    else:
-        roots = [Path(os.environ["COMFYUI_PATH"])] if "COMFYUI_PATH" in os.environ else []
-        pack = Path(__file__).resolve().parents[1]
-        roots += [pack.parents[1], pack / ".bed" / "ComfyUI"]  # installed in custom_nodes, or with its own ComfyUI
-        candidates = [root / TOKENIZER_IN_COMFYUI for root in roots]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise CommandError(f"T5's tokenizer isn't at {candidates[0]}. {_WHERE}")
-    return found
 
 
 def _library(name: str) -> Any:
@@ -164,6 +151,6 @@ def contexts(encoder: T5Encoder, tokens: T5Tokens, texts: Sequence[str], batch: 
     if int(numbers.max()) >= known:
         raise CommandError(
             f"The tokenizer gives token {int(numbers.max())} and the text encoder knows {known}: they don't belong "
-            f"together. {_WHERE}"
+            f"together. {_WITHOUT}"
         )
     return torch.cat([encoder(part.to(device)).float().cpu() for part in numbers.split(batch)])

@@ -145,7 +145,7 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="FILE", type=Path, help="stage II (default: the built-in FlashVideo-Nano)")
     group.add_argument("--vae", metavar="FILE", type=Path, help="the VAE that goes with it")
     group.add_argument("--text-encoder", metavar="FILE", type=Path, help="T5-XXL, needed for a prompt with --model")
-    group.add_argument("--tokenizer", metavar="FILE", default="", help="T5's tokenizer.json (default: ComfyUI's)")
+    group.add_argument("--tokenizer", metavar="FILE", default="", help="T5's tokenizer.json (default: the pack's)")
     group.add_argument(
         "--vae-memory",
         metavar="GiB",

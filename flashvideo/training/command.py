@@ -53,7 +53,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=positive, metavar="N", help="do at most N steps now (the schedule stays)")
     parser.add_argument("--minutes", type=duration, metavar="M", help="stop after M minutes, with a checkpoint")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the one in ComfyUI)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the pack's)")
     parser.add_argument(
         "--export", type=Path, metavar="DIR",
         help="don't train: write the best weights so far to this folder; of nano, all four when they are done",

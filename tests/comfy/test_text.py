@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -340,3 +341,13 @@ def test_every_input_and_output_is_explained(comfy_nodes: dict, node: str) -> No
     for port in [*schema.inputs, *schema.outputs]:
         assert str(port.tooltip).endswith("."), port.id
         assert "Default: " in port.tooltip or getattr(port, "default", None) is None
+
+
+def test_the_packs_tokenizer_is_comfyuis(submodule: Callable[[str], ModuleType]) -> None:
+    """The command line needs no ComfyUI for it."""
+    file = Path(importlib.import_module("comfy.text_encoders.sd3_clip").__file__).parent / "t5_tokenizer/tokenizer.json"
+    if not file.is_file():
+        pytest.skip("this copy of ComfyUI lacks the file")
+    t5 = submodule("flashvideo.t5")
+    texts = [PROMPT, LONG_PROMPT, "", "Ein Fuchs läuft über die Mauer.", "1080p, 24 fps (f/2.8)"]
+    assert torch.equal(t5.T5Tokens("")(texts), t5.T5Tokens(str(file))(texts))

@@ -129,7 +129,7 @@ def test_tokens_are_padded_and_cut_to_226(tokenizer: Path) -> None:
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    with pytest.raises(CommandError, match="Give the tokenizer.json of ComfyUI"):
+    with pytest.raises(CommandError, match="There is no tokenizer"):
         T5Tokens(str(tmp_path / "nowhere.json"))
 
 

@@ -48,7 +48,7 @@ def add_ablate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=positive, help="evaluations of the table `quality` (default: the config's)")
     parser.add_argument("--minutes", type=duration, metavar="M", help="stop after M minutes; run it again to resume")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the one in ComfyUI)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the pack's)")
     parser.set_defaults(run=_ablate)
 
 
