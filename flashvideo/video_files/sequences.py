@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CommandError
 from .hdr import light_to_sdr, sdr_to_light
+from .opening import VIDEO_ENDINGS
 from .picture_metadata import EXR_HALF, exr_depth
 from .pixels import DEEP_RGB, colour_matrix, is_transparent, orientation_of, upright_pixels
 from .reading import OPAQUE, VideoClip
@@ -50,8 +51,8 @@ SEQUENCES = {".png": _PNG, ".tif": _TIFF, ".tiff": _TIFF, ".exr": _EXR}
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether a path names numbered pictures: one number in the file's name, as in shot.%04d.png."""
-    return len(_NUMBER.findall(path.name)) == 1
+    """Whether a path names numbered pictures: one number in the name, as in shot.%04d.png, and no video's ending."""
+    return len(_NUMBER.findall(path.name)) == 1 and path.suffix.lower() not in VIDEO_ENDINGS
 
 
 def picture_name(pattern: Path, number: int) -> Path:

@@ -217,6 +217,14 @@ def test_pictures_that_are_there_are_not_replaced(
     assert decoded(tmp_path / "out" / "1.png", "rgb48le").shape == (32, 48, 3)
 
 
+def test_a_video_may_have_a_percent_sign_in_its_name(
+    tiny_networks: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity(monkeypatch)
+    refine_video(tiny_networks, make_video(tmp_path / "50%d.mp4", 2), tmp_path / "100%d.mkv", KEEP)
+    assert len(read(tmp_path / "100%d.mkv").frames) == 2
+
+
 def test_damaged_and_odd_pictures(tmp_path: Path) -> None:
     for index in range(3):
         picture(tmp_path / f"{index}.png", deep(index), "png", "rgb48be")
@@ -249,7 +257,7 @@ def test_a_colour_profile_of_png_does_not_end_the_program(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("words", "sentence"), [
     (["none/%d.png", "out/%d.png"], "There is no folder none"),
     (["%d.png", "out/%d.png"], "There are no pictures %d.png"),
-    (["in.mkv", "out/%d.gif"], "numbered pictures are written as .png, .tif, .tiff, .exr"),
+    (["in.mkv", "out/%d.jpg"], "numbered pictures are written as .png, .tif, .tiff, .exr"),
     (["in.mkv", "out/%d.exr"], "OpenEXR holds light, which only OpenEXR sources have"),
     (["in.mkv", "no/where/%d.png"], "There is no folder no"),
     (["in.mkv", "out/%d.png", "--codec", "hevc"], "--codec is for video files"),
