@@ -21,6 +21,17 @@ FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)  # to ComfyUI two de
 ELSEWHERE = torch.device("meta")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_living_models() -> None:
+    """Forget models that tests of other files left in ComfyUI's list.
+
+    Errors that those expect hold a clone and the model that it was made of, and both go at one time; see `host.let_go`.
+    """
+    gc.collect()
+    listed = comfy.model_management.current_loaded_models
+    listed[:] = [each for each in listed if each.model is not None]
+
+
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI finds two devices."""
