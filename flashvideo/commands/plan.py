@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import real, whole
+from ..arguments import duration, positive, real, whole
 from ..atomic_files import check_target, write_whole
 from ..config import is_video_length
 from ..devices import GIB, open_device
 from ..errors import CommandError
+from .options import existing_file
 from .terminal import BEYOND_BUDGET, say
 
 if TYPE_CHECKING:
-    from ..planner import Setting
+    from ..planner import Plan, Setting
     from ..planner.budget import Budget, RatesOf
+    from ..planner.farm import FarmRun
+    from ..planner.speed import Rates
 
 BUILT_IN = ("official", "nano")
+NAME_A_CARD = "name a card with --card, or ask for --device cpu"
+MAX_CLIPS, MAX_CARDS = 100_000, 10_000  # seconds of simulation
 NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an existing clip"
 
 
@@ -54,6 +60,15 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--card", metavar="NAME", help="plan for this card, such as 4090: its memory, estimated times")
     parser.add_argument("--memory", type=real, metavar="GiB", help="a budget: memory of the card (default: this card)")
     parser.add_argument("--seconds", type=real, metavar="S", help="a budget: time for the video")
+    group = parser.add_argument_group("many videos on many cards, as --ray spreads them")
+    group.add_argument("--clips", type=positive, metavar="N", help="so many videos like this one")
+    group.add_argument("--cards", type=positive, metavar="N", help="on so many cards (default 1)")
+    group.add_argument(
+        "--times", type=Path, metavar="FILE", help="measured seconds of videos on one card, a number on each line"
+    )
+    group.add_argument(
+        "--failure-hours", type=real, metavar="H", help="hours that a card works until it fails, on average"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the plan as a picture")
     parser.add_argument("--json", action="store_true", help="write JSON instead of text")
     parser.set_defaults(run=_plan)
@@ -71,6 +86,17 @@ class PlanOptions:
     rates: RatesOf | None
     plot: Path | None
     as_json: bool
+    farm: FarmPlan | None = None
+
+
+@dataclass(frozen=True)
+class FarmPlan:
+    """`clips` videos on `cards` cards; with `times`, measured ones, in turn. `failure_hours`: see `FarmSetting`."""
+
+    clips: int
+    cards: int
+    times: tuple[float, ...]
+    failure_hours: float
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -118,7 +144,38 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
     rates: RatesOf | None = rates_of(card) if card else CalibratedRates(device)
     if card is None and device.type == "cpu" and _means_nothing(options):
         rates = None
-    return PlanOptions(on_card(setting, budget.memory), budget, rates, options.plot, options.json)
+    farm = _farm(options)
+    if farm and not rates and not farm.times:
+        raise CommandError(f"--clips needs times: {NAME_A_CARD}, or give --times.")
+    return PlanOptions(on_card(setting, budget.memory), budget, rates, options.plot, options.json, farm)
+
+
+def _farm(options: argparse.Namespace) -> FarmPlan | None:
+    times = _measured(options.times) if options.times else ()
+    if options.clips is None and not times:
+        if options.cards or options.failure_hours is not None:
+            raise CommandError("--cards and --failure-hours plan many videos: give --clips or --times.")
+        return None
+    hours = math.inf if options.failure_hours is None else options.failure_hours
+    if hours <= 0:
+        raise CommandError(f"--failure-hours must be above 0; got {hours:g}.")
+    clips, cards = options.clips or len(times), options.cards or 1
+    for name, value, most in (("clips", clips, MAX_CLIPS), ("cards", cards, MAX_CARDS)):
+        if value > most:
+            raise CommandError(f"--{name} must be at most {most}; got {value}.")
+    return FarmPlan(clips, cards, times, hours)
+
+
+def _measured(path: Path) -> tuple[float, ...]:
+    """Seconds, a number on each line of a file. Raises CommandError."""
+    try:
+        lines = existing_file(path).read_text(encoding="utf-8-sig").split()
+        times = tuple(map(duration, lines))
+    except (argparse.ArgumentTypeError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} should hold a time in seconds on each line: {error}.") from error
+    if not times:
+        raise CommandError(f"{path} holds no times.")
+    return times
 
 
 def _means_nothing(options: argparse.Namespace) -> bool:
@@ -130,28 +187,47 @@ def _write_plan(options: PlanOptions) -> bool:
     """Show the plan; returns whether it is within the budget, if there is one."""
     from ..planner import make_plan
     from ..planner.budget import advise
-    from ..planner.report import advice_report, report
+    from ..planner.report import advice_report, farm_report, report
 
     setting, budget, rates = options.setting, options.budget, options.rates
     plan = make_plan(setting)
     now = rates(setting) if rates else None
     limited = (budget.memory, budget.seconds) != (None, None)
     advice = advise(setting, budget, rates) if limited else None
+    runs = _farm_runs(options.farm, plan, now) if options.farm else []
     if options.as_json:
-        text = json.dumps(_as_json(plan, rates, advice), indent=2)
+        shown = _as_json(plan, rates, advice)
+        if runs:
+            shown["farm"] = [_run_as_json(run) for run in runs]
+        text = json.dumps(shown, indent=2)
     else:
         text = report(plan, now)
         if advice:
             text += "\n\n" + advice_report(plan, advice, budget, rates)
+        if runs:
+            text += "\n\n" + farm_report(runs)
     say(text)
     if options.plot:
         from ..planner.plot import plot
 
         if now is None:
-            raise CommandError("--plot shows times: name a card with --card, or ask for --device cpu.")
+            raise CommandError(f"--plot shows times: {NAME_A_CARD}.")
         picture = plot(plan, now, budget)
         write_whole(options.plot, lambda part: picture.save(part, format="PNG"))
     return advice is None or advice.fits
+
+
+def _farm_runs(farm: FarmPlan, plan: Plan, rates: Rates | None) -> list[FarmRun]:
+    from ..planner.farm import FarmSetting, load_seconds, scaling
+
+    times = farm.times or (rates.seconds(plan.flops),)
+    seconds = tuple(times[index % len(times)] for index in range(farm.clips))
+    return list(scaling(FarmSetting(seconds, farm.cards, load_seconds(plan), farm.failure_hours)))
+
+
+def _run_as_json(run: FarmRun) -> dict[str, Any]:
+    facts = {"cards": run.setting.cards, "seconds": run.seconds, "efficiency": run.efficiency, "limit": run.limit}
+    return facts | {"failures": run.failures, "repeated_seconds": run.repeated}
 
 
 def _networks(models: list[str]) -> Any:

@@ -80,7 +80,9 @@ class Worker:
 
     def do(self, task: Any) -> tuple[Any, list[str]]:
         """A task's result, and messages that `news` hasn't given."""
-        self.load()  # this process may replace one that has ended
+        if self._work is None and _replaces_another():
+            self._texts.append("its worker has ended; a new one resumes it")
+        self.load()
         self._at = None
         result = self._work(task, self._report, self._texts.append)
         return result, self._drained()
@@ -101,6 +103,12 @@ class Worker:
     def _drained(self) -> list[str]:
         texts, self._texts[:] = list(self._texts), []
         return texts
+
+
+def _replaces_another() -> bool:
+    import ray  # there: this is a worker's process
+
+    return ray.get_runtime_context().was_current_actor_reconstructed
 
 
 @dataclass(frozen=True)
@@ -308,9 +316,7 @@ class _Run:
         try:
             at, texts = self._ray.get(ref)
         except self._ray.exceptions.RayError:
-            if member.busy and member.task is task:
-                self._watcher.message(task, "its worker has ended; a new one resumes it")
-            return
+            return  # it is being replaced
         for text in texts:
             self._watcher.message(task, text)
         if at is not None and member.task is task:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..config import TEMPORAL_FACTOR
 from ..devices import GIB
 from .budget import LONGEST, RESERVED, Advice, Budget, RatesOf, on_card, size_name
+from .farm import LIMITS, FarmRun
 from .flops import Flops
 from .plan import Phase, Plan, Setting, make_plan
 from .speed import Rates
@@ -15,6 +16,7 @@ CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GiB of graphics ca
 TERA = 1e12
 KINDS = {"matmul": "matrix products", "attention": "attention", "convolution": "convolution"}
 FRAMES_A_SECOND = 8  # of FlashVideo's own drafts
+FARM_ROW = "{:<8}{:>14}{:>14}{:>10}"
 ROW = "{:<14}{:>9}{:>12}{:>12}{:>14}"
 
 
@@ -111,6 +113,28 @@ def advice_report(plan: Plan, advice: Advice, budget: Budget, rates: RatesOf) ->
     ):
         best = "not enough on its own" if found is None else f"{word(found.setting)} ({cost(found)})"
         lines.append(f"  {name:<12}{best}")
+    return "\n".join(lines)
+
+
+def farm_report(runs: Sequence[FarmRun]) -> str:
+    """A farm with 1, 2, 4, ... cards, and what its time follows from."""
+    last = runs[-1]
+    setting = last.setting
+    lines = [f"{len(setting.seconds)} videos, {duration(sum(setting.seconds))} on one card without a break:", ""]
+    lines.append(FARM_ROW.format("cards", "time", "efficiency", "failures"))
+    for run in runs:
+        share = f"{run.efficiency:.0%}"
+        lines.append(FARM_ROW.format(run.setting.cards, duration(run.seconds), share, run.failures))
+    best = max((run.setting.cards for run in runs if run.limit == "work"), default=1)
+    lines.append("")
+    if last.limit == "work":
+        lines.append("More cards still pay.")
+    else:
+        lines.append(f"More than {best} cards don't pay: {LIMITS[last.limit]}.")
+    lines.append(
+        f"Assumed: {duration(setting.load)} until a card has its networks, {duration(setting.replace)} until one that "
+        f"failed is replaced, up to {duration(setting.save)} of its work are repeated."
+    )
     return "\n".join(lines)
 
 
