@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -26,10 +27,11 @@ from tqdm import tqdm
 from ..arguments import positive, shown
 from ..errors import CommandError, cancelled
 from ..parallel import processes
-from ..parallel.farm import Farm, FarmOptions, Prepare, answers, cluster_folder
+from ..parallel.farm import Farm, FarmOptions, NoClusterError, Prepare, answers, cluster_folder
 from .terminal import CANCELLED, DAMAGED, REFUSED, TERMINATED, warn
 
 OURS = 100  # plus the exit code is that of the process that talks to Ray; Ray ends it with others
+CANCELLED_MESSAGE = "Cancelled. The same command resumes the run."
 LOST = 99  # the cluster's head is gone
 SECONDS_FOR_HEAD = 600.0  # to come back
 SECONDS_BETWEEN_BEATS = 5.0
@@ -112,16 +114,20 @@ def run_on_workers(farm: FarmOptions, prepare: Prepare, clips: Sequence[Clip]) -
     `prepare` gives what returns a Clip's Outcome; it is a function that other processes can import. Raises
     CommandError.
     """
-    with cluster_folder() if farm.address is None else nullcontext("") as folder:
-        return _run_drivers(farm, folder, prepare, clips)
+    try:
+        with cluster_folder() if farm.address is None else nullcontext("") as folder:
+            return _run_drivers(farm, folder, prepare, clips)
+    except KeyboardInterrupt:
+        return cancelled(CANCELLED_MESSAGE)
 
 
 def _run_drivers(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip]) -> int:
     first = time.time()
-    losses = 0
-    while True:
+    runs = losses = 0
+    while clips:
         began = time.monotonic()
-        code = _run_driver(farm, folder, prepare, clips)
+        code = _run_driver(farm, folder, prepare, clips, again=runs > 0)
+        runs += 1
         if code != LOST:
             return code
         losses = losses + 1 if time.monotonic() - began < SHORT_RUN else 0
@@ -132,6 +138,7 @@ def _run_drivers(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequen
         warn(f"\nThe head of the Ray cluster {where} has ended. The run goes on when it is back.")
         if farm.address is not None and not _is_back(farm.address):
             raise CommandError(f"No Ray cluster answers at {where} any more. The same command resumes the run.")
+    return 0
 
 
 def _made_since(path: Path, moment: float) -> bool:
@@ -147,9 +154,10 @@ def _is_back(address: str) -> bool:
     return True
 
 
-def _run_driver(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip]) -> int:
-    """The exit code of a process that does the clips; LOST if it ended of itself."""
-    child = multiprocessing.get_context("spawn").Process(target=_drive, args=(farm, folder, prepare, clips))
+def _run_driver(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], *, again: bool) -> int:
+    """The exit code of a process that does the clips; LOST if it ended of itself, or can't meet the cluster `again`."""
+    words = (farm, folder, prepare, clips, again)
+    child = multiprocessing.get_context("spawn").Process(target=_drive, args=words, daemon=True)
     child.start()
     while True:
         try:
@@ -157,19 +165,15 @@ def _run_driver(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequenc
         except KeyboardInterrupt:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGINT)
-        except BaseException:  # SIGTERM, where it has a handler
-            child.terminate()
-            child.join()
-            raise
         else:
             break
     if child.exitcode < OURS:
         return LOST
     code = child.exitcode - OURS
-    return cancelled("Cancelled. The same command resumes the run.") if code == CANCELLED else code
+    return cancelled(CANCELLED_MESSAGE) if code == CANCELLED else code
 
 
-def _drive(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip]) -> NoReturn:
+def _drive(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], again: bool) -> NoReturn:
     out, err = _own_terminal()
     display = _Display(len(clips), out, err)
     signal.signal(signal.SIGINT, _interrupt_once)
@@ -177,6 +181,8 @@ def _drive(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Cli
     try:
         code = _do_clips(Farm(farm, folder), prepare, clips, display)
     except CommandError as error:
+        if again and isinstance(error, NoClusterError):
+            os._exit(LOST)
         err.write(f"{error.with_hint}\n")
         code = REFUSED
     except Exception:  # a fault of the program
@@ -186,6 +192,8 @@ def _drive(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Cli
         code = CANCELLED
     except SystemExit as ended:
         code = ended.code
+    if folder and not multiprocessing.parent_process().is_alive():  # whose folder it was
+        shutil.rmtree(folder, ignore_errors=True)
     out.flush()
     err.flush()
     os._exit(OURS + code)

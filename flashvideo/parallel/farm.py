@@ -59,6 +59,10 @@ class Watcher(Protocol):
         """What concerns no single task."""
 
 
+class NoClusterError(CommandError):
+    """A cluster can't be used; it may be starting."""
+
+
 class StoppedError(Exception):
     """Ends a task whose run is cancelled."""
 
@@ -158,7 +162,7 @@ class Farm:
     """A connection to a cluster, or a cluster of its own; a context that ends it."""
 
     def __init__(self, options: FarmOptions, folder: str) -> None:
-        """`folder`: `cluster_folder`'s, for a cluster of its own. Raises CommandError if the cluster can't be used."""
+        """`folder`: `cluster_folder`'s, for a cluster of its own. Raises NoClusterError."""
         self.options, self._folder = options, folder
         # Read when Ray is imported: nothing of its own on the user's terminal, no statistics sent to its makers.
         for name, value in (("BACKEND_LOG_LEVEL", "fatal"), ("USAGE_STATS_ENABLED", "0")):
@@ -180,7 +184,7 @@ class Farm:
             if not isinstance(error, Exception):
                 raise
             where = "here" if options.address is None else f"at {options.address}"
-            raise CommandError(f"The Ray cluster {where} can't be used: {_first_line(error)}") from error
+            raise NoClusterError(f"The Ray cluster {where} can't be used: {_first_line(error)}") from error
 
     def _place(self) -> dict[str, Any]:
         if self.options.address is not None:

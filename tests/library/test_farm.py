@@ -29,7 +29,7 @@ from flashvideo.commands.on_workers import add_farm_options, farm_options
 from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, REFUSED
 from flashvideo.errors import CommandError
-from flashvideo.parallel.farm import FarmOptions, shared_out
+from flashvideo.parallel.farm import FarmOptions, answers, shared_out
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds; far beyond what it takes, even on a busy machine
@@ -78,7 +78,7 @@ class Command:
                 [sys.executable, "-m", "flashvideo", *map(str, words)],
                 stdout=output, stderr=error, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                 # Tests that run in a shell's background ignore Ctrl+C, and so would this.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
             )  # fmt: skip
 
     def wait(self) -> int:
@@ -119,6 +119,11 @@ class Head:
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
         )  # fmt: skip
+        end = time.monotonic() + PATIENCE
+        while not answers(self.address):
+            assert self.process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
     def workers(self) -> list[psutil.Process]:
         """The actors' processes that are at work."""
@@ -219,7 +224,7 @@ def test_a_cluster_of_the_run_ends_with_ctrl_c_and_leaves_what_the_next_run_resu
     run.wait_for(lambda: target.is_dir() and list(target.glob("*.unfinished/refined/*")))
     family = psutil.Process(run.process.pid).children(recursive=True)
     clusters = {each for each in map(cluster_folder, family) if each is not None}
-    run.process.send_signal(signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: all get it
     assert run.wait() == CANCELLED
     assert run.error.read_text().endswith("Cancelled. The same command resumes the run.\n")
     assert not psutil.wait_procs(family, timeout=PATIENCE)[1]
