@@ -163,8 +163,9 @@ def _run_driver(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequenc
         try:
             child.join()
         except KeyboardInterrupt:
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGINT)
+            if os.name == "posix":  # on Windows it would end at once, and Ctrl+C reaches it anyway
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGINT)
         else:
             break
     if child.exitcode < OURS:

@@ -148,7 +148,9 @@ def answers(address: str) -> bool:
 def cluster_folder() -> Iterator[str]:
     """A temporary folder for a cluster that begins and ends within the context."""
     base = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="fv-ray-", dir=base if len(base) < _LONGEST_FOLDER else "/tmp")
+    folder = tempfile.mkdtemp(
+        prefix="fv-ray-", dir="/tmp" if os.name == "posix" and len(base) > _LONGEST_FOLDER else base
+    )
     try:
         yield folder
     finally:

@@ -29,7 +29,7 @@ from flashvideo.commands.on_workers import add_farm_options, farm_options
 from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, REFUSED
 from flashvideo.errors import CommandError
-from flashvideo.parallel.farm import FarmOptions, answers, shared_out
+from flashvideo.parallel.farm import FarmOptions, shared_out
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds; far beyond what it takes, even on a busy machine
@@ -111,19 +111,23 @@ class Head:
         self.start()
 
     def start(self) -> None:
-        """Start it on its port, with a token that stays here."""
+        """Start it on its port, with a token that stays here; again if Ray gives up, as it does on a busy machine."""
         options = {"--port": self.port, "--num-cpus": self.cores, "--temp-dir": self.folder}
         options |= {"--include-dashboard": "false", "--object-store-memory": 80 * 2**20}
         words = [f"{name}={value}" for name, value in options.items()]
-        self.process = psutil.Popen(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
-        )  # fmt: skip
-        end = time.monotonic() + PATIENCE
-        while not answers(self.address):
-            assert self.process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        log = Path(self.folder) / "start.txt"
+        for _ in range(3):
+            with log.open("w") as output:
+                self.process = psutil.Popen(
+                    [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
+                    stdout=output, stderr=output, cwd=ROOT,
+                )  # fmt: skip
+            while self.process.poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return
+                time.sleep(0.1)
+            self.kill()
+        pytest.fail(log.read_text())
 
     def workers(self) -> list[psutil.Process]:
         """The actors' processes that are at work."""
@@ -137,7 +141,9 @@ class Head:
 
     def kill(self) -> None:
         """End all of its processes at once."""
-        family = [self.process, *self.process.children(recursive=True)]
+        family = [each for each in psutil.process_iter(["cmdline"]) if self.folder in str(each.info["cmdline"])]
+        if self.process.poll() is None:
+            family += self.process.children(recursive=True)
         for process in family:
             try:
                 process.kill()
