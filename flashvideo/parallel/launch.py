@@ -82,9 +82,7 @@ class Meeting:
             torch.cuda.set_device(device)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         try:
-            dist.init_process_group(
-                backend, store=self._store, rank=self.rank, world_size=self.size, timeout=PATIENCE
-            )
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
             return Ranks.world()
         except RuntimeError as error:
             raise CommandError("The other processes of this run can't be reached.") from error

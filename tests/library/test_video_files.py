@@ -202,8 +202,6 @@ def test_containers_open_where_pyav_has_no_option_for_code_pages(
 def test_sound_that_a_container_refuses_is_refused_before_the_work(tmp_path: Path) -> None:
     source = make_video(tmp_path / "in.mkv", 5, sound="wavpack")
     clip = open_clip(source)
-    with pytest.raises(
-        CommandError, match=r"can't hold H\.264 pictures and the sound of in\.mkv as it is \(wavpack\)"
-    ):
+    with pytest.raises(CommandError, match=r"can't hold H\.264 pictures and the sound of in\.mkv as it is \(wavpack\)"):
         check_container(".mp4", VideoFormat(clip, 32, 48))
     assert torch.equal(next(clip.frames()), next(open_clip(source).frames()))
