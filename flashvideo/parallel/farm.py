@@ -30,7 +30,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_START = 60.0  # of a worker in an idle cluster, generously
 SECONDS_TO_STOP = 20.0
 _STORE_BYTES = 80 * 2**20  # of a local cluster's object store, where nothing large goes
-_LONGEST_FOLDER = 40  # of characters; names of sockets in it must stay below 108
+_LONGEST_FOLDER = 27  # of characters: Ray's sockets below it take up to 80 more, and 107 are allowed
 _CONTROL = "control"  # methods that answer while a task runs
 _ROOT = Path(__file__).resolve().parents[2]  # of the package: workers import the driver's
 
