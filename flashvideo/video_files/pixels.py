@@ -35,18 +35,25 @@ class Orientation(NamedTuple):
 
 
 UPRIGHT = Orientation()
+_BY_ANGLE = {  # degrees counterclockwise
+    -90: Orientation(True, False, True),
+    90: Orientation(True, True, False),
+    180: Orientation(False, True, True),
+    -180: Orientation(False, True, True),
+}
 
 
 def side_data(frame: av.VideoFrame, name: str, codec: str) -> bytes | None:
     """What comes with a frame beside its pixels, by PyAV's name; None without it. `codec`: FFmpeg's name.
 
-    Not asked of PNG: for its colour profile, PyAV (16 at least) frees memory twice, which ends the program.
+    Not asked of PNG: for its colour profile, PyAV (16 at least) frees memory twice, which ends the program. None, too,
+    where something else comes with the frame that PyAV doesn't know, such as EXIF.
     """
     if codec in _UNSAFE:
         return None
     try:
         return bytes(frame.side_data[name])
-    except KeyError:
+    except (KeyError, ValueError):
         return None
 
 
@@ -58,7 +65,7 @@ def orientation_of(frame: av.VideoFrame, codec: str) -> Orientation:
     """
     data = side_data(frame, "DISPLAYMATRIX", codec)
     if data is None:
-        return UPRIGHT
+        return _BY_ANGLE.get(getattr(frame, "rotation", 0), UPRIGHT)
     matrix = np.frombuffer(data, "<i4").reshape(3, 3)
     (a, b), (c, d) = matrix[:2, :2].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from small_videos import make_video, ramps, read
+from small_videos import make_video, ramps, read, turn_clockwise
 
 from flashvideo.errors import CommandError
 from flashvideo.frames import TargetSize
@@ -27,6 +27,7 @@ from flashvideo.video_files import (
     check_container,
     encode_segment,
     open_clip,
+    pixels,
     write_video,
 )
 from flashvideo.video_files.times import in_order, missing_frames
@@ -93,6 +94,18 @@ def test_a_mirrored_video_is_mirrored() -> None:
     upright = next(open_clip(MEDIA / "hflip.mp4").frames()).numpy()
     assert np.abs(upright[:, ::-1].astype(int) - stored).mean() < 10  # PyAV's own conversion is coarser
     assert np.abs(upright.astype(int) - stored).mean() > 20
+
+
+def test_turned_pictures_are_upright_where_pyav_reads_no_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses all that comes with a frame for the sake of one thing that it doesn't know."""
+    turn_clockwise(source := make_video(tmp_path / "in.mp4", 1))
+    with av.open(str(source)) as container:
+        frame = next(container.decode(video=0))
+    wanted = pixels.orientation_of(frame, "h264")
+    monkeypatch.setattr(pixels, "side_data", lambda *_: None)
+    assert pixels.orientation_of(frame, "h264") == wanted != pixels.UPRIGHT
 
 
 def test_what_transparency_hides_stays_hidden(tmp_path: Path) -> None:
