@@ -1,4 +1,4 @@
-"""The commands: `python -m flashvideo convert|info|models|plan|generate|refine|train|ablate|bench`."""
+"""The commands: `python -m flashvideo convert|info|models|plan|generate|refine|compare|train|ablate|bench`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..devices import is_out_of_memory
 from ..errors import CommandError, cancelled
 from ..parallel import processes
 from .bench import add_bench
+from .compare import add_compare
 from .convert import add_convert, add_info
 from .generate import add_generate
 from .models import add_models
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ComfyUI-FlashVideo {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     models = (add_convert, add_info, add_models)
-    for add_command in (*models, add_plan, add_generate, add_refine, _add_training, add_bench):
+    for add_command in (*models, add_plan, add_generate, add_refine, add_compare, _add_training, add_bench):
         add_command(commands)
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):

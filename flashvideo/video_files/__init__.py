@@ -4,7 +4,7 @@ The timestamps of the pictures and the packets of sound are those of the source,
 """
 
 from .encoding import AUTO, BITS, CODECS, CRF, VideoFormat, encode_segment, read_comment, write_lossless
-from .opening import VIDEO_ENDINGS, open_container, picture_track
+from .opening import VIDEO_ENDINGS, open_container, picture_track, texts
 from .picture_metadata import with_metadata
 from .pixels import UPRIGHT, Orientation, colour_matrix, orientation_of, upright_pixels
 from .reading import VideoClip, is_animated, open_clip
@@ -49,6 +49,7 @@ __all__ = [
     "picture_track",
     "read_comment",
     "sequence_identity",
+    "texts",
     "upright_pixels",
     "with_metadata",
     "write_lossless",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .frames import clean, extend_edges, resize
-from .progress import Progress
+from ..frames import clean, extend_edges, resize
+from ..progress import Progress
 
 LAYOUTS = ("side by side", "split", "stacked")
 _LINE_SHARE = 960  # the split's line is one pixel for each 960 of width: 2 at 1080p
