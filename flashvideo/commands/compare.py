@@ -68,7 +68,7 @@ def _names(sources: list[Path]) -> Iterator[str]:
 def _facts(clip: object) -> Iterator[tuple[str, str]]:
     """What is worth knowing of a video."""
     from ..compare.page import settings_of
-    from ..video_files import is_pattern, texts
+    from ..video_files import is_pattern, picture_track, texts
 
     yield "size", f"{clip.width}x{clip.height}"
     yield "frames", f"{clip.count}, {float(clip.rate):.5g} a second"
@@ -78,5 +78,5 @@ def _facts(clip: object) -> Iterator[tuple[str, str]]:
     yield "file", file_size(clip.path.stat().st_size)
     with clip.source() as container:
         if container is not None:
-            yield "codec", container.streams.video[0].codec_context.name
+            yield "codec", picture_track(container).codec_context.name
             yield from settings_of(texts(container.metadata))

@@ -16,7 +16,14 @@ from ..parallel import agree
 from ..parallel.farm import check_farm
 from .drafts import draft_options, draft_path, ensure_draft
 from .on_workers import add_farm_options, farm_options
-from .options import add_file_options, add_model_options, add_refiner_options, add_size_options, existing_file
+from .options import (
+    NO_SOURCE_OPTIONS,
+    add_file_options,
+    add_model_options,
+    add_refiner_options,
+    add_size_options,
+    existing_file,
+)
 from .prompts import Video, generate_all
 from .refine import refine, refine_options
 
@@ -54,6 +61,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     models.add_argument("--draft-model", metavar="FILE", type=Path, help="stage I (default: the built-in Nano)")
     add_model_options(models)
     add_file_options(parser.add_argument_group("files"))
+    parser.set_defaults(**NO_SOURCE_OPTIONS)
     add_farm_options(parser.add_argument_group("several cards, with --prompts"))
     parser.set_defaults(run=_generate, ranks=None)  # `ranks`: see `refine`
 
@@ -86,7 +94,7 @@ def _video(options: argparse.Namespace) -> Video:
     """What the options ask for. Raises CommandError for invalid ones."""
     # Imported here, so that the other commands don't need PyAV.
     try:
-        from ..video_files import CONTAINERS
+        from ..video_files import CONTAINERS, check_codec
     except ModuleNotFoundError as error:
         raise CommandError(f"Video files need the package {error.name}: use ComfyUI's Python.") from error
     size = TargetSize("scale", scale=NANO_SCALE) if options.model is None else TargetSize()
@@ -96,4 +104,5 @@ def _video(options: argparse.Namespace) -> Video:
     draft = draft_options(options, refining.models)
     if options.target.suffix.lower() not in CONTAINERS:
         raise CommandError(f"{options.target.name} should end in {', '.join(CONTAINERS)}.")
+    check_codec(refining.output.codec, refining.output.bits, options.target.suffix)
     return Video(options.target, draft, refining)

@@ -26,6 +26,7 @@ from ..t5 import MOTIONS, T5Tokens
 AUTO = "auto"
 MAX_CRF = 51  # of x264
 MAX_FPS = 1000
+NO_SOURCE_OPTIONS = {"deinterlace": False, "fps": None, "start_number": None}
 MAX_MEMORY = 1e6  # GiB; anything beyond is a slip
 MOTION = "medium"  # the official script's for stage II
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,17 +77,21 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
         help="a colour in the written video (default: auto: 10 if IN has more than 8; prores always has 10)",
     )
     group.add_argument("--crf", type=whole, default=14, help="quality of the written video: 0 is lossless, default 14")
-    group.add_argument("--deinterlace", action="store_true", help="make whole pictures of IN's interlaced ones first")
     group.add_argument(
         "--sound", choices=("copy", "aac", "none"), default="copy", help="copy (default) it as it is, encode it as AAC"
-    )
-    group.add_argument("--fps", type=real, metavar="F", help="frames a second of numbered pictures as IN (default: 24)")
-    group.add_argument(
-        "--start-number", type=whole, metavar="N", help="of numbered pictures as OUT (default: as in IN, of a video 1)"
     )
     group.add_argument("--work", type=Path, metavar="DIR", help="folder for unfinished work (default: beside OUT)")
     group.add_argument("--force", action="store_true", help="replace OUT if it exists")
     group.add_argument("--anew", action="store_true", help="start over instead of resuming an unfinished run")
+
+
+def add_source_options(group: argparse._ArgumentGroup) -> None:
+    """How IN is read, and its frames numbered; commands without IN take NO_SOURCE_OPTIONS."""
+    group.add_argument("--deinterlace", action="store_true", help="make whole pictures of IN's interlaced ones first")
+    group.add_argument("--fps", type=real, metavar="F", help="frames a second of numbered pictures as IN (default: 24)")
+    group.add_argument(
+        "--start-number", type=whole, metavar="N", help="of numbered pictures as OUT (default: as in IN, of a video 1)"
+    )
 
 
 def add_size_options(group: argparse._ArgumentGroup) -> None:
@@ -177,7 +182,7 @@ def _or_auto(first: int, last: int) -> Callable[[str], int | str]:
 
 
 def output_options(options: argparse.Namespace) -> OutputOptions:
-    """The options of `add_file_options`. Raises CommandError."""
+    """The options of `add_file_options` and `add_source_options`. Raises CommandError."""
     if not 0 <= options.crf <= MAX_CRF:
         raise CommandError(f"--crf must be 0 to {MAX_CRF}; got {options.crf}.")
     if options.fps is not None and not 0 < options.fps <= MAX_FPS:

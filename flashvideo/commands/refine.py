@@ -37,6 +37,7 @@ from .options import (
     add_model_options,
     add_refiner_options,
     add_size_options,
+    add_source_options,
     model_options,
     output_options,
     refine_settings,
@@ -68,7 +69,9 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     )
     add_refiner_options(group)
     add_model_options(parser.add_argument_group("models"))
-    add_file_options(parser.add_argument_group("files"))
+    files = parser.add_argument_group("files")
+    add_source_options(files)
+    add_file_options(files)
     add_farm_options(parser.add_argument_group("several cards"))
     # `ranks`: the processes that torchrun has started, if any.
     parser.set_defaults(run=lambda options: refine(refine_options(options, options.source, TargetSize())), ranks=None)

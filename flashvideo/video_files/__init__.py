@@ -18,7 +18,7 @@ from .sequences import (
     picture_name,
     sequence_identity,
 )
-from .writing import CONTAINERS, SOUNDS, check_container, write_video
+from .writing import CONTAINERS, SOUNDS, check_codec, check_container, write_video
 
 __all__ = [
     "AUTO",
@@ -35,6 +35,7 @@ __all__ = [
     "SequenceFormat",
     "VideoClip",
     "VideoFormat",
+    "check_codec",
     "check_container",
     "colour_matrix",
     "encode_pictures",

@@ -50,6 +50,15 @@ class Encoder:
     containers: Collection[str] = ("mp4", "mov", "matroska")
     tag: str = ""
 
+    def check(self, bits: int) -> None:
+        """Raise CommandError if it isn't there, or has other bits a colour."""
+        if bits not in self.halved:
+            raise CommandError(f"{self.title} has {' or '.join(map(str, self.halved))} bits a colour, not {bits}.")
+        try:
+            av.Codec(self.name, "w")
+        except (av.FFmpegError, ValueError) as error:  # PyAV's own error is a ValueError
+            raise CommandError(f"This machine's PyAV can't write {self.title} ({self.name}).") from error
+
 
 def _h264(crf: int, mastering: Mastering) -> dict[str, str]:
     known = [_STEADY_X264]
@@ -79,23 +88,11 @@ def _av1(crf: int, mastering: Mastering) -> dict[str, str]:
     return {"crf": str(round(crf * _MAX_CRF_AV1 / _MAX_CRF_X264)), "preset": "6", "svtav1-params": ":".join(known)}
 
 
+_HALVED, _FULL = {8: "yuv420p", 10: "yuv420p10le"}, {8: "yuv444p", 10: "yuv444p10le"}
 ENCODERS = {
-    "h264": Encoder(
-        "H.264",
-        "libx264",
-        {8: "yuv420p", 10: "yuv420p10le"},
-        {8: "yuv444p", 10: "yuv444p10le"},
-        _h264,
-    ),
-    "hevc": Encoder(
-        "HEVC",
-        "libx265",
-        {8: "yuv420p", 10: "yuv420p10le"},
-        {8: "yuv444p", 10: "yuv444p10le"},
-        _hevc,
-        tag="hvc1",
-    ),
-    "av1": Encoder("AV1", "libsvtav1", {8: "yuv420p", 10: "yuv420p10le"}, {}, _av1),
+    "h264": Encoder("H.264", "libx264", _HALVED, _FULL, _h264),
+    "hevc": Encoder("HEVC", "libx265", _HALVED, _FULL, _hevc, tag="hvc1"),
+    "av1": Encoder("AV1", "libsvtav1", _HALVED, {}, _av1),
     "prores": Encoder(
         "ProRes",
         "prores_ks",
@@ -128,16 +125,10 @@ class VideoFormat:
     bits: int | None = None
 
     def __post_init__(self) -> None:
-        encoder, bits = self.encoder, self.depth
+        self.encoder.check(self.depth)
         if self.pixels is None:
-            if bits not in encoder.halved:
-                able = " or ".join(map(str, encoder.halved))
-                raise CommandError(f"{encoder.title} has {able} bits a colour, not {bits}.")
-            raise CommandError(f"{encoder.title} needs even sides; the result would be {self.width}x{self.height}.")
-        try:
-            av.Codec(encoder.name, "w")
-        except (av.FFmpegError, ValueError) as error:  # PyAV's own error is a ValueError
-            raise CommandError(f"This machine's PyAV can't write {encoder.title} ({encoder.name}).") from error
+            size = f"{self.width}x{self.height}"
+            raise CommandError(f"{self.encoder.title} needs even sides; the result would be {size}.")
 
     @property
     def encoder(self) -> Encoder:

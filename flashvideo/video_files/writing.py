@@ -16,7 +16,7 @@ import av
 from torch import Tensor
 
 from ..errors import CommandError
-from .encoding import VideoFormat
+from .encoding import AUTO, ENCODERS, Encoder, VideoFormat
 from .opening import disposition, has_flag, opened, picture_track, texts
 from .reading import VideoClip
 from .sound import SoundEncoder, keep_end
@@ -86,9 +86,7 @@ def check_container(suffix: str, form: VideoFormat, tell: Tell = lambda text: No
 
     `tell` gets what else of the source it has no room for; returns sentences on sound that is damaged.
     """
-    if CONTAINERS[suffix.lower()] not in form.encoder.containers:
-        able = [ending for ending, kind in CONTAINERS.items() if kind in form.encoder.containers]
-        raise CommandError(f"A {suffix} file can't hold {form.encoder.title} pictures. {' and '.join(able)} can.")
+    _check_holds(suffix, form.encoder)
     with form.clip.source() as source:
         try:
             with _output(_Nowhere(), CONTAINERS[suffix.lower()], form, source) as (container, tracks):
@@ -106,6 +104,19 @@ def check_container(suffix: str, form: VideoFormat, tell: Tell = lambda text: No
         for name, count in Counter(tracks.dropped).items():
             tell(f"Left out of the {suffix} file: {name}" + (f" (x {count})." if count > 1 else "."))
         return tuple(_sound_damage(source, tracks))
+
+
+def check_codec(codec: str, bits: int | None, suffix: str) -> None:
+    """Raise CommandError if files with this ending can't have these pictures, whatever the clip; see `VideoFormat`."""
+    if codec != AUTO:
+        _check_holds(suffix, ENCODERS[codec])
+        ENCODERS[codec].check(max(ENCODERS[codec].halved) if bits is None else bits)
+
+
+def _check_holds(suffix: str, encoder: Encoder) -> None:
+    if CONTAINERS[suffix.lower()] not in encoder.containers:
+        able = [ending for ending, kind in CONTAINERS.items() if kind in encoder.containers]
+        raise CommandError(f"A {suffix} file can't hold {encoder.title} pictures. {' and '.join(able)} can.")
 
 
 def _takes(suffix: str, form: VideoFormat, source: av.container.InputContainer) -> bool:

@@ -201,3 +201,20 @@ def test_bench_runs_a_script_of_the_benchmarks(capfd: pytest.CaptureFixture) -> 
     assert "--rounds" in capfd.readouterr().out
     with pytest.raises(SystemExit):
         main(["bench", "nothing"])
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--codec", "prores"], "can't hold ProRes pictures"),
+    (["--fps", "24"], "--fps"),
+    (["--start-number", "1"], "--start-number"),
+    (["--deinterlace"], "--deinterlace"),
+])  # fmt: skip
+def test_what_the_video_cannot_have_is_refused_before_the_draft(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["generate", WORDS, str(tmp_path / "out.mp4"), *words])
+    except SystemExit as end:
+        code = end.code
+    assert code and sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
