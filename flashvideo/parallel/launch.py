@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 # the result alone. A process that ends is noticed at once, without this.
 PATIENCE = timedelta(hours=2)
 LONGEST_RUN = timedelta(days=365)
+SECONDS_TO_WAKE = 30.0  # a thread that is told to end; far more than it takes
 _REPORTED = "reported"  # how many processes had an error to report
+_WORD = "word for {}"  # a process: another has reported, or it ends itself
+_YES, _NO = b"reported", b"ends"
 
 
 def processes() -> int:
@@ -66,13 +70,25 @@ class Meeting:
         self._store: Store = dist.PrefixStore("flashvideo", store)
         self._heard = threading.Event()
         if self.rank and hasattr(store, "clone"):  # PyTorch of 2025 and newer: a connection of its own
-            threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True)
+            self._listener.start()
+            atexit.register(self._stop_listening)
 
     def _listen(self, store: Store) -> None:
         """Notice a report at once, while this process computes: who kept the store may have ended when it asks."""
+        word = _WORD.format(self.rank)
         with suppress(RuntimeError):
-            store.wait([_REPORTED], LONGEST_RUN)
-            self._heard.set()
+            store.wait([word], LONGEST_RUN)
+            if store.get(word) == _YES:
+                self._heard.set()
+
+    def _stop_listening(self) -> None:
+        """Before Python ends: a thread that comes back from PyTorch's C++ after that aborts the process."""
+        if not self._listener.is_alive():
+            return
+        with suppress(RuntimeError):
+            self._store.set(_WORD.format(self.rank), _NO)
+        self._listener.join(SECONDS_TO_WAKE)
 
     def join(self, device: str) -> Ranks:
         """All processes, once each of them has joined."""
@@ -92,9 +108,14 @@ class Meeting:
         if self._heard.is_set():
             return False
         try:
-            return self._store.add(_REPORTED, 1) == 1
+            first = self._store.add(_REPORTED, 1) == 1
         except RuntimeError:  # the process that kept the store has ended in silence: rank 0, if it isn't torchrun's
             return self.rank == 1
+        if first:
+            with suppress(RuntimeError):
+                for rank in range(self.size):
+                    self._store.set(_WORD.format(rank), _YES)
+        return first
 
     def has_heard(self, seconds: float) -> bool:
         """Whether another process reports an error within so many seconds."""

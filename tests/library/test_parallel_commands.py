@@ -146,6 +146,35 @@ def test_one_reports_even_when_rank_0_has_ended(has_reported: bool, monkeypatch:
     assert meeting.may_report() != has_reported
 
 
+# While Python ends, an object waits until rank 0 is gone, and then long enough to notice it.
+ENDS_SLOWLY = """
+import os, sys, time
+from flashvideo.parallel.launch import Meeting
+class Last:
+    read, sleep = os.read, time.sleep
+    def __del__(self):
+        self.read(0, 1), self.sleep(1)
+meeting = Meeting()
+sys.modules["last"] = Last()
+print("ends", flush=True)
+"""
+
+
+def test_a_process_ends_well_while_rank_0_leaves() -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rank_0, rank_1 = (
+        subprocess.Popen([sys.executable, "-c", script], env={**os.environ, **place, "RANK": rank}, **pipes)
+        for rank, script in (("0", ENDS_SLOWLY + "input()"), ("1", ENDS_SLOWLY))
+    )
+    with rank_0, rank_1:
+        assert rank_1.stdout.readline() == rank_0.stdout.readline() == "ends\n"
+        rank_0.kill()
+        rank_0.wait()
+        rank_1.communicate("x", timeout=PATIENCE)
+    assert rank_1.returncode == 0
+
+
 @pytest.mark.parametrize(("name", "cards", "place", "device"), [
     (None, 0, "1", "cpu"), ("cpu", 4, "1", "cpu"), (None, 4, "1", "cuda:1"), ("cuda", 2, "0", "cuda:0"),
 ])  # fmt: skip
