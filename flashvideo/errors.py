@@ -1,4 +1,7 @@
-"""How a command of `python -m flashvideo` ends early: refused with a message, or stopped by a signal."""
+"""How a command of `python -m flashvideo` ends early: refused with a message, or stopped by a signal.
+
+Nothing here needs PyTorch, which takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ class CommandError(Exception):
     def with_hint(self) -> str:
         """The message, and the hint after it."""
         return f"{self} {self.hint}".rstrip()
+
+
+class CheckpointError(ValueError):
+    """A file that can't be used as asked; the message says which file, why, and what it seems to be instead."""
 
 
 def exit_code(signal_number: int | None) -> int:

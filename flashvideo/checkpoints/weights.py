@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import CheckpointError
 from .archives import is_archive
 from .gguf_header import MAGIC, DamagedError, Entry, read_header
 from .packed import PACKINGS, Packing
@@ -67,10 +68,6 @@ _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ),
 )
 _MISLEADING = (".safetensors",)  # endings by which newer PyTorches would read another kind of file
-
-
-class CheckpointError(ValueError):
-    """A file that can't be used as asked; the message says which file, why, and what it seems to be instead."""
 
 
 class StateDict(dict[str, Tensor]):

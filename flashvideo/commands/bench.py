@@ -7,33 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import CommandError
-from .terminal import REPOSITORY
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 _SHARED = "common"  # shared by the scripts; no benchmark
 
 
+def benchmarks() -> list[str]:
+    """The names of the scripts; none in the registry's download."""
+    return sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != _SHARED)
+
+
 def add_bench(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the command line. The registry's download has no benchmarks: there it says so."""
-    names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != _SHARED)
-    if not names:
-        parser = commands.add_parser("bench", help="not in this download, only in the repository")
-        parser.add_argument("rest", nargs=argparse.REMAINDER)
-        parser.set_defaults(run=_no_benchmarks)
-        return
+    """Add the command to the command line."""
     parser = commands.add_parser(
         "bench",
-        help="measure speed and memory beside peers",
         description="Runs one of the scripts in benchmarks/, each of which answers one question about speed or memory.",
     )
-    parser.add_argument("name", choices=names, help="which benchmark")
+    parser.add_argument("name", choices=benchmarks(), help="which benchmark")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script; see NAME --help")
     parser.set_defaults(run=_bench)
-
-
-def _no_benchmarks(_options: argparse.Namespace) -> None:
-    raise CommandError(f"Benchmarks are not part of this download. Clone {REPOSITORY} to run them.")
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="show versions of a video on one page, with a slider between",
         description="Write one file of HTML that any browser shows without a network: two of the versions with a "
         "slider between, the same frame of both at any moment, with zoom, sharpness, change and PSNR of every frame, "
         "and the settings that ComfyUI stored. Smaller versions are enlarged bilinearly to the size of the largest.",

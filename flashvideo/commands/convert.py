@@ -24,7 +24,6 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "convert",
-        help="convert a model or a LoRA to safetensors with ComfyUI's names",
         description="Writes a model as safetensors or GGUF with ComfyUI's names, its LoRA merged into it; or a "
         "CogVideoX LoRA with the names that ComfyUI's LoRA loaders know. IN stays as it is.",
     )
@@ -85,7 +84,6 @@ def add_info(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "info",
-        help="describe a model file",
         description="Tells what a model file or a LoRA is, by its contents: stage, size, data types, metadata.",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="a model, or a LoRA of this pack's training")

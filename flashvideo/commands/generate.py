@@ -34,7 +34,6 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "generate",
-        help="make a video from words",
         description="Make a video from words: a draft (stage I), stored without loss beside OUT, which is then refined "
         "(stage II). If the draft exists already, it is only refined; an interrupted run resumes.",
     )

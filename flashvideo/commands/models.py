@@ -31,7 +31,6 @@ def add_models(commands: argparse._SubParsersAction) -> None:
     listing = ", ".join(f"{name} ({file.file})" for name, (_, file) in DOWNLOADS.items())
     parser = commands.add_parser(
         "models",
-        help="list, verify or download the model files",
         description="Lists the model files that FlashVideo needs and which of them ComfyUI has; verifies them by their "
         "contents and by the checksums that Hugging Face publishes; downloads the named files only.",
         epilog=f"NAME is one of {listing}.",

@@ -14,7 +14,6 @@ from ..atomic_files import check_target, write_whole
 from ..config import is_video_length
 from ..devices import GIB, open_device
 from ..errors import CommandError
-from .options import existing_file
 from .terminal import BEYOND_BUDGET, say
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "plan",
-        help="estimate memory and time of a video before it is made",
         description="Estimates memory and time of a video on this device, or on a card that you name, and finds the "
         "best settings within a budget. Exit code 4: the video is beyond the budget.",
     )
@@ -168,6 +166,8 @@ def _farm(options: argparse.Namespace) -> FarmPlan | None:
 
 def _measured(path: Path) -> tuple[float, ...]:
     """Seconds, a number on each line of a file. Raises CommandError."""
+    from .options import existing_file  # brings PyTorch
+
     try:
         lines = existing_file(path).read_text(encoding="utf-8-sig").split()
         times = tuple(map(duration, lines))

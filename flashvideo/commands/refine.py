@@ -50,7 +50,6 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "refine",
-        help="refine a video, a picture or a folder of videos",
         description="Give a video real detail: same frames, same times, same sound. Interrupted runs resume when the "
         "same command is run again.",
     )

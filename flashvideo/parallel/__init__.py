@@ -1,7 +1,7 @@
 """One evaluation on several processes, the ranks: torch.distributed, which torchrun starts. Imported only there."""
 
+from ..torchrun import own_rank, processes
 from .counting import Traffic
-from .launch import own_rank, processes
 from .ranks import Halves, RankEndedError, Ranks, RefusedError, agree
 from .sequence import SequencePiece, sequence_edges, sequence_piece
 

@@ -28,17 +28,6 @@ _WORD = "word for {}"  # a process: another has reported, or it ends itself
 _YES, _NO = b"reported", b"ends"
 
 
-def processes() -> int:
-    """How many processes torchrun has started for this run; 1 without torchrun."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    return int(count) if count.isdecimal() and "RANK" in os.environ else 1
-
-
-def own_rank() -> int:
-    """This process's number among them."""
-    return int(os.environ.get("RANK", "0")) if processes() > 1 else 0
-
-
 def own_device(name: str | None) -> str:
     """The device of this process, from the user's choice. Raises CommandError for one that several can't share."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0

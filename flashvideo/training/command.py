@@ -35,7 +35,7 @@ KINDS = {
 def add_train(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
-        "train", help="train FlashVideo-Nano, or fine-tune the official weights",
+        "train",
         description="Trains one network by a TOML file (--config), or FlashVideo-Nano's four from nothing. Interrupted "
         "runs resume with --resume. docs/training.md explains the files' keys.",
     )  # fmt: skip

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import flashvideo
 from flashvideo.commands import bench
 from flashvideo.commands.main import main
+from flashvideo.config import DiTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("convert", "info", "models", "plan", "generate", "refine", "train", "ablate", "bench")
+COMMANDS = ("convert", "info", "models", "plan", "generate", "refine", "compare", "train", "ablate", "bench")
 PLAN = ("plan", "--width", "320", "--height", "192", "--frames", "17")
 
 
@@ -23,6 +27,44 @@ def test_version_is_the_project_s(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M).group(1)
     assert (end.value.code, capsys.readouterr().out) == (0, f"ComfyUI-FlashVideo {version}\n")
+
+
+# Prints the exit codes of command lines, and whether PyTorch was imported for them.
+WITHOUT_PYTORCH = """
+import contextlib, os, sys
+from flashvideo.commands.main import main
+
+for line in ("--help", "--version", "wrong", "plan --help", "compare -h", "train --help", "train vae --steps x",
+             "ablate --help", "bench --help"):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            code = main(line.split())
+        except SystemExit as end:
+            code = end.code
+    print(code, end=" ")
+print("torch" in sys.modules)
+"""
+
+
+def test_help_and_mistakes_do_not_wait_for_pytorch() -> None:
+    command = [sys.executable, "-c", WITHOUT_PYTORCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "0 0 2 0 0 0 2 0 0 False\n", done.stderr
+
+
+def test_the_list_of_commands_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^    (\w+) +\w", capsys.readouterr().out, re.M)
+    assert listed == list(COMMANDS)
+
+
+def test_the_package_has_the_names_that_it_lists() -> None:
+    assert all(getattr(flashvideo, name) is not None for name in flashvideo.__all__)
+    assert flashvideo.DiTConfig is DiTConfig
+    assert flashvideo.checkpoints.load_dit is flashvideo.load_dit
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = flashvideo.nothing
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -52,17 +52,20 @@ OUT_OF_RANGE = [
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every command."""
-    found: dict[str, argparse.ArgumentParser] = {}
+    made: dict[str, argparse.ArgumentParser] = {}
+    found = {}
 
     class Noted(arguments.Parser):
         def __init__(self, *positional: object, **options: object) -> None:
             super().__init__(*positional, **options)
-            found[self.prog.split()[-1]] = self
+            made[self.prog.split()[-1]] = self
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line, "Parser", Noted)
-        with pytest.raises(SystemExit):
-            main(["--help"])
+        for command in command_line._COMMANDS:
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+            found[command] = made[command]
     return found
 
 

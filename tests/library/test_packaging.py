@@ -1,4 +1,4 @@
-"""What an artist's download holds, and what stays in the repository."""
+"""What a user's download holds, and what stays in the repository."""
 
 from __future__ import annotations
 

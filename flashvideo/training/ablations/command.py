@@ -29,7 +29,7 @@ MINUTE = 60.0
 def add_ablate(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
-        "ablate", help="repeat the paper's tables with FlashVideo-Nano, and write docs/ablations.md",
+        "ablate",
         description="Finished pieces are skipped, interrupted ones resume: run it again until it says that it is done.",
     )  # fmt: skip
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(NAMES)} (default: all)")
