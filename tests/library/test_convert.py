@@ -26,7 +26,7 @@ from flashvideo.checkpoints.gguf_writing import WRITTEN
 from flashvideo.checkpoints.lora import convert_lora, read_lora
 from flashvideo.checkpoints.weights import read_safetensors_header
 from flashvideo.commands import main as cli
-from flashvideo.commands.terminal import CANCELLED, TERMINATED
+from flashvideo.commands.terminal import CANCELLED, TERMINATED, ProgressBars
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "data" / "golden"
@@ -233,14 +233,22 @@ def test_a_failure_half_way_leaves_nothing(stage1: Path, tmp_path: Path) -> None
 # The commands
 
 
-@pytest.mark.parametrize("start", [("-m", "flashvideo"), ("-I", "flashvideo"), ("-I", str(REPOSITORY / "flashvideo"))])
-def test_the_commands_start(start: tuple[str, ...], stage1: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "words", "said"),
+    [
+        (("-m", "flashvideo"), ("--version",), "ComfyUI-FlashVideo "),
+        (("-I", "flashvideo"), ("--version",), "ComfyUI-FlashVideo "),
+        (("-I", str(REPOSITORY / "flashvideo")), ("info", "stage1.pt"), "stage1.pt: "),
+    ],
+)
+def test_the_commands_start(
+    start: tuple[str, ...], words: tuple[str, ...], said: str, stage1: Path, tmp_path: Path
+) -> None:
     """Also where Python doesn't look for modules in the current folder (-I), as in ComfyUI's portable build."""
     folder = tmp_path if Path(start[-1]).is_absolute() else REPOSITORY
-    command = [sys.executable, *start, "info", str(stage1)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *start, *words], cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("stage1.pt: ")
+    assert done.stdout.startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +327,28 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def test_ctrl_c_in_a_conversion_leaves_no_half_file(
+    stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, unfinished = tmp_path / "out.safetensors", []
+    out.write_bytes(b"precious")
+
+    class CtrlC(ProgressBars):
+        def __call__(self, phase: str, done: int, total: int) -> None:
+            if phase == "convert" and done > total // 2:
+                unfinished.extend(tmp_path.glob("out.safetensors.*.part"))
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("flashvideo.commands.convert.ProgressBars", CtrlC)
+    assert cli.main(["convert", str(stage1), str(out), "--force"]) == CANCELLED
+    assert len(unfinished) == 1
+    assert "Cancelled; nothing was written." in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "stage1.pt"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, CANCELLED), (signal.SIGTERM, TERMINATED)])
-def test_a_cancelled_conversion_leaves_no_half_file(kind: str, code: int, stage1: Path, tmp_path: Path) -> None:
+def test_a_conversion_that_is_ended_leaves_no_half_file(stage1: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
     command = [sys.executable, "-c", textwrap.dedent(PAUSED), "convert", str(stage1), str(out), "--force"]
@@ -330,9 +357,9 @@ def test_a_cancelled_conversion_leaves_no_half_file(kind: str, code: int, stage1
     ) as process:
         assert process.stdout.readline() == "half way\n"
         assert len(list(tmp_path.glob("out.safetensors.*.part"))) == 1
-        process.send_signal(kind)
+        process.send_signal(signal.SIGTERM)
         errors = finished(process)[1]
-    assert process.returncode == code
+    assert process.returncode == TERMINATED
     assert "Traceback" not in errors
     assert out.read_bytes() == b"precious"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.safetensors", "stage1.pt"]
