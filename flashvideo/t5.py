@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import lzma
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoints import CheckpointError
@@ -20,6 +22,9 @@ from .errors import CommandError
 # T5 v1.1's, by Google, under the Apache License 2.0; the same in every size of T5.
 _TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "t5_tokenizer.json.xz"
 _WITHOUT = "Without --tokenizer the pack's own is used."
+NORM_EPSILON = 1e-6
+LONGEST_DISTANCE = 128  # in tokens, that has a bias of its own
+LARGEST_HALF = 64504.0  # float16's largest number, less 1000
 NO_MOTION = "none"
 MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
 
@@ -79,30 +84,127 @@ def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+class RMSNorm(nn.Module):
+    """T5's norm: no mean is taken off and nothing is added, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> the same shape, in the weights' data type."""
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPSILON)
+        return self.weight * normal.to(self.weight.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Attention without a scale, with a bias for each distance of two tokens."""
+
+    def __init__(self, config: T5Config, *, has_bias: bool) -> None:
+        """`has_bias`: the first block keeps the biases of all."""
+        super().__init__()
+        width, inner = config.d_model, config.d_kv * config.num_heads
+        self.heads = config.num_heads
+        self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in "qkv")
+        self.o = nn.Linear(inner, width, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(T5_POSITION_BUCKETS, config.num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """[B, N, width] and [heads, N, N] -> [B, N, width]."""
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(2, 3) + bias
+        attended = scores.softmax(-1, dtype=torch.float32).to(scores.dtype) @ v
+        return self.o(attended.transpose(1, 2).flatten(2))
+
+    def bias(self, count: int) -> Tensor:
+        """[heads, N, N]: of the query's token, then the key's."""
+        places = torch.arange(count, device=self.relative_attention_bias.weight.device)
+        return self.relative_attention_bias(position_buckets(places - places[:, None])).permute(2, 0, 1)
+
+
+def position_buckets(distance: Tensor) -> Tensor:
+    """Which bias belongs to a key so many tokens after the query: half of them are for each direction.
+
+    Half of those are for one distance each, the others grow with its logarithm up to LONGEST_DISTANCE.
+    """
+    each = T5_POSITION_BUCKETS // 2
+    exact = each // 2
+    far = (distance.abs().float() / exact).log() / math.log(LONGEST_DISTANCE / exact) * (each - exact)
+    bucket = torch.where(distance.abs() < exact, distance.abs(), (exact + far.clamp(0).long()).clamp(max=each - 1))
+    return bucket + each * (distance > 0)
+
+
+class GatedGELU(nn.Module):
+    """A feed-forward layer of three matrices."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1 = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> the same shape."""
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class Residual(nn.Module):
+    """A layer behind its norm, whose result is added; named as Hugging Face does."""
+
+    def __init__(self, name: str, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, layer)
+        self.layer_norm = RMSNorm(width)
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        """[B, N, width] -> the same shape."""
+        x = x + getattr(self, self.name)(self.layer_norm(x), *given)
+        if x.dtype == torch.float16:  # T5-XXL's largest numbers are beyond it
+            return x.clamp(-LARGEST_HALF, LARGEST_HALF)
+        return x
+
+
+class T5Network(nn.Module):
+    """T5 v1.1's encoder (arXiv 1910.10683; v1.1: arXiv 2002.05202), its weights named as in Hugging Face's files."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        width = config.d_model
+        self.shared = nn.Embedding(config.vocab_size, width)
+        self.encoder = nn.Module()
+        self.encoder.embed_tokens = self.shared
+        self.encoder.block = nn.ModuleList()
+        for index in range(config.num_layers):
+            attention = SelfAttention(config, has_bias=index == 0)
+            parts = (("SelfAttention", attention), ("DenseReluDense", GatedGELU(config)))
+            block = nn.Module()
+            block.layer = nn.ModuleList(Residual(name, layer, width) for name, layer in parts)
+            self.encoder.block.append(block)
+        self.encoder.final_layer_norm = RMSNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N] -> [B, N, width]."""
+        x = self.shared(tokens)
+        bias = self.encoder.block[0].layer[0].SelfAttention.bias(tokens.shape[1])
+        for block in self.encoder.block:
+            attention, feed_forward = block.layer
+            x = feed_forward(attention(x, bias))
+        return self.encoder.final_layer_norm(x)
+
+
 class T5Encoder(nn.Module):
     """T5's encoder without an attention mask: padding is attended to, as FlashVideo was trained."""
 
     def __init__(self, config: T5Config) -> None:
         """Build with arbitrary weights; see `load_encoder`."""
         super().__init__()
-        transformers = _library("transformers")
-        self.network = transformers.T5EncoderModel(
-            transformers.T5Config(
-                vocab_size=config.vocab_size,
-                d_model=config.d_model,
-                d_ff=config.d_ff,
-                d_kv=config.d_kv,
-                num_heads=config.num_heads,
-                num_layers=config.num_layers,
-                relative_attention_num_buckets=T5_POSITION_BUCKETS,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-            )
-        )
+        self.network = T5Network(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, 226] -> [B, 226, width]."""
-        return self.network(input_ids=tokens).last_hidden_state
+        return self.network(tokens)
 
     def weights(self) -> dict[str, Tensor]:
         """Weights by the names that ComfyUI reads."""
@@ -146,7 +248,7 @@ def load_encoder(
 @torch.inference_mode()
 def contexts(encoder: T5Encoder, tokens: T5Tokens, texts: Sequence[str], batch: int = 16) -> Tensor:
     """Encode texts: [N, 226, width] in float32 on the CPU. Raises CommandError for another model's tokens."""
-    device, known = next(encoder.parameters()).device, encoder.network.config.vocab_size
+    device, known = next(encoder.parameters()).device, encoder.network.shared.num_embeddings
     numbers = tokens(texts)
     if int(numbers.max()) >= known:
         raise CommandError(

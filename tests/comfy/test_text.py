@@ -21,6 +21,7 @@ TOKENS = 226
 END, PADDING = 1, 0
 PROMPT = "A red fox trots along a stone wall at dusk, (camera follows:1.0)"
 LONG_PROMPT = "fox " * 300
+LARGEST = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
 NETWORK_TOLERANCE = 1e-4
 FP8_TOLERANCE = 0.15  # on average, of the outputs' mean size: e4m3 keeps 3 bits behind the point; 0.1 measured
 
@@ -84,6 +85,24 @@ def test_conditioning_equals_a_plain_t5_without_a_mask(
         positive, _ = encode(text)
         expected = t5(input_ids=torch.tensor([ids_of(load(), text)])).last_hidden_state
         assert (positive[0][0] - expected).abs().max() <= NETWORK_TOLERANCE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("length", [1, 9, TOKENS])
+def test_the_librarys_network_is_a_plain_t5(state: dict, submodule: Callable, length: int) -> None:
+    """With the same names of weights, in the same order: those of a training's optimiser."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = asdict(submodule("flashvideo.config").NANO_TEXT_ENCODER)
+    t5 = T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu")).eval()
+    encoder = submodule("flashvideo.t5").load_encoder(state)
+    assert [*encoder.network.state_dict()] == [*t5.state_dict()]
+    assert [name for name, _ in encoder.network.named_parameters()] == [name for name, _ in t5.named_parameters()]
+    t5.load_state_dict(encoder.network.state_dict())
+    tokens = torch.randint(config["vocab_size"], (2, length), generator=torch.Generator().manual_seed(length))
+    assert (encoder(tokens) - t5(input_ids=tokens).last_hidden_state).abs().max() <= NETWORK_TOLERANCE
+    large = {**state, LARGEST: 1e5 * state[LARGEST].float()}  # gives sums that are beyond float16
+    assert submodule("flashvideo.t5").load_encoder(large, dtype=torch.float16)(tokens).isfinite().all()
 
 
 def test_tokens_are_the_tokenizers_own_padded_to_226(load: Callable) -> None:

@@ -54,7 +54,6 @@ def tiny_networks() -> Any:
 def tokenizer(tmp_path: Path) -> Path:
     """A small tokenizer in T5's format: words of the procedural captions, </s> at the end, padding 0."""
     pytest.importorskip("tokenizers")
-    pytest.importorskip("transformers")
     from small_models import write_tokenizer
 
     write_tokenizer(tmp_path / "tokenizer.json")

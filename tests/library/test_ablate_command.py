@@ -74,7 +74,6 @@ loop = {{ steps = 2, {loop} }}
 def ablate(tmp_path: Path) -> Callable[..., int]:
     """The command on small untrained models and clips."""
     pytest.importorskip("skimage")
-    pytest.importorskip("transformers")
     from small_models import write_models
 
     models = tmp_path / "models"
