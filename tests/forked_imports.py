@@ -1,4 +1,4 @@
-"""What the processes of `on_ranks` need, imported once for all of them."""
+"""What the processes of `forked` need, imported once for all of them."""
 
 from __future__ import annotations
 
@@ -7,3 +7,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import rank_checks  # noqa: F401
+import torch._dynamo  # noqa: F401 (counting operations needs it)
+
+import flashvideo.commands.generate
+import flashvideo.commands.refine  # noqa: F401

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import psutil
 
@@ -20,7 +21,7 @@ class Hung(AssertionError):
 class _Watch:
     """Tells whether a program, with all that it started, still uses the processor."""
 
-    def __init__(self, process: subprocess.Popen, quiet: float) -> None:
+    def __init__(self, process: subprocess.Popen | BaseProcess, quiet: float) -> None:
         self._process, self._quiet = process, quiet
         self._used, self._since = _processor_seconds(process.pid), time.monotonic()
 
@@ -31,7 +32,7 @@ class _Watch:
         used = _processor_seconds(self._process.pid)
         if used - self._used < _LEAST_WORK_SECONDS:
             self._process.kill()
-            raise Hung(f"{self._process.args} did nothing for {self._quiet:.0f} s")
+            raise Hung(f"{self._process} did nothing for {self._quiet:.0f} s")
         self._used, self._since = used, time.monotonic()
 
 
@@ -43,6 +44,16 @@ def finished(process: subprocess.Popen, quiet: float = QUIET_SECONDS) -> tuple[s
             return process.communicate(timeout=quiet)
         except subprocess.TimeoutExpired:
             watch.check()
+
+
+def joined(process: BaseProcess, quiet: float = QUIET_SECONDS) -> int:
+    """Wait for the end of a process of multiprocessing; its exit code, or less a signal's number. Raises Hung."""
+    watch = _Watch(process, quiet)
+    while True:
+        process.join(quiet)
+        if process.exitcode is not None:
+            return process.exitcode
+        watch.check()
 
 
 def wait_until(done: Callable[[], bool], process: subprocess.Popen, quiet: float = QUIET_SECONDS) -> None:

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("av")
+from forked import Pipe, fork, fork_program
+from patience import finished, joined
 from small_videos import make_video, read
 
 from flashvideo.commands.main import main
@@ -32,34 +35,38 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-class Run:
-    """A command on several processes, started by torchrun or with the environment that it gives them."""
+def torchrun(folder: Path, size: int, *words: str | Path) -> str:
+    """Run a command as users start it; returns what it wrote to standard output."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={free_port()}"]
+    command = [sys.executable, *launcher, "-m", "flashvideo", *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        output, errors = finished(process)
+    assert process.returncode == 0, errors
+    return output
 
-    def __init__(self, folder: Path, size: int, *words: str | Path, torchrun: bool = False) -> None:
-        port = free_port()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command, environments = ["-m", "flashvideo", *map(str, words)], [env]
-        if torchrun:
-            command = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={port}", *command]
-        elif size > 1:
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-            environments = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-        self.error, self.output = folder / "stderr.txt", folder / "stdout.txt"
-        with self.error.open("wb") as error, self.output.open("wb") as output:
-            self.processes = [
-                subprocess.Popen([sys.executable, *command], env=each, stderr=error, stdout=output)
-                for each in environments
-            ]
+
+class Run:
+    """A command on several processes, with the environment that torchrun gives them."""
+
+    def __init__(self, folder: Path, size: int, *words: str | Path) -> None:
+        self.error = folder / "stderr.txt"
+        self.error.unlink(missing_ok=True)
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(size)}
+        self.processes = [
+            fork_program(["-m", "flashvideo", *words], folder, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(size)
+        ]
 
     def wait(self) -> list[int]:
         """Exit codes."""
-        return [process.wait(PATIENCE) for process in self.processes]
+        return [joined(process) for process in self.processes]
 
     def wait_for(self, condition: Callable[[str], bool]) -> None:
         """Wait until what is on the terminal fulfils a condition."""
         end = time.monotonic() + PATIENCE
-        while not condition(self.error.read_text()):
-            assert time.monotonic() < end and None in [process.poll() for process in self.processes]
+        while not self.error.exists() or not condition(self.error.read_text()):
+            assert time.monotonic() < end and any(process.is_alive() for process in self.processes)
             time.sleep(0.1)
 
     def sentences(self) -> list[str]:
@@ -67,7 +74,7 @@ class Run:
         return [line for line in self.error.read_text().splitlines() if line.strip() and "%|" not in line]
 
 
-GENERATE = ("--frames", "5", "--draft-steps", "3", *REFINE[:-2])
+GENERATE = ("--frames", "5", "--draft-size", "64x48", "--draft-steps", "3", *REFINE[:-2])
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +88,15 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_generate_on_three_processes_makes_the_files_of_one(one_process: Path, tmp_path: Path) -> None:
     words = ("generate", "a red circle", tmp_path / "out.mkv", *GENERATE)
-    run = Run(tmp_path, 3, *words, "--shard-weights", torchrun=True)
-    assert run.wait() == [0]
-    assert run.output.read_text().count("the draft") == 1
-    assert run.output.read_text().count("refined") == 1
+    output = torchrun(tmp_path, 3, *words, "--shard-weights")
+    assert output.count("the draft") == output.count("refined") == 1
     for name in ("out.mkv", "out.mkv.draft.mkv"):
         mine, theirs = read(tmp_path / name), read(one_process / name)
         assert mine.times == theirs.times
         off = np.abs(np.subtract(mine.frames, theirs.frames, dtype=np.int16))
         # Latents rest in half precision, where rounding may turn either way.
         assert off.max() <= 8 and (off > 2).mean() < 0.001
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "out.mkv", "out.mkv.draft.mkv", "stderr.txt", "stdout.txt"
-    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mkv", "out.mkv.draft.mkv"]
 
 
 @pytest.mark.slow
@@ -102,7 +105,7 @@ def test_a_killed_process_ends_all_with_one_sentence_and_the_run_resumes(tmp_pat
     words = ("refine", source, target, *REFINE, "--window", "9", "--overlap", "4")
     run = Run(tmp_path, 3, *words)
     run.wait_for(lambda text: "refine:" in text)
-    run.processes[2].send_signal(signal.SIGKILL)
+    run.processes[2].kill()
     assert run.wait() == [1, 1, -signal.SIGKILL]
     assert run.sentences()[-1] == "The run has ended because one of its processes did. The same command resumes it."
     assert "".join(run.sentences()).count("The run has ended") == 1 and "Traceback" not in run.error.read_text()
@@ -130,20 +133,25 @@ def test_a_mistake_is_reported_once_before_the_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize("has_reported", [True, False])
 def test_one_reports_even_when_rank_0_has_ended(has_reported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other asks long after rank 0, which keeps the store, has left; or rank 0 was killed in silence."""
-    lines = ["from flashvideo.parallel.launch import Meeting", "meeting = Meeting()"]
-    lines += [f"print({'meeting.may_report()' if has_reported else True}, flush=True)", "input()"]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command, environment = [sys.executable, "-c", "\n".join(lines)], {**os.environ, **place, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, env={**environment, "RANK": "0"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as rank_0:
-        for name, value in {**place, "RANK": "1"}.items():
-            monkeypatch.setenv(name, value)
-        meeting = Meeting()
-        assert rank_0.stdout.readline() == "True\n"
-        assert meeting.has_heard(PATIENCE if has_reported else 0.0) == has_reported
-        rank_0.kill()
+    here, there = Pipe()
+    rank_0 = fork(report_and_stay, {**place, "RANK": "0"}, has_reported, there)
+    for name, value in {**place, "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    meeting = Meeting()
+    assert here.recv() is True
+    assert meeting.has_heard(PATIENCE if has_reported else 0.0) == has_reported
+    rank_0.kill()
+    assert joined(rank_0) == -signal.SIGKILL
     assert meeting.may_report() != has_reported
+
+
+def report_and_stay(place: dict[str, str], reports: bool, other: Connection) -> None:
+    """Rank 0: say whether it may report, or report nothing, until it is killed."""
+    os.environ.update(place)
+    meeting = Meeting()
+    other.send(meeting.may_report() if reports else True)
+    other.poll(None)
 
 
 # While Python ends, an object waits until rank 0 is gone, and then long enough to notice it.
@@ -161,16 +169,16 @@ print("ends", flush=True)
 
 
 def test_a_process_ends_well_while_rank_0_leaves() -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    here, there = Pipe()
+    rank_0 = fork(report_and_stay, {**place, "RANK": "0"}, False, there)
+    env = {**os.environ, **place, "RANK": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    rank_0, rank_1 = (
-        subprocess.Popen([sys.executable, "-c", script], env={**os.environ, **place, "RANK": rank}, **pipes)
-        for rank, script in (("0", ENDS_SLOWLY + "input()"), ("1", ENDS_SLOWLY))
-    )
-    with rank_0, rank_1:
-        assert rank_1.stdout.readline() == rank_0.stdout.readline() == "ends\n"
+    with subprocess.Popen([sys.executable, "-c", ENDS_SLOWLY], env=env, **pipes) as rank_1:
+        assert rank_1.stdout.readline() == "ends\n"
+        assert here.recv() is True
         rank_0.kill()
-        rank_0.wait()
+        joined(rank_0)
         rank_1.communicate("x", timeout=PATIENCE)
     assert rank_1.returncode == 0
 
