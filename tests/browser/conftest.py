@@ -53,6 +53,14 @@ _UNKNOWN = """() => window.app.graph.nodes
     .filter(node => !window.LiteGraph.registered_node_types[node.type] || node.has_errors).map(node => node.type)"""
 _MARK = "() => window.app.graph.nodes.forEach(node => { node.seenBefore = true })"
 _NEW = "count => window.app.graph.nodes.length === count && window.app.graph.nodes.every(node => !node.seenBefore)"
+_SET = """values => {
+    for (const node of window.app.graph.nodes)
+        for (const [name, value] of Object.entries(values[node.type] ?? {})) {
+            const widget = node.widgets.find(widget => widget.name === name);
+            widget.value = value;
+            widget.callback?.(value);
+        }
+}"""
 _VIDEO = """prefix => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0
     && new URL(video.currentSrc).searchParams.get('filename')?.startsWith(prefix))"""
 _CARD_PICTURE = """name => {
@@ -118,6 +126,10 @@ class ComfyPage:
     def saved(self) -> dict[str, Any]:
         """The graph as the page would save it now."""
         return self.page.evaluate("() => window.app.graph.serialize()")
+
+    def set_widgets(self, values: dict[str, dict[str, Any]]) -> None:
+        """Set widgets of every node of a type: {type: {widget: value}}."""
+        self.page.evaluate(_SET, values)
 
     def press_on(self, title: str, keys: str) -> None:
         """Select the node of this title and press keys."""

@@ -27,9 +27,9 @@ REFINING = {"strength": 675, "steps": 2, "cfg": 4.0, "shift": 2.5}
 SIZE = {"size": "keep", "short_side": 1080, "scale": 4.0, "width": 64, "height": 48, "resample": "bilinear"}
 
 
-def pictures() -> Tensor:
-    """A clip [COUNT, HEIGHT, WIDTH, 3] in [0, 1]: waves of colour on the move."""
-    t, y, x = torch.meshgrid(torch.arange(COUNT), torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+def pictures(count: int = COUNT) -> Tensor:
+    """A clip [count, HEIGHT, WIDTH, 3] in [0, 1]: waves of colour on the move."""
+    t, y, x = torch.meshgrid(torch.arange(count), torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
     return torch.stack([((x + y * k + 3 * t) / 9 + k).sin() * 0.3 + 0.5 for k in range(3)], dim=-1)
 
 
@@ -51,6 +51,15 @@ def video(in_memory: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The clip as a VIDEO from a file."""
     path = tmp_path_factory.mktemp("source") / "clip.mp4"
     in_memory.save_to(str(path))
+    return InputImpl.VideoFromFile(str(path))
+
+
+@pytest.fixture(scope="module")
+def short_video(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Five frames as a VIDEO from a file."""
+    path = tmp_path_factory.mktemp("source") / "short.mp4"
+    parts = Types.VideoComponents(images=pictures(5), audio=None, frame_rate=RATE)
+    InputImpl.VideoFromComponents(parts).save_to(str(path))
     return InputImpl.VideoFromFile(str(path))
 
 
@@ -336,23 +345,26 @@ def test_what_cannot_be_is_refused_before_work_starts(
 
 
 def test_detail_size_auto_is_that_of_the_model_and_is_shown(
-    refine: Callable[..., Path], video: Any, caplog: pytest.LogCaptureFixture
+    refine: Callable[..., Path], short_video: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     cheap = {"steps": 1, "cfg": 1.0}
     with caplog.at_level(logging.INFO):
-        automatic = refine(video, detail_size=0, **cheap)
+        automatic = refine(short_video, detail_size=0, **cheap)
     assert "FlashVideo Refine Long Video: detail size 9 (auto, for FlashVideo-Nano)" in caplog.text
-    by_hand = refine(video, detail_size=9, **cheap)
+    by_hand = refine(short_video, detail_size=9, **cheap)
     assert automatic != by_hand and automatic.read_bytes() == by_hand.read_bytes()
 
 
 def test_strength_auto_is_that_of_the_result_and_is_shown(
-    refine: Callable[..., Path], video: Any, submodule: Callable[[str], ModuleType], caplog: pytest.LogCaptureFixture
+    refine: Callable[..., Path],
+    short_video: Any,
+    submodule: Callable[[str], ModuleType],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     chosen = submodule("flashvideo.degradation").auto_strength(HEIGHT, WIDTH)
     cheap = {"steps": 1, "cfg": 1.0, "color_match": "none"}
     with caplog.at_level(logging.INFO):
-        automatic = refine(video, strength=-1, **cheap)
+        automatic = refine(short_video, strength=-1, **cheap)
     assert f"FlashVideo Refine Long Video: strength {chosen} (auto, for {WIDTH}x{HEIGHT})" in caplog.text
-    by_hand = refine(video, strength=chosen, **cheap)
+    by_hand = refine(short_video, strength=chosen, **cheap)
     assert automatic != by_hand and automatic.read_bytes() == by_hand.read_bytes()

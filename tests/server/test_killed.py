@@ -32,7 +32,7 @@ def prompt() -> dict[str, Any]:
             "FlashVideoRefineLongVideo",
             {
                 "model": ["1", 0], "vae": ["3", 0], "positive": ["4", 0], "negative": ["4", 1], "video": ["5", 0],
-                "size": "keep", "short_side": 1080, "scale": 4.0, "width": 64, "height": 48, "resample": "bilinear",
+                "size": "keep", "short_side": 1080, "scale": 4.0, "width": 48, "height": 32, "resample": "bilinear",
                 "strength": 450, "steps": 4, "cfg": 4.0, "shift": 2.5, "seed": 5, "window": 17, "overlap": 8,
                 "color_match": "wavelet",
             },
@@ -43,13 +43,13 @@ def prompt() -> dict[str, Any]:
 
 
 def write_clip(path: Path) -> None:
-    """40 frames of 64x48: a square that moves to the right."""
+    """40 frames of 48x32: a square that moves to the right."""
     with av.open(str(path), "w") as file:
         video = file.add_stream("libx264", rate=12)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
         for i in range(40):
-            picture = np.full((48, 64, 3), (60, 110, 60), np.uint8)
-            picture[14:34, 2 + i : 22 + i] = (220, 60, 40)
+            picture = np.full((32, 48, 3), (60, 110, 60), np.uint8)
+            picture[8:24, 2 + i // 2 : 18 + i // 2] = (220, 60, 40)
             file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(video.encode())
 

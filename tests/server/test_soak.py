@@ -29,6 +29,7 @@ def one_run(client: ComfyClient, number: int) -> None:
     set_inputs(prompt, [f"Empty FlashVideo Latent.{name}={value}" for name, value in settings.items()])
     seed = f"FlashVideo Stage I Sampler.seed={1000 + number}"
     set_inputs(prompt, [seed, "FlashVideo Stage I Sampler.steps=3", f"FlashVideo Latent Degradation.seed={number}"])
+    set_inputs(prompt, ["FlashVideo Prepare Frames.scale=2"])
     sampler = next(key for key, node in prompt.items() if node["class_type"] == "FlashVideoStage1Sampler")
     to_cancel, end = number % CANCELLED_EACH == CANCELLED_EACH - 1, None
     for end in client.events(client.queue(prompt)):
