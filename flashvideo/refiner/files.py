@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned, whole_file
 from ..color import DETAIL_SIZE
@@ -28,7 +29,9 @@ from ..video_files import (
     open_container,
     picture_track,
     sequence_identity,
+    split_alpha,
 )
+from .alpha import enlarge_alpha, with_alpha
 from .file_options import FileOptions
 from .outputs import check_patterns, open_source, output_of
 from .ranks import SharedWork, following, leading
@@ -38,10 +41,13 @@ from .work_folder import WorkFolder, discard, is_result_of
 READ = "read"  # the phase before the others: the video is read to its end once
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 WORK_ENDING = ".unfinished"  # of the folder beside the result
-FORMAT = 7  # of the work folder; a run of another format can't be resumed. 7: codecs, 10 bits
+FORMAT = 8  # of the work folder; a run of another format can't be resumed. 8: alpha
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
 _JPEG_QUALITY = 95
+_OPAQUE_ENDINGS = (".jpg", ".jpeg", ".bmp")
+_WHITE = 255
 _DEEP_STEP = 257  # 65535 / 255
+_ALPHA_MODES = ("RGBA", "LA", "PA")
 _RGB_MODES = ("RGB", "RGBA", "P")
 _SEGMENTS = "segments"
 _USABLE = 0.9  # of main memory
@@ -190,7 +196,13 @@ def _lead(
             _check_space(folder, needed)
         _warn_of_memory(run.main_bytes(), size, options.warn)
         begin()
-        run.run(lambda number, chunks: folder.put(_SEGMENTS, number, output.encode(chunks)))
+
+        def deliver(number: int, chunks: Iterator[Tensor]) -> None:
+            if output.form.keeps_alpha:
+                chunks = with_alpha(clip, run.first_frame(number), chunks)
+            folder.put(_SEGMENTS, number, output.encode(chunks))
+
+        run.run(deliver)
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
         output.write(segments, folder, force=options.force)
         folder.remove()
@@ -255,24 +267,41 @@ def refine_picture(
     ranks = networks.ranks
     if ranks is not None and not ranks.leads:
         with following(ranks):
-            refine_frames(networks, torch.from_numpy(_read_picture(source)[0])[None], settings)
+            refine_frames(networks, _read_picture(source).pixels[None], settings)
         return
     with leading(ranks) as begin:
         check_paths(source, target, force=force)
         remove_abandoned(target)
-        pixels, profile = _read_picture(source)
-        size = settings.size.resolve(*pixels.shape[:2])
+        picture, ending = _read_picture(source), target.suffix.lower()
+        size = settings.size.resolve(*picture.pixels.shape[:2])
+        if picture.alpha is not None and ending in _OPAQUE_ENDINGS:
+            note(f"Its transparency gets lost: a {ending} file stands on black, .png and .webp keep it.")
         _note_automatic(networks, settings, size, note)
         begin()
-        refined = refine_frames(networks, torch.from_numpy(pixels)[None], settings, on_progress, size=size)
-        result = Image.fromarray(to_bytes(refined)[0].numpy())
-        kind = Image.registered_extensions()[target.suffix.lower()]
+        refined = refine_frames(networks, picture.pixels[None], settings, on_progress, size=size)[0]
+        if picture.alpha is not None and ending not in _OPAQUE_ENDINGS:
+            larger = enlarge_alpha(picture.alpha, picture.pixels, refined)
+            refined, alpha = split_alpha(torch.cat([refined, larger[..., None]], dim=2), _WHITE)
+            refined = torch.cat([refined, torch.from_numpy(alpha.astype(np.float32))[..., None] / _WHITE], dim=2)
+        result = Image.fromarray(to_bytes(refined).numpy())
+        kind = Image.registered_extensions()[ending]
         with whole_file(target, replace=force) as part:
-            result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=profile)
+            result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=picture.profile)
 
 
-def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:
-    """A picture upright, [height, width, 3] uint8, and its ICC profile where it is one of RGB."""
+@dataclass(frozen=True)
+class _Picture:
+    """A picture upright: pixels [height, width, 3], uint8 or on black in [0, 1] with `alpha` [height, width].
+
+    `profile`: its ICC profile where it is one of RGB.
+    """
+
+    pixels: Tensor
+    alpha: Tensor | None
+    profile: bytes | None
+
+
+def _read_picture(path: Path) -> _Picture:
     try:
         with Image.open(path) as image:
             mode, profile = image.mode, image.info.get("icc_profile")
@@ -283,7 +312,13 @@ def _read_picture(path: Path) -> tuple[np.ndarray, bytes | None]:
                 upright = Image.fromarray(grey)
             elif mode in ("I", "F"):
                 raise CommandError(f"{path} has 32 bits a pixel: save it with 8 or 16.")
-            return np.array(upright.convert("RGB")), profile if mode in _RGB_MODES else None
+            profile = profile if mode in _RGB_MODES else None
+            is_transparent = upright.mode in _ALPHA_MODES or "transparency" in upright.info
+            stored = torch.from_numpy(np.array(upright.convert("RGBA" if is_transparent else "RGB")))
+            if stored.shape[2] == len("RGB") or int(stored[..., 3].min()) == _WHITE:
+                return _Picture(stored[..., :3].contiguous(), None, profile)
+            shown = stored.float() / _WHITE
+            return _Picture(shown[..., :3] * shown[..., 3:], shown[..., 3], profile)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise CommandError(f"{path} can't be read as a picture: {error}.") from error
 

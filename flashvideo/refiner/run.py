@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 import torch
@@ -213,6 +213,11 @@ class RefineRun:
     def segments(self) -> int:
         """Number of segments."""
         return len(self._segments)
+
+    def first_frame(self, number: int) -> int:
+        """The number of a segment's first frame."""
+        chunks = list(chain(*self._segments[:number]))
+        return sum(video_frames(size, first=index == 0) for index, size in enumerate(chunks))
 
     @torch.no_grad()
     def run(self, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:

@@ -3,10 +3,12 @@
 The timestamps of the pictures and the packets of sound are those of the source, so that rate, length and lips stay.
 """
 
+from .alpha import split_alpha
 from .encoding import AUTO, BITS, CODECS, CRF, VideoFormat, encode_segment, read_comment, write_lossless
 from .opening import VIDEO_ENDINGS, open_container, picture_track, texts
+from .orientation import UPRIGHT, Orientation, orientation_of
 from .picture_metadata import with_metadata
-from .pixels import UPRIGHT, Orientation, colour_matrix, orientation_of, upright_pixels
+from .pixels import colour_matrix, upright_pixels
 from .reading import VideoClip, is_animated, open_clip
 from .sequences import (
     SEQUENCES,
@@ -50,6 +52,7 @@ __all__ = [
     "picture_track",
     "read_comment",
     "sequence_identity",
+    "split_alpha",
     "texts",
     "upright_pixels",
     "with_metadata",

@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 
 from ..errors import CommandError
-from .pixels import is_transparent
+from .alpha import is_transparent
 from .structure import is_broken, is_cut_off
 from .times import missing_frames
 

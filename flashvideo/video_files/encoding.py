@@ -7,7 +7,7 @@ segments, and the file they make is the same as if nothing had happened.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from av.codec.context import Flags
 from torch import Tensor
 
 from ..errors import CommandError
+from .alpha import add_alpha, split_alpha
 from .hdr import PQ, SCREEN_UNITS, Mastering, sdr_to_pq
 from .opening import opened
 from .pixels import BT601, DEEP_YUV, EXACT, LIMITED
@@ -26,6 +27,7 @@ from .reading import VideoClip
 CRF = 14  # of the official script's writer: hardly distinguishable from the frames themselves
 AUTO = "auto"
 BITS = 8, 10  # a colour that files are written with
+KEEP_ALPHA = "ProRes (--codec prores), and numbered pictures as PNG, TIFF or OpenEXR, keep it."
 _WHITE = 255
 # Without the first, x264's assembler code reads beyond its tables for some widths, and no two files are the same;
 # x265's result would depend on how many threads there are.
@@ -38,7 +40,8 @@ _MAX_CRF_X264, _MAX_CRF_AV1 = 51, 63
 class Encoder:
     """A kind of pictures in a file, and FFmpeg's encoder for it.
 
-    `halved`, `full`: pixel formats by bits a colour, with colours at half size (for even sides only) and at full size.
+    `halved`, `full`: pixel formats by bits a colour, with colours at half size (for even sides only) and at full size;
+    `with_alpha`: for what is transparent.
     `tag`: what players of Apple's ask for in MP4 and MOV.
     """
 
@@ -49,6 +52,7 @@ class Encoder:
     options: Callable[[int, Mastering], dict[str, str]]
     containers: Collection[str] = ("mp4", "mov", "matroska")
     tag: str = ""
+    with_alpha: Mapping[int, str] = field(default_factory=dict)
 
     def check(self, bits: int) -> None:
         """Raise CommandError if it isn't there, or has other bits a colour."""
@@ -100,6 +104,7 @@ ENCODERS = {
         {10: "yuv444p10le"},
         lambda crf, mastering: {},
         containers=("mov", "matroska"),
+        with_alpha={10: "yuva444p10le"},
     ),
 }
 CODECS = (AUTO, *ENCODERS)
@@ -145,8 +150,15 @@ class VideoFormat:
         return self.bits
 
     @property
+    def keeps_alpha(self) -> bool:
+        """Whether the pictures are transparent as their source is."""
+        return self.clip.transparent and self.depth in self.encoder.with_alpha
+
+    @property
     def pixels(self) -> str | None:
         """FFmpeg's name of the pixel format; None where the codec has none."""
+        if self.keeps_alpha:
+            return self.encoder.with_alpha[self.depth]
         is_even = self.height % 2 == self.width % 2 == 0
         return (self.encoder.halved if is_even else self.encoder.full).get(self.depth)
 
@@ -165,6 +177,8 @@ class VideoFormat:
     def losses(self) -> Iterator[str]:
         """A sentence on each thing of the pictures that this format has no room for."""
         clip = self.clip
+        if clip.transparent and not self.keeps_alpha:
+            yield f"Its transparency gets lost: the result stands on black. {KEEP_ALPHA}"
         if clip.bits > self.depth:
             hdr = f", and it is HDR ({clip.curve}): dark and bright parts may show steps" if clip.curve else ""
             yield f"Its {clip.bits} bits a colour become {self.depth}{hdr}."
@@ -173,7 +187,7 @@ class VideoFormat:
 
 
 def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Tensor]:
-    """Encode frames, [t, H, W, 3] at a time, uint8 or in [0, 1], from a key frame on.
+    """Encode frames, [t, H, W, 3 or premultiplied 4] at a time, uint8 or in [0, 1], from a key frame on.
 
     Returns `data`, the packets' bytes one after the other, and `packets` [n, 4]: size, number of the frame shown,
     number by which it is decoded (starts below 0), and whether it is a key frame.
@@ -183,11 +197,8 @@ def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Ten
     context.flags |= Flags.global_header
     packets, index = [], 0
     for chunk in frames:
-        for pixels in _stored(chunk, form):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
-            frame = frame.reformat(
-                format=context.pix_fmt, src_colorspace=BT601, dst_colorspace=form.clip.matrix, interpolation=EXACT
-            )
+        for picture in chunk:
+            frame = _frame(picture, form)
             frame.pts, frame.time_base = index, context.time_base
             packets += context.encode(frame)
             index += 1
@@ -202,14 +213,28 @@ def encode_segment(frames: Iterable[Tensor], form: VideoFormat) -> dict[str, Ten
     return {"data": torch.from_numpy(data.copy()), "packets": torch.tensor(rows)}
 
 
-def _stored(frames: Tensor, form: VideoFormat) -> np.ndarray:
-    """Frames as pixels of the file's brightness, uint8 or uint16."""
-    if frames.dtype == torch.uint8:
-        return frames.numpy()
+def _frame(picture: Tensor, form: VideoFormat) -> av.VideoFrame:
+    """A picture [H, W, 3 or premultiplied 4] as the file stores it."""
+    if not form.keeps_alpha:
+        return _opaque_frame(picture, form, form.pixels)
+    colours, alpha = split_alpha(picture, 2**form.depth - 1)
+    return add_alpha(_opaque_frame(colours, form, form.encoder.full[form.depth]), alpha, form.pixels)
+
+
+def _opaque_frame(picture: Tensor, form: VideoFormat, kind: str) -> av.VideoFrame:
+    pixels = _stored(picture, form)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
+    return frame.reformat(format=kind, src_colorspace=BT601, dst_colorspace=form.clip.matrix, interpolation=EXACT)
+
+
+def _stored(picture: Tensor, form: VideoFormat) -> np.ndarray:
+    """A picture as pixels of the file's brightness, uint8 or uint16."""
+    if picture.dtype == torch.uint8:
+        return picture.numpy()
     if form.clip.curve == PQ:
-        frames = sdr_to_pq(frames)
+        picture = sdr_to_pq(picture)
     white, dtype = (_WHITE, np.uint8) if form.depth == min(BITS) else (DEEP_YUV, np.uint16)
-    return (frames * white).round().numpy().astype(dtype)
+    return (picture * white).round().numpy().astype(dtype)
 
 
 def write_lossless(target: Path, frames: Tensor, rate: Fraction, comment: str) -> None:

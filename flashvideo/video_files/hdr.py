@@ -17,7 +17,7 @@ import av
 import torch
 from torch import Tensor
 
-from .pixels import side_data
+from .orientation import side_data
 
 PQ, HLG = "PQ", "HLG"
 CURVES = {16: PQ, 18: HLG}  # by FFmpeg's numbers of the transfer curves

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -16,10 +16,12 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import CommandError
+from .alpha import alpha_of, has_alpha
 from .damage import Survey, damage_of
 from .hdr import CURVES, PQ, Mastering, has_dynamic_metadata, mastering_of, pq_to_sdr
 from .opening import is_encrypted, opened, picture_track
-from .pixels import BT709, UPRIGHT, Orientation, colour_matrix, on_black, orientation_of, upright_pixels
+from .orientation import UPRIGHT, Orientation, orientation_of
+from .pixels import BT709, colour_matrix, on_black, upright_pixels
 from .times import Clock, in_order
 
 _FALLBACK_RATE = Fraction(8)  # frames a second: what the model makes
@@ -27,12 +29,12 @@ _UNSPECIFIED = 2  # as a colour tag
 _ANIMATIONS = {"WEBP", "AVIF", "TIFF"}  # of what Pillow reads; FFmpeg reads GIF and APNG
 _MILLISECOND = Fraction(1, 1000)  # Pillow's unit of durations
 _EIGHT_BITS = 8
+_OPAQUE = 255
 # One frame for each stored one, and only of those that are stored as two halves.
 _DEINTERLACER = "bwdif", "mode=send_frame:parity=auto:deint=interlaced"
 
 _RAW = "It is a raw stream, which holds neither times nor a count: frames that have been lost from it go unnoticed."
 _INTERLACED = "It is interlaced and is refined with its comb lines: the command's --deinterlace makes whole ones first."
-OPAQUE = "Its transparency gets lost: the result stands on black."
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class VideoClip:
     says). `height` and `width` are those of the upright pictures.
 
     `bits` are those of a colour, `curve` is "PQ" or "HLG" for HDR. `interlaced`: pictures are stored as two halves of
-    different times; `deinterlaced`: `frames` makes whole ones of them. `notes` are sentences on what gets lost because
-    refined files hold none of it, and on what can't be known; `damage` on what of the file can't be decoded.
+    different times; `deinterlaced`: `frames` makes whole ones of them. `transparent`: see `alpha`. `notes` are
+    sentences on what gets lost because refined files hold none of it, and on what can't be known; `damage` on what of
+    the file can't be decoded.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class VideoClip:
     mastering: Mastering = Mastering()
     interlaced: bool = False
     deinterlaced: bool = False
+    transparent: bool = False
     notes: tuple[str, ...] = ()
     damage: tuple[str, ...] = ()
 
@@ -91,19 +95,28 @@ class VideoClip:
         return opened(self.path)
 
     def frames(self, start: int = 0) -> Iterator[Tensor]:
-        """Frames from number `start` on, [height, width, 3]: uint8, or in [0, 1] if they have more than 8 bits.
+        """Frames from number `start` on, [height, width, 3], on black.
 
-        PQ's are brought to an ordinary screen's brightness, see `hdr`.
+        They are uint8, or in [0, 1] if they have more than 8 bits or are transparent. PQ's are brought to an ordinary
+        screen's brightness, see `hdr`.
         """
-        deep = self.bits > _EIGHT_BITS
+        deep = self.bits > _EIGHT_BITS or self.transparent
+        for frame in self._pictures(start):
+            pixels = torch.from_numpy(upright_pixels(frame, self.matrix, self.orientation, deep=deep))
+            yield pq_to_sdr(pixels) if deep and self.curve == PQ else pixels
+
+    def alpha(self, start: int = 0) -> Iterator[Tensor]:
+        """How opaque each pixel of these frames is, [height, width] in [0, 1]."""
+        for frame in self._pictures(start):
+            opaque = np.ones((self.height, self.width), np.float32)
+            yield torch.from_numpy(alpha_of(frame, self.orientation) if has_alpha(frame) else opaque)
+
+    def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
         with opened(self.path, steady=bool(self.damage)) as container:
             pictures = (item for item in decoded(container) if isinstance(item, av.VideoFrame))
             if self.deinterlaced:
                 pictures = _whole_pictures(pictures, picture_track(container))
-            for index, frame in enumerate(pictures):
-                if index >= start:
-                    pixels = torch.from_numpy(upright_pixels(frame, self.matrix, self.orientation, deep=deep))
-                    yield pq_to_sdr(pixels) if deep and self.curve == PQ else pixels
+            yield from islice(pictures, start, None)
 
 
 def _whole_pictures(pictures: Iterator[av.VideoFrame], track: av.VideoStream) -> Iterator[av.VideoFrame]:
@@ -126,11 +139,23 @@ class AnimatedPicture(VideoClip):
         return nullcontext()
 
     def frames(self, start: int = 0) -> Iterator[Tensor]:
-        """Frames from number `start` on, [height, width, 3] uint8."""
+        """Frames from number `start` on, [height, width, 3] uint8, or on black in [0, 1] if they are transparent."""
+        for pixels in self._stored(start):
+            colours = pixels[..., :3]
+            if self.transparent:
+                colours = on_black(colours.astype(np.float32) / _OPAQUE, pixels[..., 3].astype(np.float32) / _OPAQUE)
+            yield torch.from_numpy(np.ascontiguousarray(colours))
+
+    def alpha(self, start: int = 0) -> Iterator[Tensor]:
+        """See `VideoClip`."""
+        for pixels in self._stored(start):
+            yield torch.from_numpy(pixels[..., 3].astype(np.float32) / _OPAQUE)
+
+    def _stored(self, start: int) -> Iterator[np.ndarray]:
         with Image.open(self.path) as image:
             for index in range(start, self.count):
                 image.seek(index)
-                yield torch.from_numpy(on_black(np.array(image.convert("RGBA"))))
+                yield np.array(image.convert("RGBA"))
 
 
 @dataclass(frozen=True)
@@ -252,6 +277,7 @@ def _clip(
         curve=CURVES.get(int(context.color_trc), ""),
         mastering=mastering_of(first, context.name),
         interlaced=survey.interlaced,
+        transparent=survey.transparent,
         notes=tuple(_losses(survey, context.name)),
         damage=tuple(damage_of(path, container, track, survey, times)),
     )
@@ -262,8 +288,6 @@ def _losses(survey: Survey, codec: str) -> Iterator[str]:
     frame = survey.first
     if frame.pts is None and not survey.shown:
         yield _RAW
-    if survey.transparent:
-        yield OPAQUE
     if has_dynamic_metadata(frame, codec):
         yield "Its dynamic HDR metadata (HDR10+ or Dolby Vision) gets lost: frame by frame, it belongs to the source."
 
@@ -306,5 +330,5 @@ def _open_animation(path: Path, on_frame: Callable[[int, int], None]) -> Animate
         times=tuple(times),
         matrix=BT709,
         last=round(end / _MILLISECOND) - times[-1],
-        notes=(OPAQUE,) if transparent else (),
+        transparent=transparent,
     )

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CommandError
+from .alpha import is_transparent, split_alpha
 from .hdr import light_to_sdr, sdr_to_light
 from .opening import VIDEO_ENDINGS
+from .orientation import orientation_of
 from .picture_metadata import EXR_HALF, exr_depth
-from .pixels import DEEP_RGB, colour_matrix, is_transparent, orientation_of, upright_pixels
-from .reading import OPAQUE, VideoClip
+from .pixels import DEEP_RGB, colour_matrix, upright_pixels
+from .reading import VideoClip
 
 PICTURE_RATE = Fraction(24)  # frames a second, where nobody says
 LINEAR = "linear"  # the curve of OpenEXR: light itself
@@ -38,15 +40,16 @@ _PLANES = 2, 0, 1  # of red, green and blue in FFmpeg's planar formats
 
 @dataclass(frozen=True)
 class _Kind:
-    """How pictures of an ending are written: FFmpeg's encoder, and its pixel format by bits a colour."""
+    """How pictures of an ending are written: FFmpeg's encoder, and its pixel formats by bits a colour."""
 
     encoder: str
     pixels: Mapping[int, str]
+    with_alpha: Mapping[int, str]
 
 
-_PNG = _Kind("png", {8: "rgb24", 16: "rgb48be"})
-_TIFF = _Kind("tiff", {8: "rgb24", 16: "rgb48le"})
-_EXR = _Kind("exr", {16: "gbrpf32le", 32: "gbrpf32le"})
+_PNG = _Kind("png", {8: "rgb24", 16: "rgb48be"}, {8: "rgba", 16: "rgba64be"})
+_TIFF = _Kind("tiff", {8: "rgb24", 16: "rgb48le"}, {8: "rgba", 16: "rgba64le"})
+_EXR = _Kind("exr", dict.fromkeys((16, 32), "gbrpf32le"), dict.fromkeys((16, 32), "gbrapf32le"))
 SEQUENCES = {".png": _PNG, ".tif": _TIFF, ".tiff": _TIFF, ".exr": _EXR}
 
 
@@ -72,17 +75,17 @@ class PictureSequence(VideoClip):
         return nullcontext()
 
     def frames(self, start: int = 0) -> Iterator[Tensor]:
-        """Frames from number `start` on, [height, width, 3]: uint8, or in [0, 1] if they have more than 8 bits.
-
-        OpenEXR's light is brought to an ordinary screen's brightness, see `hdr`.
-        """
-        for number in self.numbers[start:]:
-            path = picture_name(self.path, number)
-            frame = _decode(path)
+        """See `VideoClip`. OpenEXR's light is brought to an ordinary screen's brightness, see `hdr`."""
+        deep = self.bits > _EIGHT_BITS or self.transparent
+        for frame in self._pictures(start):
             if self.curve == LINEAR:
                 yield light_to_sdr(torch.from_numpy(_light(frame)), self.peak).float()
             else:
-                yield torch.from_numpy(_pixels(frame, _codec(path), deep=self.bits > _EIGHT_BITS))
+                orientation = orientation_of(frame, _codec(self.path))
+                yield torch.from_numpy(upright_pixels(frame, colour_matrix(frame), orientation, deep=deep))
+
+    def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
+        return (_decode(picture_name(self.path, number)) for number in self.numbers[start:])
 
 
 def open_sequence(
@@ -115,7 +118,7 @@ def open_sequence(
         on_frame(len(good), len(numbers))
     if first is None:
         raise CommandError(f"None of the {len(numbers)} pictures {pattern} can be decoded.")
-    notes = [OPAQUE] if transparent else []
+    notes = []
     if negative:
         notes.append("Its light has numbers below 0, of colours outside its primaries; they become 0.")
     return PictureSequence(
@@ -129,6 +132,8 @@ def open_sequence(
         tags=(1, 1),
         bits=_FLOAT_BITS if _is_light(first) else max(component.bits for component in first.format.components),
         curve=LINEAR if _is_light(first) else "",
+        orientation=orientation_of(first, _codec(pattern)),
+        transparent=transparent,
         notes=tuple(notes),
         damage=tuple(_damage(pattern, numbers, good, bad)),
         numbers=tuple(good),
@@ -196,11 +201,7 @@ def _light(frame: av.VideoFrame) -> np.ndarray:
     ]
     colours = [planes[0]] * 3 if len(planes) == 1 else [planes[index] for index in _PLANES]
     light = np.nan_to_num(np.stack(colours, axis=2), nan=0.0, posinf=np.finfo(np.float16).max, neginf=0.0)
-    return light  # OpenEXR's colours are multiplied by alpha already
-
-
-def _pixels(frame: av.VideoFrame, codec: str, *, deep: bool) -> np.ndarray:
-    return upright_pixels(frame, colour_matrix(frame), orientation_of(frame, codec), deep=deep)
+    return light  # OpenEXR's colours are premultiplied
 
 
 def _upright_size(frame: av.VideoFrame, codec: str) -> tuple[int, int]:
@@ -237,6 +238,11 @@ class SequenceFormat:
         return SEQUENCES.get(self.pattern.suffix.lower())
 
     @property
+    def keeps_alpha(self) -> bool:
+        """Whether the pictures are transparent as their source is."""
+        return self.clip.transparent
+
+    @property
     def depth(self) -> int:
         """Bits a colour."""
         deep = self.clip.bits > _EIGHT_BITS if self.bits is None else self.bits > _EIGHT_BITS
@@ -256,38 +262,48 @@ class SequenceFormat:
         """A sentence on each thing that pictures have no room for."""
         if self.clip.curve == LINEAR and self.kind is not _EXR:
             yield "Its light becomes ordinary pictures, as the networks see it: write .exr to keep it."
-        elif self.clip.curve:
+        elif self.clip.curve and self.clip.curve != LINEAR:
             yield f"It is HDR ({self.clip.curve}): the pictures hold what an ordinary screen shows of it."
         if self.clip.bits > self.depth and self.kind is not _EXR and self.clip.curve != LINEAR:
             yield f"Its {self.clip.bits} bits a colour become {self.depth}."
 
 
 def encode_pictures(frames: Iterable[Tensor], form: SequenceFormat) -> dict[str, Tensor]:
-    """Encode frames, [t, H, W, 3] at a time, in [0, 1] or uint8, as files.
+    """Encode frames, [t, H, W, 3 or premultiplied 4] at a time, in [0, 1] or uint8, as files.
 
     Returns `data`, the files one after the other, and `packets` [n, 1], their sizes.
     """
-    files = [_encoded(pixels, form) for chunk in frames for pixels in chunk]
+    files = [_encoded(picture, form) for chunk in frames for picture in chunk]
     data = np.frombuffer(b"".join(files), dtype=np.uint8)
     return {"data": torch.from_numpy(data.copy()), "packets": torch.tensor([[len(file)] for file in files])}
 
 
-def _encoded(pixels: Tensor, form: SequenceFormat) -> bytes:
-    if form.kind is _EXR:
-        light = sdr_to_light(pixels, form.clip.peak).float().numpy()
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(light), format="gbrpf32le")
-    elif form.depth > _EIGHT_BITS:
-        deep = (_fractions(pixels) * DEEP_RGB).round().numpy().astype(np.uint16)
-        frame = av.VideoFrame.from_ndarray(deep, format="rgb48le").reformat(format=form.kind.pixels[16])
-    else:
-        flat = (_fractions(pixels) * 255).round().byte().numpy()
-        frame = av.VideoFrame.from_ndarray(flat, format="rgb24")
+def _encoded(picture: Tensor, form: SequenceFormat) -> bytes:
+    frame = _frame(_fractions(picture), form)
     context = av.CodecContext.create(form.kind.encoder, "w")
-    context.height, context.width, context.pix_fmt = form.height, form.width, form.kind.pixels[form.depth]
+    context.height, context.width, context.pix_fmt = form.height, form.width, frame.format.name
     context.time_base = 1 / PICTURE_RATE
     if form.kind is _EXR:
         context.options = {"compression": "zip16", "format": "half" if form.depth == EXR_HALF else "float"}
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+
+
+def _frame(picture: Tensor, form: SequenceFormat) -> av.VideoFrame:
+    """A picture [H, W, 3 or premultiplied 4] in [0, 1] as the kind of file stores it."""
+    formats = form.kind.pixels if picture.shape[2] == len("RGB") else form.kind.with_alpha
+    if form.kind is _EXR:
+        light = sdr_to_light(picture[..., :3], form.clip.peak).float()
+        light = torch.cat([light, picture[..., 3:].float()], dim=2).numpy()
+        return av.VideoFrame.from_ndarray(np.ascontiguousarray(light), format=formats[form.depth])
+    steps = 255 if form.depth == _EIGHT_BITS else DEEP_RGB
+    kind, name = (np.uint8, "rgb24") if form.depth == _EIGHT_BITS else (np.uint16, "rgb48le")
+    if formats is form.kind.pixels:
+        stored = (picture * steps).round().numpy()
+    else:
+        colours, alpha = split_alpha(picture, steps)
+        stored = np.dstack([(colours * steps).round().numpy(), alpha])
+        name = "rgba" if form.depth == _EIGHT_BITS else "rgba64le"
+    return av.VideoFrame.from_ndarray(stored.astype(kind), format=name).reformat(format=formats[form.depth])
 
 
 def _fractions(pixels: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from flashvideo.video_files import (
     check_container,
     encode_segment,
     open_clip,
-    pixels,
+    orientation,
     write_video,
 )
 from flashvideo.video_files.times import in_order, missing_frames
@@ -39,7 +39,7 @@ def copy(source: Path, target: Path, **choices: str) -> list[str]:
     """The same pictures in a new file, by the way that refined ones go; returns what is said before the work."""
     clip, told = open_clip(source), []
     form = VideoFormat(clip, clip.height, clip.width, crf=0, **choices)
-    told += [*clip.notes, *clip.damage, *check_container(target.suffix, form, told.append)]
+    told += [*clip.notes, *form.losses(), *clip.damage, *check_container(target.suffix, form, told.append)]
     write_video(
         target, form, [encode_segment((frame[None] for frame in clip.frames()), form)], CONTAINERS[target.suffix]
     )
@@ -103,9 +103,9 @@ def test_turned_pictures_are_upright_where_pyav_reads_no_matrix(
     turn_clockwise(source := make_video(tmp_path / "in.mp4", 1))
     with av.open(str(source)) as container:
         frame = next(container.decode(video=0))
-    wanted = pixels.orientation_of(frame, "h264")
-    monkeypatch.setattr(pixels, "side_data", lambda *_: None)
-    assert pixels.orientation_of(frame, "h264") == wanted != pixels.UPRIGHT
+    wanted = orientation.orientation_of(frame, "h264")
+    monkeypatch.setattr(orientation, "side_data", lambda *_: None)
+    assert orientation.orientation_of(frame, "h264") == wanted != orientation.UPRIGHT
 
 
 def test_what_transparency_hides_stays_hidden(tmp_path: Path) -> None:

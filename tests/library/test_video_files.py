@@ -21,7 +21,7 @@ def copy(source: Path, target: Path, told: list[str] | None = None, **choices: A
     """The same pictures in a new file, by the way that refined ones go; `told` gets what was said before the work."""
     clip, told = open_clip(source), [] if told is None else told
     form = VideoFormat(clip, clip.height, clip.width, crf=0, **choices)
-    told += [*clip.notes, *clip.damage, *check_container(target.suffix, form, told.append)]
+    told += [*clip.notes, *form.losses(), *clip.damage, *check_container(target.suffix, form, told.append)]
     write_video(target, form, [encode_segment((frame[None] for frame in clip.frames()), form)])
     return target
 

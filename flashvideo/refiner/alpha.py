@@ -1,0 +1,69 @@
+"""Transparency beside the refined picture: alpha is enlarged along the edges that the network has drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
+_RADIUS = 2  # of the windows in which alpha follows brightness, in pixels of the source
+_FLAT = 1e-4  # variance of brightness below which a window has no edge: (0.01 of white)^2
+
+
+class TransparentClip(Protocol):
+    """A clip with alpha; see `VideoClip`."""
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames on black."""
+
+    def alpha(self, start: int = 0) -> Iterator[Tensor]:
+        """How opaque they are."""
+
+
+def with_alpha(clip: TransparentClip, first: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Refined chunks [t, H, W, 3] on black, from the clip's frame number `first` on, as premultiplied [t, H, W, 4]."""
+    sources = zip(clip.frames(first), clip.alpha(first), strict=True)
+    for chunk in chunks:
+        pictures = []
+        for refined in chunk:
+            source, alpha = next(sources)
+            larger = enlarge_alpha(alpha, source, refined)
+            pictures.append(torch.cat([refined, larger[..., None].to(refined.dtype)], dim=2))
+        yield torch.stack(pictures)
+
+
+def enlarge_alpha(alpha: Tensor, source: Tensor, refined: Tensor) -> Tensor:
+    """Alpha [h, w] of a source [h, w, 3] for its refined picture [H, W, 3], all in [0, 1]: [H, W].
+
+    In each small window of the source alpha is taken as a linear function of brightness (the guided filter, He et al.,
+    arXiv 1505.00996), which the refined picture's brightness then goes into; what that doesn't explain is enlarged
+    bilinearly. So a picture that didn't change keeps its alpha. Nothing gets more or less opaque than the source is
+    nearby: opaque and empty areas stay as they are.
+    """
+    a, guide = alpha.float()[None, None], _brightness(source)
+    mean, mean_alpha = _box(guide), _box(a)
+    variance = _box(guide * guide) - mean * mean
+    slope = (_box(guide * a) - mean * mean_alpha) / (variance + _FLAT)
+    slope, level = _box(slope), _box(mean_alpha - slope * mean)
+    rest = a - (slope * guide + level)
+    least, most = -F.max_pool2d(-a, 3, 1, 1), F.max_pool2d(a, 3, 1, 1)
+    size = refined.shape[:2]
+    slope, level, rest, least, most = (
+        F.interpolate(each, size, mode="bilinear", align_corners=False, antialias=True)
+        for each in (slope, level, rest, least, most)
+    )
+    found = slope * _brightness(refined) + level + rest
+    return torch.minimum(torch.maximum(found, least), most)[0, 0].clamp(0, 1)
+
+
+def _brightness(picture: Tensor) -> Tensor:
+    return (picture.float() @ picture.new_tensor(_LUMA, dtype=torch.float32))[None, None]
+
+
+def _box(x: Tensor) -> Tensor:
+    """Means of windows, [1, 1, h, w]; beyond the picture its border goes on."""
+    return F.avg_pool2d(F.pad(x, (_RADIUS,) * 4, mode="replicate"), 2 * _RADIUS + 1, 1)
