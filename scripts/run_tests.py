@@ -48,6 +48,7 @@ _NEWEST_TESTS = [
         "real_clips",
         "refine_command",
         "refiner_files",
+        "transparency",
         "video_files",
         "weights",
     )

@@ -27,7 +27,7 @@ from .reading import VideoClip
 CRF = 14  # of the official script's writer: hardly distinguishable from the frames themselves
 AUTO = "auto"
 BITS = 8, 10  # a colour that files are written with
-KEEP_ALPHA = "ProRes (--codec prores), and numbered pictures as PNG, TIFF or OpenEXR, keep it."
+KEEP_ALPHA = "The command keeps it in ProRes (--codec prores) and in numbered PNG, TIFF and OpenEXR."
 _WHITE = 255
 # Without the first, x264's assembler code reads beyond its tables for some widths, and no two files are the same;
 # x265's result would depend on how many threads there are.

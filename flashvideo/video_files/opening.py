@@ -17,6 +17,7 @@ VIDEO_ENDINGS = (
     ".gif", ".apng", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".mjpeg", ".mjpg", ".y4m",
     ".divx", ".dv", ".rm", ".rmvb", ".nut", ".h264", ".264", ".h265", ".265", ".hevc", ".ivf",
 )  # fmt: skip
+_LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _ENCRYPTED = (b"encv", b"drmi", b"enca", b"drms")  # kinds of tracks in an MP4
 _SEARCHED = 4 * 2**20  # bytes at either end of a file: an MP4's index is there
 
@@ -56,6 +57,18 @@ def picture_track(container: av.container.InputContainer) -> av.VideoStream | No
     """The track of pictures that players show: the default one, else the first; cover art is none."""
     tracks = [each for each in container.streams.video if not has_flag(each, "attached_pic")]
     return next((each for each in tracks if has_flag(each, "default")), tracks[0] if tracks else None)
+
+
+def decoder_of(track: av.VideoStream) -> av.VideoCodecContext:
+    """What decodes a track: FFmpeg's own, but libvpx for VP8 and VP9 with alpha, which only that reads."""
+    library = _LIBVPX.get(track.codec_context.name)
+    tags = {key.lower(): value for key, value in texts(track.metadata).items()}
+    if library is None or tags.get("alpha_mode") != "1":
+        return track.codec_context
+    try:
+        return av.CodecContext.create(library, "r")
+    except (av.FFmpegError, ValueError):  # a PyAV that lacks it
+        return track.codec_context
 
 
 @contextmanager

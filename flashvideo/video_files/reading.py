@@ -19,7 +19,7 @@ from ..errors import CommandError
 from .alpha import alpha_of, has_alpha
 from .damage import Survey, damage_of
 from .hdr import CURVES, PQ, Mastering, has_dynamic_metadata, mastering_of, pq_to_sdr
-from .opening import is_encrypted, opened, picture_track
+from .opening import decoder_of, is_encrypted, opened, picture_track
 from .orientation import UPRIGHT, Orientation, orientation_of
 from .pixels import BT709, colour_matrix, on_black, upright_pixels
 from .times import Clock, in_order
@@ -167,16 +167,18 @@ class Damaged:
 
 def decoded(container: av.container.InputContainer) -> Iterator[av.VideoFrame | Damaged]:
     """The frames of a video that can be decoded, in the order in which they are shown, and what can't be."""
-    for packet in _packets(container, picture_track(container)):
-        yield from _decoded(packet)
+    track = picture_track(container)
+    decoder = decoder_of(track)
+    for packet in _packets(container, track):
+        yield from _decoded(packet, decoder)
 
 
-def _decoded(packet: av.Packet | Damaged) -> Iterator[av.VideoFrame | Damaged]:
+def _decoded(packet: av.Packet | Damaged, decoder: av.VideoCodecContext) -> Iterator[av.VideoFrame | Damaged]:
     if isinstance(packet, Damaged):
         yield packet
         return
     try:
-        yield from packet.decode()
+        yield from decoder.decode(packet)
     except av.FFmpegError:
         yield Damaged(packet.pts if packet.pts is not None else packet.dts)
 
@@ -216,6 +218,7 @@ def open_clip(
 def _survey(path: Path, on_frame: Callable[[int, int], None], *, steady: bool) -> VideoClip:
     with opened(path, steady=steady) as container:
         track, survey = picture_track(container), Survey()
+        decoder = decoder_of(track)
         sounds = [each for each in container.streams.audio if each.codec_context is not None]
         for packet in _packets(container, track, *sounds):
             if isinstance(packet, Damaged):
@@ -225,7 +228,7 @@ def _survey(path: Path, on_frame: Callable[[int, int], None], *, steady: bool) -
             if packet.stream.index != track.index:
                 continue
             survey.picture_packet(packet)
-            for item in _decoded(packet):
+            for item in _decoded(packet, decoder):
                 if isinstance(item, Damaged):
                     survey.damaged.append(item.time)
                 else:

@@ -77,6 +77,9 @@ def write_video(path: Path, codec: str, pixels: str) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=24)
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, pixels
+        if codec.startswith("libvpx"):
+            stream.metadata["alpha_mode"] = "1"
+            stream.options = {"auto-alt-ref": "0", "crf": "0", "b": "0", "lossless": "1"}
         for index in range(COUNT):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(layer(index), format="rgba")))
         container.mux(stream.encode())
@@ -174,8 +177,9 @@ def test_openexr_keeps_alpha_and_premultiplied_light(tmp_path: Path) -> None:
     lambda folder: write_video(folder / "in.mov", "qtrle", "argb"),
     lambda folder: write_video(folder / "in.mkv", "ffv1", "bgra"),
     lambda folder: write_video(folder / "in.apng", "apng", "rgba"),
+    lambda folder: write_video(folder / "in.webm", "libvpx-vp9", "yuva420p"),
     lambda folder: write_pictures(folder / "in", ".png"),
-], ids=["prores", "qtrle", "ffv1", "apng", "pictures"])  # fmt: skip
+], ids=["prores", "qtrle", "ffv1", "apng", "webm", "pictures"])  # fmt: skip
 def test_prores_keeps_alpha(make: Callable[[Path], Path], tmp_path: Path) -> None:
     target = tmp_path / "out.mov"
     assert not any("transparency" in text for text in copy(make(tmp_path), target, codec="prores"))
@@ -183,7 +187,7 @@ def test_prores_keeps_alpha(make: Callable[[Path], Path], tmp_path: Path) -> Non
     assert len(frames) == COUNT
     for index, frame in enumerate(frames):
         stored, alpha = alpha_of(frame), opaque_shares(index)
-        assert np.abs(stored - alpha).max() * 255 <= 1
+        assert np.abs(stored - alpha).max() * 255 <= 1.2  # swscale makes the WebM's, one off at most; here 10 bits
         assert (stored[alpha == 1] == 1).all() and (stored[alpha == 0] == 0).all()
         colours = frame.reformat(format="rgb24", src_colorspace=frame.colorspace, dst_colorspace=5).to_ndarray()
         seen, meant = on_grey(colours.astype(float), stored), on_grey(layer(index)[..., :3].astype(float), alpha)
