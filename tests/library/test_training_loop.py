@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,17 @@ warmup = 3
 accumulate = 2
 ema = 0.9
 log_every = 1
-validate_every = 15
+validate_every = 5
 checkpoint_every = {{checkpoint_every}}
 [loss]
-{CROPS}
+{CROPS.replace("clips = 2", "clips = 1")}
 [[crops]]
 render = [16, 24]
 size = [8, 16]
 frames = 1
 clips = 1
-crops = 3
-{VALIDATION}"""
+crops = 2
+{VALIDATION.replace("clips = 2", "clips = 1")}"""
 
 
 @pytest.fixture
@@ -79,25 +80,39 @@ def train(kind: str, config: Path, *options: str) -> int:
     return main(["train", kind, "--config", str(config), "--device", "cpu", *options])
 
 
-def start(config: Path, *, file_limit: int | None = None, options: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Run the command line in a process of its own, which may write no file larger than `file_limit` bytes."""
-    command = [sys.executable, "-m", "flashvideo", "train", "vae", "--config", str(config), "--device", "cpu", *options]
-
-    def limit() -> None:
-        import resource  # not there on Windows
-
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
+def start(config: Path, *program: str) -> subprocess.Popen:
+    """Run the command line, or a program that does, in a process of its own."""
+    options = ["train", "vae", "--config", str(config), "--device", "cpu"]
     return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=limit,
+        [sys.executable, *(program or ("-m", "flashvideo")), *options],
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    """Wait until a file is there."""
-    wait_until(path.is_file, process)
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let this process write no file larger than `size` bytes."""
+    import resource  # not there on Windows
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def at_batch(number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something when batch `number` is learnt from; two make a step."""
+    loss = VAETask.loss
+
+    def noted(task: VAETask, batch: Tensor, index: int) -> dict[str, Tensor]:
+        if index == number:
+            action()
+        return loss(task, batch, index)
+
+    monkeypatch.setattr(VAETask, "loss", noted)
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -128,12 +143,12 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 # Resuming
 
 
-@pytest.mark.parametrize(("optimiser", "half"), [("adamw", 20), ("muon", 4)])
-def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(
+@pytest.mark.parametrize(("optimiser", "half"), [("adamw", 6), ("muon", 3)])
+def test_six_steps_and_six_more_are_twelve_to_the_bit(
     vae_config: Callable, tmp_path: Path, optimiser: str, half: int
 ) -> None:
-    """With Muon four and four: that its momenta go on is all that differs."""
-    config, straight = vae_config(steps=2 * half, optimiser=optimiser), tmp_path / "straight"
+    """Stopped between two validations and two checkpoints. With Muon, that its momenta go on is all that differs."""
+    config, straight = vae_config(steps=2 * half, checkpoint_every=4, optimiser=optimiser), tmp_path / "straight"
     assert train("vae", config, "--out", str(straight)) == 0
     assert train("vae", config, "--steps", str(half)) == 0
     assert train("vae", config, "--resume", "--steps", str(half)) == 0
@@ -144,30 +159,55 @@ def test_twenty_steps_and_twenty_more_are_forty_to_the_bit(
     assert metrics(tmp_path / "run") == metrics(straight)
 
 
+# Runs the command as `python -m flashvideo` does, and is killed in the middle of its fourth step, of two batches.
+KILLED = """
+import os, signal, sys
+from flashvideo.commands.main import main
+from flashvideo.training.tasks.vae import VAETask
+
+loss = VAETask.loss
+VAETask.loss = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if given[-1] == 7 else loss(*given)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(vae_config: Callable, tmp_path: Path) -> None:
-    config, straight, run = vae_config(steps=24, checkpoint_every=4), tmp_path / "straight", tmp_path / "run"
-    process = start(config)
-    wait_for(run / LAST, process)
-    process.kill()
-    process.communicate()
-    assert 0 < load_state(run / LAST)["step"] < 24
+    config, straight, run = vae_config(steps=6, checkpoint_every=2), tmp_path / "straight", tmp_path / "run"
+    process = start(config, "-c", KILLED)
+    _, message = finished(process)
+    assert process.returncode == -signal.SIGKILL, message
+    assert load_state(run / LAST)["step"] == 2
+    assert metrics(run)[-1]["step"] == 3  # has gone on since
     assert train("vae", config, "--resume") == 0
     assert train("vae", config, "--out", str(straight)) == 0
     assert differences(load_state(run / LAST), load_state(straight / LAST)) == []
     assert metrics(run) == metrics(straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_the_step_at_hand(vae_config: Callable, tmp_path: Path, number: signal.Signals) -> None:
-    config = vae_config(steps=100_000)
-    process = start(config)
-    wait_for(tmp_path / "run" / LAST, process)
-    process.send_signal(number)
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_a_process_that_is_ended_saves_the_step_at_hand(vae_config: Callable, tmp_path: Path) -> None:
+    last = tmp_path / "run" / LAST
+    process = start(vae_config(steps=100_000, checkpoint_every=2))
+    wait_until(last.is_file, process)
+    process.send_signal(signal.SIGTERM)
     output, _ = finished(process)
-    assert process.returncode == 128 + number
-    step = load_state(tmp_path / "run" / LAST)["step"]
+    assert process.returncode == 128 + signal.SIGTERM
+    step = load_state(last)["step"]
     assert f"step {step} of 100000; --resume continues" in output
-    assert metrics(tmp_path / "run")[-1]["step"] == step  # the very last step, not the last multiple of ten
+    assert metrics(tmp_path / "run")[-1]["step"] == step  # the very last step, not the last multiple of two
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_step_at_hand(
+    vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:  # fmt: skip
+    at_batch(4, lambda: signal.raise_signal(number), monkeypatch)
+    assert train("vae", vae_config(steps=100_000)) == 128 + number
+    assert load_state(tmp_path / "run" / LAST)["step"] == 3
+    assert "step 3 of 100000; --resume continues" in capsys.readouterr().out
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_minutes_end_a_run_with_a_checkpoint(vae_config: Callable, tmp_path: Path) -> None:
@@ -189,25 +229,28 @@ def test_a_finished_run_has_nothing_left_to_do(vae_config: Callable, tmp_path: P
 def test_a_broken_loss_stops_training_and_keeps_the_last_good_checkpoint(
     vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert train("vae", vae_config(), "--steps", "10") == 0
+    assert train("vae", vae_config(), "--steps", "2") == 0
     kept = load_state(tmp_path / "run" / LAST)
     assert train("vae", vae_config(rate=1e30), "--resume") == 1
     message = capsys.readouterr().err
     assert "training stopped. Lower the learning rate" in message
-    assert "last.pt holds step 10: --resume continues from there." in message
+    assert "last.pt holds step 2: --resume continues from there." in message
     assert differences(kept, load_state(tmp_path / "run" / LAST)) == []
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
     assert train("vae", vae_config(), "--resume", "--steps", "1") == 0
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(vae_config: Callable, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on files are POSIX's")
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    vae_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """A limit on the size of files stands for the disk: writing fails in the same place, in the same way."""
     config, last = vae_config(checkpoint_every=4), tmp_path / "run" / LAST
     assert train("vae", config, "--steps", "2") == 0
     kept = last.read_bytes()
-    process = start(config, file_limit=len(kept) // 2, options=("--resume",))
-    _, message = finished(process)
-    assert process.returncode == 1
+    with largest_file(len(kept) // 2):
+        assert train("vae", config, "--resume") == 1
+    message = capsys.readouterr().err
     assert "last.pt can't be written: the disk is full. The one written before is kept." in message
     assert f"{last} holds step 2: --resume continues from there." in message
     assert last.read_bytes() == kept

@@ -10,15 +10,15 @@ from flashvideo.checkpoints import load_vae
 from flashvideo.config import VAE, VAEConfig
 from flashvideo.nano import nano_state
 from flashvideo.training.scenes.stream import SceneStream
-from flashvideo.vae import VideoVAE, decode_chunks
+from flashvideo.vae import Posterior, VideoVAE, decode_chunks
 from flashvideo.vae.memory import SMALLEST_TILE_LATENT, TilePlan, decode_bytes, encode_bytes, plan_vae_tiles
 from flashvideo.vae.stream import TiledVAEStream
 from flashvideo.vae.tiles import Moments, Tile, decode_in_tiles, encode_in_tiles, measure
 
-TINY = VAEConfig(4, (1, 1, 2, 2), encoder_blocks=1, decoder_blocks=2, latent_channels=4, norm_groups=2)
-SIZE = (6, 8, 14)  # latents, rows, columns: three chunks to decode and two to encode
-ROUNDING = 3e-5  # of values up to 5: sums of statistics in another order, through 25 norms
-# Bytes that may be stored between groups of units; with the second, some groups have several.
+TINY = VAEConfig(4, (1, 1, 2, 2), encoder_blocks=1, decoder_blocks=1, latent_channels=4, norm_groups=2)
+SIZE = (6, 6, 10)  # latents, rows, columns: three chunks to decode and two to encode
+ROUNDING = 3e-5  # of values up to 5: sums of statistics in another order, through 20 norms
+# Bytes that may be stored between groups of units; with the second, some groups have several and some one.
 ONE_GROUP, SOME, EVERY_UNIT = 0.0, 1e6, 1e12
 WAYS = [
     (4, EVERY_UNIT, True),
@@ -43,10 +43,29 @@ def latent() -> Tensor:
 
 
 @pytest.fixture(scope="module")
+def decoded(tiny: VideoVAE, latent: Tensor) -> Tensor:
+    """The latent decoded as a whole picture."""
+    return tiny.decode(latent)
+
+
+@pytest.fixture(scope="module")
 def video() -> Tensor:
     """Brighter to the right, so that no tile's own statistics are the picture's."""
-    noise = torch.rand(1, 3, 21, 64, 112, generator=torch.Generator().manual_seed(2))
-    return noise * torch.linspace(0.1, 2, 112) - 1
+    noise = torch.rand(1, 3, 21, 48, 80, generator=torch.Generator().manual_seed(2))
+    return noise * torch.linspace(0.1, 2, 80) - 1
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny: VideoVAE, video: Tensor) -> Posterior:
+    """The video encoded as a whole picture."""
+    return tiny.encode(video)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: VideoVAE) -> tuple[Tensor, Tensor]:
+    """A latent of 20 columns, and what it decodes to as a whole picture."""
+    latent = torch.randn(1, 4, 7, 4, 20, generator=torch.Generator().manual_seed(3))
+    return latent, tiny.decode(latent)
 
 
 def plan(network: torch.nn.Module, side: int, store: float = EVERY_UNIT, by_chunk: bool = True) -> TilePlan:
@@ -60,29 +79,29 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("side", "store", "by_chunk"), WAYS)
 def test_tiles_decode_what_the_whole_picture_gives(
-    tiny: VideoVAE, latent: Tensor, side: int, store: float, by_chunk: bool
+    tiny: VideoVAE, latent: Tensor, decoded: Tensor, side: int, store: float, by_chunk: bool
 ) -> None:
-    whole = tiny.decode(latent)
-    tiled = decode_in_tiles(tiny, latent, plan(tiny.decoder, side, store, by_chunk), torch.empty_like(whole), "cpu")
-    assert error(tiled, whole) <= ROUNDING
+    cut = plan(tiny.decoder, side, store, by_chunk)
+    assert (1 < len(cut.groups) < len(tiny.decoder.units())) == (store == SOME)
+    tiled = decode_in_tiles(tiny, latent, cut, torch.empty_like(decoded), "cpu")
+    assert error(tiled, decoded) <= ROUNDING
 
 
 @pytest.mark.parametrize(("side", "store", "by_chunk"), WAYS)
 def test_tiles_encode_what_the_whole_picture_gives(
-    tiny: VideoVAE, video: Tensor, side: int, store: float, by_chunk: bool
+    tiny: VideoVAE, video: Tensor, encoded: Posterior, side: int, store: float, by_chunk: bool
 ) -> None:
-    whole = tiny.encode(video)
     tiled = encode_in_tiles(tiny, video, plan(tiny.encoder, side, store, by_chunk), "cpu")
-    assert error(tiled.mean, whole.mean) <= ROUNDING
-    assert error(tiled.logvar, whole.logvar) <= ROUNDING
+    assert error(tiled.mean, encoded.mean) <= ROUNDING
+    assert error(tiled.logvar, encoded.logvar) <= ROUNDING
 
 
 @torch.no_grad()
 def test_tiles_of_the_trained_vae_leave_no_seams_on_a_scene() -> None:
     """In and out of tiles of 64 pixels: inside them and along their borders the same, and hardly off the whole's."""
     nano = load_vae(nano_state("vae"), dtype=torch.float32)
-    clip = SceneStream("test", 96, 160, 9, 4).sample(0)[0][None]
-    size = (3, 12, 20)
+    clip = SceneStream("test", 96, 160, 5, 4).sample(0)[0][None]
+    size = (2, 12, 20)
     whole = nano.encode(clip).mean
     tiled = encode_in_tiles(
         nano, clip, plan_vae_tiles(nano.encoder, size, torch.float32, 1e12, EVERY_UNIT, 8), "cpu"
@@ -114,10 +133,10 @@ def test_one_frame_works_and_inputs_stay_as_they_were(tiny: VideoVAE, video: Ten
     assert torch.equal(mean, kept)
 
 
-@pytest.mark.parametrize(("side", "by_chunk"), [(8, True), (8, False), (14, True), (14, False)])
+@pytest.mark.parametrize(("side", "by_chunk"), [(8, True), (8, False), (10, True), (10, False)])
 @pytest.mark.parametrize("moment", [1, 3, 5])
 def test_out_of_memory_halves_the_tiles_and_keeps_what_others_have_done(
-    tiny: VideoVAE, latent: Tensor, side: int, by_chunk: bool, moment: int
+    tiny: VideoVAE, latent: Tensor, decoded: Tensor, side: int, by_chunk: bool, moment: int
 ) -> None:
     """At any chunk, in several tiles or in one that is the whole picture."""
 
@@ -131,10 +150,9 @@ def test_out_of_memory_halves_the_tiles_and_keeps_what_others_have_done(
         if len(areas) == moment:
             raise MemoryGoneError
 
-    whole = tiny.decode(latent)
     handle = tiny.decoder.up_blocks[3].resnets[0].conv2.register_forward_pre_hook(fail)
     steps = []
-    video = torch.full_like(whole, torch.nan)
+    video = torch.full_like(decoded, torch.nan)
     try:
         tiled = decode_in_tiles(
             tiny,
@@ -147,14 +165,20 @@ def test_out_of_memory_halves_the_tiles_and_keeps_what_others_have_done(
         )
     finally:
         handle.remove()
-    assert error(tiled, whole) <= ROUNDING
+    assert error(tiled, decoded) <= ROUNDING
     assert max(areas[moment:]) < areas[0] if side == 8 else min(areas[moment:]) < areas[0]
     assert steps[-1][0] == steps[-1][1]
 
 
+@pytest.fixture(scope="module")
+def start(tiny: VideoVAE, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk of one latent, and what it decodes to as a whole picture."""
+    return latent[:1, :, :3], tiny.decode(latent[:1, :, :3])
+
+
 @pytest.mark.parametrize("moment", range(1, 20))
 def test_out_of_memory_after_a_result_was_made_spoils_nothing(
-    tiny: VideoVAE, latent: Tensor, monkeypatch: pytest.MonkeyPatch, moment: int
+    tiny: VideoVAE, start: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     """A sum may take the place of what was added up: a second try must still find that."""
 
@@ -169,8 +193,7 @@ def test_out_of_memory_after_a_result_was_made_spoils_nothing(
             raise MemoryGoneError
         return measure(x, groups)
 
-    latent = latent[:1, :, :3]
-    whole = tiny.decode(latent)
+    latent, whole = start
     monkeypatch.setattr("flashvideo.vae.tiles.measure", fail)
     options = {"is_out_of_memory": lambda found: isinstance(found, MemoryGoneError)}
     tiled = decode_in_tiles(tiny, latent, plan(tiny.decoder, 8), torch.empty_like(whole), "cpu", **options)
@@ -178,7 +201,9 @@ def test_out_of_memory_after_a_result_was_made_spoils_nothing(
     assert error(tiled, whole) <= ROUNDING
 
 
-def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(tiny: VideoVAE) -> None:
+def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(
+    tiny: VideoVAE, wide: tuple[Tensor, Tensor]
+) -> None:
     """20 latent pixels in tiles of 9 are cut at 6 and 13, which tiles of 4 over the whole picture would straddle."""
 
     class MemoryGoneError(Exception):
@@ -191,9 +216,8 @@ def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(
         if len(calls) == 5:  # of three tiles, in the second chunk
             raise MemoryGoneError
 
-    latent = torch.randn(1, 4, 5, 4, 20, generator=torch.Generator().manual_seed(3))
-    whole = tiny.decode(latent)
-    cut = plan_vae_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
+    latent, whole = wide
+    cut = plan_vae_tiles(tiny.decoder, (7, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
     handle = tiny.decoder.up_blocks[1].resnets[0].conv2.register_forward_pre_hook(fail)
     options = {"is_out_of_memory": lambda found: isinstance(found, MemoryGoneError)}
     try:
@@ -204,7 +228,9 @@ def test_tiles_that_are_halved_in_a_later_chunk_find_what_larger_ones_have_left(
 
 
 @pytest.mark.parametrize("moment", [2, 5, 9])
-def test_a_stream_whose_tiles_were_halved_can_be_put_aside(tiny: VideoVAE, moment: int) -> None:
+def test_a_stream_whose_tiles_were_halved_can_be_put_aside(
+    tiny: VideoVAE, wide: tuple[Tensor, Tensor], moment: int
+) -> None:
     """In the middle of a chunk, so that some layers have left something in large tiles and others in small ones."""
     calls = []
 
@@ -213,8 +239,7 @@ def test_a_stream_whose_tiles_were_halved_can_be_put_aside(tiny: VideoVAE, momen
         if len(calls) == moment:
             raise MemoryError
 
-    latent = torch.randn(1, 4, 7, 4, 20, generator=torch.Generator().manual_seed(3))
-    whole = tiny.decode(latent)
+    latent, whole = wide
     cut = plan_vae_tiles(tiny.decoder, (5, 4, 20), torch.float32, 1e12, EVERY_UNIT, 9, by_chunk=True)
     handle = tiny.decoder.up_blocks[1].resnets[0].conv2.register_forward_pre_hook(fail)
     pieces, state, sizes = [], {}, decode_chunks(7)
@@ -244,13 +269,13 @@ def test_other_errors_and_a_cancel_pass_through(tiny: VideoVAE, latent: Tensor) 
         raise CancelledError
 
     with pytest.raises(CancelledError):
-        decode_in_tiles(tiny, latent, plan(tiny.decoder, 8), torch.empty(2, 3, 21, 64, 112), "cpu", on_step=cancel)
+        decode_in_tiles(tiny, latent, plan(tiny.decoder, 8), torch.empty(2, 3, 21, 48, 80), "cpu", on_step=cancel)
     assert steps == [1]
 
 
 def test_progress_counts_every_chunk_of_every_tile(tiny: VideoVAE, video: Tensor) -> None:
     steps = []
-    encode_in_tiles(tiny, video, plan(tiny.encoder, 7), "cpu", on_step=lambda *step: steps.append(step))
+    encode_in_tiles(tiny, video, plan(tiny.encoder, 5), "cpu", on_step=lambda *step: steps.append(step))
     halves, steps_down = (4 + 2) * 2, 3
     total = (
         (1 + halves + steps_down + 1) * 2 * 2 * 2
