@@ -83,8 +83,8 @@ def test_tiles_decode_what_the_whole_picture_gives(
 ) -> None:
     cut = plan(tiny.decoder, side, store, by_chunk)
     assert (1 < len(cut.groups) < len(tiny.decoder.units())) == (store == SOME)
-    tiled = decode_in_tiles(tiny, latent, cut, torch.empty_like(decoded), "cpu")
-    assert error(tiled, decoded) <= ROUNDING
+    tiled = decode_in_tiles(tiny, latent[:1], cut, torch.empty_like(decoded[:1]), "cpu")
+    assert error(tiled, decoded[:1]) <= ROUNDING
 
 
 @pytest.mark.parametrize(("side", "store", "by_chunk"), WAYS)
