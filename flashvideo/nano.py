@@ -62,7 +62,7 @@ def nano_state(part: str, folder: Path = NANO_FOLDER) -> StateDict:
     Raises CheckpointError for a damaged file.
     """
     if not nano_is_trained(folder):
-        return _build(part, NANO_SEED)
+        return build_part(part, NANO_SEED)
     weights = open_weights(_file(part, folder))
     return StateDict({name: weights.read(name) for name in weights.shapes}, weights.metadata)
 
@@ -80,17 +80,18 @@ def nano_preview(folder: Path = NANO_FOLDER) -> Tensor | None:
 
 def build_nano(seed: int) -> dict[str, StateDict]:
     """Untrained weights of all parts: part -> name -> tensor, the same for a seed on every machine."""
-    return {part: _build(part, seed) for part in NANO_PARTS}
+    return {part: build_part(part, seed) for part in NANO_PARTS}
+
+
+def build_part(part: str, seed: int) -> StateDict:
+    """Untrained weights of one of NANO_PARTS, as `build_nano` makes them."""
+    metadata = {NORM_GROUPS_METADATA: str(NANO_VAE.norm_groups)} if part == "vae" else {}
+    shapes = _shapes(part).items()
+    return StateDict({name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in shapes}, metadata)
 
 
 def _file(part: str, folder: Path) -> Path:
     return folder / f"{part}.safetensors"
-
-
-def _build(part: str, seed: int) -> StateDict:
-    metadata = {NORM_GROUPS_METADATA: str(NANO_VAE.norm_groups)} if part == "vae" else {}
-    shapes = _shapes(part).items()
-    return StateDict({name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in shapes}, metadata)
 
 
 def _initial(key: str, shape: tuple[int, ...], seed: int) -> Tensor:

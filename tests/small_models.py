@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from flashvideo.config import DiTConfig, VAEConfig
 from flashvideo.dit import FlashVideoDiT
-from flashvideo.nano import build_nano
+from flashvideo.nano import build_part
 from flashvideo.refiner import Networks
 from flashvideo.training.tasks.text import fresh_encoder
 from flashvideo.training.tasks.vae import initialise
@@ -29,9 +29,8 @@ def write_models(folder: Path) -> None:
     initialise(vae, seed=1)
     save_file(vae.state_dict(), folder / "vae.safetensors")
     save_file(fresh_encoder(1).weights(), folder / "text_encoder.safetensors")
-    for stage, state in build_nano(1).items():
-        if stage.startswith("stage"):
-            save_file(state, folder / f"{stage}.safetensors")
+    for stage in ("stage1", "stage2"):
+        save_file(build_part(stage, 1), folder / f"{stage}.safetensors")
     write_tokenizer(folder / "tokenizer.json")
 
 

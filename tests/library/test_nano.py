@@ -12,7 +12,16 @@ from torch import Tensor
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, read_vae
 from flashvideo.checkpoints.convert import convert_file
 from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, TEXT_TOKENS, VAEConfig
-from flashvideo.nano import NANO_FOLDER, NANO_PARTS, NANO_SEED, build_nano, nano_is_trained, nano_preview, nano_state
+from flashvideo.nano import (
+    NANO_FOLDER,
+    NANO_PARTS,
+    NANO_SEED,
+    build_nano,
+    build_part,
+    nano_is_trained,
+    nano_preview,
+    nano_state,
+)
 from flashvideo.t5 import t5_shapes
 from flashvideo.training.loop.metrics import psnr
 from flashvideo.training.scenes.stream import SceneStream
@@ -157,7 +166,7 @@ def test_untrained_stages_predict_numbers_of_size_one_that_heed_text_and_time(na
 
 @pytest.mark.parametrize("seed", [NANO_SEED, 1])
 def test_latents_of_a_picture_have_the_size_that_the_official_scale_factors_expect(picture: Tensor, seed: int) -> None:
-    vae = load_vae(build_nano(seed)["vae"], dtype=torch.float32)
+    vae = load_vae(build_part("vae", seed), dtype=torch.float32)
     assert vae.config == NANO_VAE
     with torch.inference_mode():
         latent = vae.encode(picture).mean

@@ -13,7 +13,7 @@ from torch.nn import functional
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.config import NANO_STRENGTH, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from flashvideo.degradation import degrade_latent
-from flashvideo.nano import NANO_SEED, build_nano, nano_state
+from flashvideo.nano import NANO_SEED, build_part, nano_state
 from flashvideo.refiner.windows import (
     MANY,
     Wavefront,
@@ -250,7 +250,7 @@ BEATS, TWO_BEAT = 5, 3.7
 
 
 def test_fresh_windows_do_not_beat_at_their_period() -> None:
-    network = nano_velocity(build_nano(NANO_SEED)["stage2"])
+    network = nano_velocity(build_part("stage2", NANO_SEED))
     period, windows = 9, 15  # latent frames from one window's start to the next
     plan = plan_windows(13 + period * windows)
     refined = solve_flow(windowed_velocity(network, plan), wandering(plan.frames, 7), TIMES)

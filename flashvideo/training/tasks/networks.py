@@ -18,7 +18,7 @@ from ...atomic_files import sha256
 from ...checkpoints import STAGE_METADATA, load_dit
 from ...config import NANO_STAGE1, NANO_STAGE2, TEXT_TOKENS
 from ...dit import Attention, FlashVideoDiT, attention_sdpa
-from ...nano import build_nano
+from ...nano import build_part
 from ...t5 import T5Encoder, T5Tokens, contexts, load_encoder
 from ..data.latents import LatentCache
 from ..errors import TrainingError
@@ -74,7 +74,7 @@ def make_network(settings: NetworkSettings, stage: int, seed: int, device: torch
     if settings.weights:
         dit = load_dit(Path(settings.weights), device=device, dtype=dtype, stage=stage)
     else:
-        dit = load_dit(build_nano(seed)[f"stage{stage}"], device=device, dtype=dtype, stage=stage)
+        dit = load_dit(build_part(f"stage{stage}", seed), device=device, dtype=dtype, stage=stage)
         if dit.config != (NANO_STAGE1, NANO_STAGE2)[stage - 1]:
             raise TrainingError("The fresh miniature has other sizes than it should.")
         nn.init.zeros_(dit.proj_out.weight)  # learning starts at the mean, not at noise

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...config import NANO_TEXT_ENCODER
-from ...nano import NANO_SEED, build_nano
+from ...nano import NANO_SEED, build_part
 from ...t5 import T5Encoder, T5Tokens
 from ..config import LoopSettings
 from ..loop.checkpointing import export_weights
@@ -38,7 +38,7 @@ _UNKNOWN = -100  # the target of tokens that captions don't have; such places ar
 def fresh_encoder(seed: int) -> T5Encoder:
     """The miniature encoder with starting weights."""
     encoder = T5Encoder(NANO_TEXT_ENCODER)
-    encoder.load_weights({name: weight.float() for name, weight in build_nano(seed)["text_encoder"].items()})
+    encoder.load_weights({name: weight.float() for name, weight in build_part("text_encoder", seed).items()})
     return encoder
 
 
