@@ -19,12 +19,14 @@ from .terminal import BEYOND_BUDGET, say
 if TYPE_CHECKING:
     from ..planner import Plan, Setting
     from ..planner.budget import Budget, RatesOf
+    from ..planner.cards import Card
     from ..planner.farm import FarmRun
     from ..planner.speed import Rates
 
 BUILT_IN = ("official", "nano")
 NAME_A_CARD = "name a card with --card, or ask for --device cpu"
 MAX_CLIPS, MAX_CARDS = 100_000, 10_000  # seconds of simulation
+MAX_TOGETHER = 256  # cards on one video
 NO_DRAFT_HELP = "steps of the draft (default 50); 0 plans the refining of an existing clip"
 
 
@@ -58,9 +60,18 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--card", metavar="NAME", help="plan for this card, such as 4090: its memory, estimated times")
     parser.add_argument("--memory", type=real, metavar="GiB", help="a budget: memory of the card (default: this card)")
     parser.add_argument("--seconds", type=real, metavar="S", help="a budget: time for the video")
-    group = parser.add_argument_group("many videos on many cards, as --ray spreads them")
+    group = parser.add_argument_group(
+        "several cards",
+        "One video on all of them, as torchrun spreads it; with --clips or --times many videos, as --ray spreads them.",
+    )
+    group.add_argument("--cards", type=positive, metavar="N", help="on so many cards, and on 1, 2, 4, ... of them")
+    group.add_argument(
+        "--link",
+        type=real,
+        metavar="GB",
+        help="GB a second that reach a card from the others (default: half of what --card's link has, or 16)",
+    )
     group.add_argument("--clips", type=positive, metavar="N", help="so many videos like this one")
-    group.add_argument("--cards", type=positive, metavar="N", help="on so many cards (default 1)")
     group.add_argument(
         "--times", type=Path, metavar="FILE", help="measured seconds of videos on one card, a number on each line"
     )
@@ -76,7 +87,8 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 class PlanOptions:
     """The command's options: `plot` is the picture to write, `as_json` asks for JSON instead of text.
 
-    `rates` gives the speed; None where times would mean nothing.
+    `rates` gives the speed; None where times would mean nothing. `cards` make one video together, and `link` bytes a
+    second reach each of them.
     """
 
     setting: Setting
@@ -85,6 +97,8 @@ class PlanOptions:
     plot: Path | None
     as_json: bool
     farm: FarmPlan | None = None
+    cards: int | None = None
+    link: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -145,14 +159,34 @@ def plan_options(options: argparse.Namespace) -> PlanOptions:
     farm = _farm(options)
     if farm and not rates and not farm.times:
         raise CommandError(f"--clips needs times: {NAME_A_CARD}, or give --times.")
-    return PlanOptions(on_card(setting, budget.memory), budget, rates, options.plot, options.json, farm)
+    together = None if farm else options.cards
+    if together and not rates:
+        raise CommandError(f"--cards needs times: {NAME_A_CARD}.")
+    link = _link(options, card, together)
+    return PlanOptions(on_card(setting, budget.memory), budget, rates, options.plot, options.json, farm, together, link)
+
+
+def _link(options: argparse.Namespace, card: Card | None, together: int | None) -> float:
+    """Bytes a second that reach a card from the others."""
+    from ..planner.cards import link_of
+    from ..planner.together import PCIE
+
+    if options.link is None:
+        return link_of(card) if card else PCIE
+    if together is None:
+        raise CommandError("--link is for one video on several cards: give --cards, without --clips.")
+    if options.link <= 0:
+        raise CommandError(f"--link must be above 0; got {options.link:g}.")
+    return options.link * 1e9
 
 
 def _farm(options: argparse.Namespace) -> FarmPlan | None:
     times = _measured(options.times) if options.times else ()
     if options.clips is None and not times:
-        if options.cards or options.failure_hours is not None:
-            raise CommandError("--cards and --failure-hours plan many videos: give --clips or --times.")
+        if options.failure_hours is not None:
+            raise CommandError("--failure-hours is for many videos: give --clips or --times.")
+        if options.cards and options.cards > MAX_TOGETHER:
+            raise CommandError(f"--cards must be at most {MAX_TOGETHER} for one video; got {options.cards}.")
         return None
     hours = math.inf if options.failure_hours is None else options.failure_hours
     if hours <= 0:
@@ -187,7 +221,8 @@ def _write_plan(options: PlanOptions) -> bool:
     """Show the plan; returns whether it is within the budget, if there is one."""
     from ..planner import make_plan
     from ..planner.budget import advise
-    from ..planner.report import advice_report, farm_report, report
+    from ..planner.report import advice_report, farm_report, report, together_report
+    from ..planner.together import together
 
     setting, budget, rates = options.setting, options.budget, options.rates
     plan = make_plan(setting)
@@ -195,8 +230,11 @@ def _write_plan(options: PlanOptions) -> bool:
     limited = (budget.memory, budget.seconds) != (None, None)
     advice = advise(setting, budget, rates) if limited else None
     runs = _farm_runs(options.farm, plan, now) if options.farm else []
+    shared = list(together(plan, now, options.link, options.cards)) if options.cards else []
     if options.as_json:
         shown = _as_json(plan, rates, advice)
+        if shared:
+            shown["together"] = [asdict(run) | {"efficiency": run.efficiency} for run in shared]
         if runs:
             shown["farm"] = [_run_as_json(run) for run in runs]
         text = json.dumps(shown, indent=2)
@@ -206,6 +244,8 @@ def _write_plan(options: PlanOptions) -> bool:
             text += "\n\n" + advice_report(plan, advice, budget, rates)
         if runs:
             text += "\n\n" + farm_report(runs)
+        if shared:
+            text += "\n\n" + together_report(shared, options.link)
     say(text)
     if options.plot:
         from ..planner.plot import plot

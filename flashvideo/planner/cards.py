@@ -16,31 +16,36 @@ from .speed import Rates
 
 MATMUL_SHARE, ATTENTION_SHARE, CONVOLUTION_SHARE = 0.6, 0.4, 0.3  # of the peak
 FP32_SHARE = 0.25  # of the 16-bit rates
+LINK_SHARE = 0.5  # of what a link has; a guess, too
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card's memory in GiB and its peak in TFLOP a second."""
+    """A card's memory in GiB, its peak in TFLOP a second, and GB a second that can reach it from other cards.
+
+    The last are of NVLink (A100, H100, H200) or PCIe, in one direction.
+    """
 
     name: str
     memory: int
     peak: float
+    link: int
 
 
 CARDS = {
     card.name.lower().replace(" ", ""): card
     for card in (
-        Card("RTX 3060", 12, 25),
-        Card("RTX 3090", 24, 71),
-        Card("RTX 4060 Ti", 16, 44),
-        Card("RTX 4070", 12, 58),
-        Card("RTX 4080", 16, 97),
-        Card("RTX 4090", 24, 165),
-        Card("RTX 5080", 16, 112),
-        Card("RTX 5090", 32, 209),
-        Card("A100", 80, 312),
-        Card("H100", 80, 989),
-        Card("H200", 141, 989),
+        Card("RTX 3060", 12, 25, 32),
+        Card("RTX 3090", 24, 71, 32),
+        Card("RTX 4060 Ti", 16, 44, 16),
+        Card("RTX 4070", 12, 58, 32),
+        Card("RTX 4080", 16, 97, 32),
+        Card("RTX 4090", 24, 165, 32),
+        Card("RTX 5080", 16, 112, 64),
+        Card("RTX 5090", 32, 209, 64),
+        Card("A100", 80, 312, 300),
+        Card("H100", 80, 989, 450),
+        Card("H200", 141, 989, 450),
     )
 }
 
@@ -58,6 +63,11 @@ def find_card(name: str) -> Card:
 def memory_of(card: Card) -> float:
     """The card's memory in bytes."""
     return float(card.memory * GIB)
+
+
+def link_of(card: Card) -> float:
+    """Bytes a second that reach the card from others."""
+    return card.link * 1e9 * LINK_SHARE
 
 
 def rates_of(card: Card) -> Callable[[Setting], Rates]:

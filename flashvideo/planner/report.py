@@ -11,11 +11,14 @@ from .farm import LIMITS, FarmRun
 from .flops import Flops
 from .plan import Phase, Plan, Setting, make_plan
 from .speed import Rates
+from .together import Together
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GiB of graphics cards
 TERA = 1e12
 KINDS = {"matmul": "matrix products", "attention": "attention", "convolution": "convolution"}
 FRAMES_A_SECOND = 8  # of FlashVideo's own drafts
+TOGETHER_ROW = "{:<8}{:>14}{:>14}{:>12}"
+PAYS = 0.9  # of the time with fewer cards
 FARM_ROW = "{:<8}{:>14}{:>14}{:>10}"
 ROW = "{:<14}{:>9}{:>12}{:>12}{:>14}"
 
@@ -114,6 +117,22 @@ def advice_report(plan: Plan, advice: Advice, budget: Budget, rates: RatesOf) ->
         best = "not enough on its own" if found is None else f"{word(found.setting)} ({cost(found)})"
         lines.append(f"  {name:<12}{best}")
     return "\n".join(lines)
+
+
+def together_report(runs: Sequence[Together], link: float) -> str:
+    """One video on 1, 2, 4, ... cards."""
+    lines = ["This video on several cards together (torchrun):", ""]
+    lines.append(TOGETHER_ROW.format("cards", "time", "efficiency", "received"))
+    for run in runs:
+        facts = duration(run.seconds), f"{run.efficiency:.0%}", size(run.received)
+        lines.append(TOGETHER_ROW.format(run.cards, *facts))
+    before, last = runs[-2:] if len(runs) > 1 else (runs[0], runs[0])
+    if last.seconds > PAYS * before.seconds and len(runs) > 1:
+        lines += ["", f"{last.cards} cards hardly pay beside {before.cards}."]
+    assumed = f"{link / 1e9:.3g} GB a second reach a card, after its work and not beside it"
+    alone = "Text and the draft's decoding aren't spread"
+    weights = "Each card needs the memory above; --shard-weights shares the transformers' weights"
+    return "\n".join([*lines, "", f"Assumed: {assumed}. {alone}. {weights}."])
 
 
 def farm_report(runs: Sequence[FarmRun]) -> str:

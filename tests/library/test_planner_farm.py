@@ -92,7 +92,7 @@ def test_the_command_plans_a_farm_from_measured_times(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--cards", "4"], "--cards and --failure-hours plan many videos: give --clips or --times."),
+        (["--cards", "4"], "--cards needs times: name a card with --card, or ask for --device cpu."),
         (["--clips", "4"], "--clips needs times: name a card with --card, or ask for --device cpu, or give --times."),
         (["--clips", "4", "--failure-hours", "0"], "--failure-hours must be above 0; got 0."),
         (["--clips", "4", "--cards", "20000"], "--cards must be at most 10000; got 20000."),
