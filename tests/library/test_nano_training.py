@@ -272,17 +272,31 @@ def test_who_ends_the_whole_ends_both_trainings_and_each_saves(
     assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["stopped", "stopped"]
 
 
-@pytest.mark.parametrize("start", ["first", "first-export/vae.safetensors"])
-def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(tmp_path: Path, start: str) -> None:
+def train_and_export(folder: Path, first_lines: str = "") -> dict[str, torch.Tensor]:
+    """Train a VAE in folder/run, and export it to folder/export; returns its weights."""
+    config = folder / "vae.toml"
+    config.write_text(head(folder / "run") + first_lines + VAE)
+    command = ["train", "vae", "--config", str(config), "--device", "cpu"]
+    assert main(command) == 0
+    assert main([*command, "--export", str(folder / "export")]) == 0
+    return load_file(folder / "export" / "vae.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of a whole VAE that has learnt, and its weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, train_and_export(folder)
+
+
+@pytest.mark.parametrize("start", ["run", "export/vae.safetensors"])
+def test_a_decoder_that_learns_alone_leaves_the_latents_as_they_are(
+    trained: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, start: str
+) -> None:
     """It may start from a run or from weights that were exported."""
-    alone = f'start = "{(tmp_path / start).as_posix()}"\ndecoder_only = true\nlatent_noise = 0.1\n'
-    files = []
-    for name, first_lines in (("first", ""), ("second", alone)):
-        config, folder = tmp_path / f"{name}.toml", tmp_path / f"{name}-export"
-        config.write_text(head(tmp_path / name) + first_lines + VAE)
-        assert main(["train", "vae", "--config", str(config), "--device", "cpu"]) == 0
-        assert main(["train", "vae", "--config", str(config), "--device", "cpu", "--export", str(folder)]) == 0
-        files.append(load_file(folder / "vae.safetensors"))
+    folder, weights = trained
+    alone = f'start = "{(folder / start).as_posix()}"\ndecoder_only = true\nlatent_noise = 0.1\n'
+    files = [weights, train_and_export(tmp_path, alone)]
     encoder = [name for name in files[0] if name.startswith("encoder.")]
     assert encoder
     assert all(torch.equal(files[0][name], files[1][name]) for name in encoder)
