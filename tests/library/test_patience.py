@@ -10,7 +10,7 @@ from patience import Hung, finished, wait_until
 
 QUIET = 1.0  # seconds
 IDLE = "import sys, time; print('idle', flush=True); time.sleep(600)"
-BUSY = "import time\nwhile time.process_time() < 3: pass\nprint('done')"
+BUSY = "import time\nwhile time.process_time() < 2.1: pass\nprint('done')"
 
 
 def start(code: str) -> subprocess.Popen:

@@ -156,13 +156,21 @@ def test_a_turned_video_comes_out_upright(tiny_networks: Networks, tmp_path: Pat
     assert read(tmp_path / "out.mp4").frames[0].shape == (48, 32, 3)
 
 
+@pytest.fixture(scope="module")
+def refined(tiny_networks: Networks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A video, and what comes out if nothing stops its run."""
+    folder = tmp_path_factory.mktemp("refined")
+    source, target = make_video(folder / "in.mp4", 60, sound="aac"), folder / "out.mp4"
+    refine_video(tiny_networks, source, target, SETTINGS, FileOptions(segment_chunks=2))
+    return source, target
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["refine", "decode"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_file(phase: str, tiny_networks: Networks, tmp_path: Path) -> None:
-    source = make_video(tmp_path / "in.mp4", 60, sound="aac")
-    options = FileOptions(segment_chunks=2)
-    refine_video(tiny_networks, source, tmp_path / "whole.mp4", SETTINGS, options)
-
+def test_a_killed_run_goes_on_and_ends_with_the_same_file(
+    phase: str, refined: tuple[Path, Path], tiny_networks: Networks, tmp_path: Path
+) -> None:
+    (source, whole), options = refined, FileOptions(segment_chunks=2)
     target = tmp_path / "out.mp4"
     command = [sys.executable, "-c", CHILD, str(source), str(target), "2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
@@ -178,7 +186,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_file(phase: str, tiny_netwo
     refine_video(tiny_networks, source, target, SETTINGS, options, lambda *at: seen.append(at))
     phases = [at[0] for at in seen]
     assert phase == next(name for name in phases if name != "read")  # nothing that was done is done again
-    assert target.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert target.read_bytes() == whole.read_bytes()
     assert not (tmp_path / f"out.mp4{WORK_ENDING}").exists()
 
 

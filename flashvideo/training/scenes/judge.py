@@ -84,8 +84,10 @@ def _tones() -> Tensor:
 
 def _find(pictures: Tensor, colour: str) -> Tensor:
     """The subject of that colour in each picture [T, 3, H, W], as bool [T, H, W]; empty where there is none."""
-    pixels = _oklab(pictures.movedim(1, -1))
-    distance = torch.stack([(pixels[..., None, :] - tones).norm(dim=-1).amin(-1) for tones in _tones()])
+    pixels, tones = _oklab(pictures.movedim(1, -1)), _tones()
+    # To every tone at once; not by a product of matrices, which loses digits.
+    apart = torch.cdist(pixels.reshape(-1, 3), tones.view(-1, 3), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = apart.view(*pixels.shape[:-1], *tones.shape[:2]).amin(-1).movedim(-1, 0)  # [colours, T, H, W]
     mine = list(COLOURS).index(colour)
     mask = (distance.argmin(0) == mine) & (distance[mine] < _NEAR)
     # Closed: dark lines of a texture don't tear it apart.
