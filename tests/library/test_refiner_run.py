@@ -88,7 +88,7 @@ def test_piece_by_piece_gives_what_all_at_once_gives(
     settings = RefineSettings(
         TargetSize("scale", scale=1.5), window=17, overlap=8, solver=solver, color_match=color_match
     )
-    frames = picture_waves(count, 30, 41)
+    frames = picture_waves(count, 19, 27)
     refined = refine_frames(tiny_networks, frames, settings)
     torch.testing.assert_close(refined, whole(tiny_networks, frames, settings), rtol=0, atol=1e-5)
 
