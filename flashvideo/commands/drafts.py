@@ -26,7 +26,7 @@ from ..progress import PhaseProgress
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from ..vae import VideoVAE
-from .loading import BUILT_IN, dtypes, encode_prompt, model_file
+from .loading import BUILT_IN, TextEncoder, dtypes, model_file
 from .options import ModelOptions
 from .terminal import ProgressBars, say
 
@@ -138,6 +138,7 @@ def has_draft(options: DraftOptions, path: Path) -> bool:
 class DraftNetworks:
     """What makes drafts, in main memory while it isn't used."""
 
+    text: TextEncoder
     dit: FlashVideoDiT
     vae: VideoVAE
 
@@ -145,7 +146,8 @@ class DraftNetworks:
 def load_draft_networks(options: DraftOptions) -> DraftNetworks:
     """The networks of several drafts. Raises CommandError and CheckpointError."""
     device = open_device(options.models.device)
-    return DraftNetworks(_load_dit(options, device), _load_vae(options, device))
+    text = TextEncoder(options.models, device, keep=True)
+    return DraftNetworks(text, _load_dit(options, device), _load_vae(options, device))
 
 
 def _load_dit(options: DraftOptions, device: torch.device) -> FlashVideoDiT:
@@ -175,7 +177,8 @@ def make_draft(
     dit_dtype, vae_dtype = dtypes(models.dtype, device)
     dit = networks.dit if networks else _load_dit(options, device)
     text_dim = dit.config.text_dim
-    context = agree(ranks, lambda: encode_prompt(options.prompt, models, text_dim, device).cpu())
+    encode = networks.text if networks else TextEncoder(models, device)
+    context = agree(ranks, lambda: encode(options.prompt, text_dim))
     context = context.to(device, dit_dtype)
     if models.shard_weights:
         shard_weights(dit, dit.blocks, device)

@@ -27,7 +27,7 @@ from ..progress import PhaseProgress
 from ..refiner.run import REFINE, Networks, RefineSettings
 from ..t5 import with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
-from .loading import BUILT_IN, dtypes, encode_prompt, model_file
+from .loading import BUILT_IN, TextEncoder, dtypes, model_file
 from .on_workers import Clip, Outcome, add_farm_options, farm_options, run_on_workers
 from .options import (
     ModelOptions,
@@ -189,17 +189,23 @@ def _prepare_worker(options: RefineOptions) -> Callable[[Clip, PhaseProgress, Ca
             f"{socket.gethostname()} has no folder {options.target}: all machines need the videos and the folder of "
             "the results under the same path."
         )
-    return partial(_refine_clip, _networks(options), options)
+    networks = _networks(options)
+    return partial(_refine_clip, networks, TextEncoder(options.models, networks.device, keep=True), options)
 
 
 def _refine_clip(
-    networks: Networks, options: RefineOptions, clip: Clip, report: PhaseProgress, note: Callable[[str], None]
+    networks: Networks,
+    text: TextEncoder,
+    options: RefineOptions,
+    clip: Clip,
+    report: PhaseProgress,
+    note: Callable[[str], None],
 ) -> Outcome:
     job: Job = clip.task
     if _is_done(job.target, options):  # by a worker that was killed just then, or by another program
         return Outcome()
     try:
-        damage = _refine_job(job, networks, options, report, note)
+        damage = _refine_job(job, networks, text, options, report, note)
     except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
         return Outcome(problem=reason(error), in_use=isinstance(error, InUseError))
     return Outcome(notes=damage, damaged=bool(damage))
@@ -208,12 +214,13 @@ def _refine_clip(
 def _refine_all(jobs: list[Job], networks: Networks, options: RefineOptions) -> int:
     bars, failed, damaged = ProgressBars("frame", {REFINE: "window"}), 0, 0
     several = options.source.is_dir()  # several programs may share a folder
+    text = TextEncoder(options.models, networks.device, keep=True)
     for job in jobs:
         # Another program has finished it in the meantime.
         if agree(options.ranks, lambda job=job: _is_done(job.target, options)):
             continue
         try:
-            damage = _refine_job(job, networks, options, bars, warn)
+            damage = _refine_job(job, networks, text, options, bars, warn)
         except (CommandError, ValueError, OSError, RuntimeError, MemoryError) as error:
             bars.close()
             if options.ranks is not None and options.ranks.busy:  # the others are in the middle of it
@@ -235,14 +242,19 @@ def _refine_all(jobs: list[Job], networks: Networks, options: RefineOptions) -> 
 
 
 def _refine_job(
-    job: Job, networks: Networks, options: RefineOptions, report: PhaseProgress, note: Callable[[str], None]
+    job: Job,
+    networks: Networks,
+    text: TextEncoder,
+    options: RefineOptions,
+    report: PhaseProgress,
+    note: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Returns sentences on what is damaged in the source."""
     from ..refiner.files import FileOptions, is_picture, refine_picture, refine_video
 
     if job.settings is not None:
         options = replace(options, prompt=job.prompt, settings=job.settings)
-        networks = replace(networks, context=_context(options, networks.dit.config.text_dim, networks.device))
+        networks = replace(networks, context=_context(options, text, networks.dit.config.text_dim))
     options = _with_own_strength(options, networks)
     settings, output = options.settings, options.output
     if is_picture(job.source):
@@ -345,17 +357,17 @@ def _networks(options: RefineOptions) -> Networks:
     if models.shard_weights:
         shard_weights(dit, dit.blocks, device)
     vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
-    context = _context(options, dit.config.text_dim, device)
+    context = _context(options, TextEncoder(models, device), dit.config.text_dim)
     store = None if device.type == "cpu" else STORE_SHARE * main_memory()
     return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, options.ranks)
 
 
-def _context(options: RefineOptions, text_dim: int, device: torch.device) -> Tensor:
+def _context(options: RefineOptions, text: TextEncoder, text_dim: int) -> Tensor:
     """The prompt's encoding."""
     if options.prompt is None:
         return torch.zeros(1, TEXT_TOKENS, text_dim)  # as in the unconditional evaluation
     words = with_motion(options.prompt, options.motion)
-    return agree(options.ranks, lambda: encode_prompt(words, options.models, text_dim, device).cpu())
+    return agree(options.ranks, lambda: text(words, text_dim))
 
 
 def _vae_memory(wanted: float | None, device: torch.device) -> float | None:
