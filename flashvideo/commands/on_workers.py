@@ -7,6 +7,7 @@ process of its own, and the one that the user has started starts it again: resul
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 import re
@@ -124,9 +125,10 @@ def run_on_workers(farm: FarmOptions, prepare: Prepare, clips: Sequence[Clip]) -
 def _run_drivers(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip]) -> int:
     first = time.time()
     runs = losses = 0
+    damaged = multiprocessing.RawValue("b", False)  # whether a source is, also one of a driver that has ended
     while clips:
         began = time.monotonic()
-        code = _run_driver(farm, folder, prepare, clips, again=runs > 0)
+        code = _run_driver(farm, folder, prepare, clips, damaged, again=runs > 0)
         runs += 1
         if code != LOST:
             return code
@@ -138,7 +140,7 @@ def _run_drivers(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequen
         warn(f"\nThe head of the Ray cluster {where} has ended. The run goes on when it is back.")
         if farm.address is not None and not _is_back(farm.address):
             raise CommandError(f"No Ray cluster answers at {where} any more. The same command resumes the run.")
-    return 0
+    return DAMAGED if damaged.value else 0
 
 
 def _made_since(path: Path, moment: float) -> bool:
@@ -154,9 +156,11 @@ def _is_back(address: str) -> bool:
     return True
 
 
-def _run_driver(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], *, again: bool) -> int:
+def _run_driver(
+    farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], damaged: ctypes.c_byte, *, again: bool
+) -> int:
     """The exit code of a process that does the clips; LOST if it ended of itself, or can't meet the cluster `again`."""
-    words = (farm, folder, prepare, clips, again)
+    words = (farm, folder, prepare, clips, damaged, again)
     child = multiprocessing.get_context("spawn").Process(target=_drive, args=words, daemon=True)
     child.start()
     while True:
@@ -174,9 +178,11 @@ def _run_driver(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequenc
     return cancelled(CANCELLED_MESSAGE) if code == CANCELLED else code
 
 
-def _drive(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], again: bool) -> NoReturn:
+def _drive(
+    farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], damaged: ctypes.c_byte, again: bool
+) -> NoReturn:
     out, err = _own_terminal()
-    display = _Display(len(clips), out, err)
+    display = _Display(len(clips), out, err, damaged)
     signal.signal(signal.SIGINT, _interrupt_once)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -263,8 +269,8 @@ class _Display:
     total: int
     out: TextIO
     err: TextIO
+    damaged: ctypes.c_byte
     problems: dict[str, str] = field(default_factory=dict)
-    damaged: int = 0
     again: set[str] = field(default_factory=set)
     said: dict[str, set[str]] = field(default_factory=dict)
     lines: dict[str, float] = field(default_factory=dict)  # when a clip's last line was written
@@ -304,7 +310,7 @@ class _Display:
             self.again.add(task.name)
             return True
         if result.problem is None:
-            self.damaged += result.damaged
+            self.damaged.value |= result.damaged
             self._write("\n  ".join((f"{task.target}: {result.done}", *result.notes)), self.out)
         else:
             if not result.in_use:
@@ -324,7 +330,7 @@ class _Display:
     def sum_up(self) -> int:
         """Show what failed; returns the exit code."""
         if not self.problems:
-            return DAMAGED if self.damaged else 0
+            return DAMAGED if self.damaged.value else 0
         lines = [f"  {name}: {problem}" for name, problem in self.problems.items()]
         self.err.write("\n".join(["These clips failed:", *lines, ""]))
         return REFUSED
