@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import write_tokenizer
 
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.nano import NANO_FOLDER
@@ -116,11 +117,13 @@ def test_a_coded_draft_is_of_the_piece_that_is_learnt(tokenizer: Path, tmp_path:
         assert moved < own
 
 
-@pytest.fixture
-def pixel_task(tokenizer: Path, tmp_path: Path) -> Stage2Task:
+@pytest.fixture(scope="module")
+def pixel_task(tmp_path_factory: pytest.TempPathFactory) -> Stage2Task:
     """Stage II on pieces of two clips, with Nano's VAE."""
+    folder = tmp_path_factory.mktemp("pixels")
+    write_tokenizer(folder / "tokenizer.json")
     phase = Phase(1, 2, ClipSettings(64, 80, 9, clips=2, validation_clips=1), window=(7, 8), lengths=(2, 3))
-    settings = on_nano(tokenizer, tmp_path, phase, pixels=PixelSettings(1.0, window=6, edge=1))
+    settings = on_nano(folder / "tokenizer.json", folder, phase, pixels=PixelSettings(1.0, window=6, edge=1))
     task = Stage2Task(settings, torch.device("cpu"))
     task.clips[0].fill()
     return task
