@@ -63,7 +63,6 @@ def settings(folder: Path, **changes: object) -> PreferenceSettings:
 
 
 def test_tuning_learns_the_best_of_n(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     from small_models import write_models
 
     write_models(tmp_path / "models")

@@ -84,7 +84,6 @@ def test_a_piece_is_cut_where_a_degraded_whole_is() -> None:
 
 def on_nano(tokenizer: Path, folder: Path, phase: Phase, **settings: Any) -> Stage2Settings:
     """Settings of a stage II that learns with Nano's VAE and text encoder."""
-    pytest.importorskip("transformers")
     return Stage2Settings(
         seed=1,
         out=folder,

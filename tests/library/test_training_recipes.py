@@ -48,7 +48,6 @@ def train(kind: str, recipe: str, folder: Path, *options: str) -> None:
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     """A folder with an untrained VAE and text encoder."""
-    pytest.importorskip("transformers")
     folder = tmp_path / "models"
     folder.mkdir()
     vae = VideoVAE(VAEConfig(8, (1, 1, 1, 1), 1, 1, norm_groups=8))
@@ -134,7 +133,6 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_a_text_encoder_is_read_as_it_was_written(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     encoder = fresh_encoder(3)
     save_file(encoder.weights(), tmp_path / "t5.safetensors")
     again = load_encoder(tmp_path / "t5.safetensors")
