@@ -5,9 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_DEVICE = torch.ops.prim.device.default
 
 
 class LiveBytes(TorchDispatchMode):
@@ -30,17 +34,23 @@ class LiveBytes(TorchDispatchMode):
         """The peak, less what was there before."""
         return self.peak - self.before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to see to that at every operation takes time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation and look at what it made."""
+        if func is _DEVICE:  # PyTorch asks at every operation, and would ask all modes
+            return _device(args[0])
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         return result
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if id(storage) in self._storages or self.device not in (None, tensor.device.type):
+        if id(storage) in self._storages or self.device not in (None, _device(tensor).type):
             return
         self._storages.add(id(storage))
         self.live += storage.nbytes()
@@ -50,6 +60,10 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, storage: int, count: int) -> None:
         self._storages.discard(storage)
         self.live -= count
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _start: int) -> Tensor:

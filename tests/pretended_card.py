@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 CARD = "card"
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _READS = (_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default)
 
 
@@ -31,8 +32,14 @@ class PretendedCard(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=takes_numbers)
         self.answer, self.reads = answer, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to see to that at every operation takes time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, or answer what can't be known."""
+        if func is _DEVICE:  # PyTorch asks at every operation
+            return args[0].fake_device
         self.reads += func in _READS and args[0].device.type == CARD
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
