@@ -19,7 +19,7 @@ RUNS = [
     ("scaling", "--width 64 --rounds 1 --sizes 3", "latent frames x rows x columns", {"exponent"}),
     ("attention", "--clips 1 --clip 5 64 64 --grid 2 6 8 --width 64 --rounds 1", "attention", {"exact", "wide"}),
     ("full_size", "--small", "work", {"VAE encode, 64x96x9", "VAE decode, 64x96x9"}),
-    ("long_memory", "--minutes 1 --rate 1 --height 64 --width 96", "phase", {"encode", "refine", "decode"}),
+    ("long_memory", "--minutes 1 --rate 1 --height 32 --width 48", "phase", {"encode", "refine", "decode"}),
 ]
 
 
