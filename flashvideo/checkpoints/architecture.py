@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from ..config import DiTConfig, VAEConfig
+from ..dit import FlashVideoDiT
+from ..vae import VideoVAE
 from .keymaps import NORM_GROUPS_METADATA
 from .weights import CheckpointError, short, some
 
@@ -137,3 +140,11 @@ class _Sizes:
     def raise_if_missing(self) -> None:
         if self.missing:
             raise CheckpointError(f"weights that show its size are missing or malformed: {some(self.missing)}.")
+
+
+@lru_cache(maxsize=8)  # a run opens the same networks several times
+def network_shapes(config: DiTConfig | VAEConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's weights, which are not to be changed. Raises what the network does."""
+    network = FlashVideoDiT if isinstance(config, DiTConfig) else VideoVAE
+    state = network(config, device="meta").state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

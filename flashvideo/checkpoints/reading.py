@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import STAGE2, DiTConfig, VAEConfig
 from ..dit import FlashVideoDiT
 from ..vae import VideoVAE
-from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, vae_config
+from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, network_shapes, vae_config
 from .foreign import describe_foreign, is_lora
 from .keymaps import NORM_GROUPS_METADATA, Layout, Part, Plan, Source, find_layout, make_plan, original_name
 from .packed import Packing
@@ -285,12 +285,10 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _network_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    network = FlashVideoDiT if isinstance(checkpoint.config, DiTConfig) else VideoVAE
     try:
-        module = network(checkpoint.config, device="meta")
+        return network_shapes(checkpoint.config)
     except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.weights.label}: no network has these sizes ({short(error)}).") from error
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _lora_trouble(weights: Weights, source: Source) -> str | None:

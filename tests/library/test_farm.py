@@ -22,9 +22,12 @@ import pytest
 import torch
 
 pytest.importorskip("av")
+from forked import fork
+from patience import joined
 from small_videos import make_video
 
 from flashvideo.arguments import Parser
+from flashvideo.commands.main import main
 from flashvideo.commands.on_workers import add_farm_options, farm_options
 from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, REFUSED
@@ -53,12 +56,12 @@ def folder_of_clips(folder: Path, count: int) -> Path:
     return folder
 
 
-def results_of_one_process(source: Path, target: Path) -> dict[str, bytes]:
-    """The same folder without Ray, on one thread as its workers here."""
+def results_of_one_process(target: Path, *words: str | Path) -> dict[str, bytes]:
+    """What the same command makes without Ray, on one thread as its workers here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert refine(source, target, *FAST) == 0
+        assert main([str(word) for word in words]) == 0
     finally:
         torch.set_num_threads(threads)
     return contents(target)
@@ -182,7 +185,7 @@ def test_every_clip_is_done_once_though_workers_and_the_head_are_killed(
 ) -> None:
     count, kills, workers = (request.config.getoption(f"--farm-{name}") for name in ("clips", "kills", "workers"))
     source, target = folder_of_clips(tmp_path / "in", count), tmp_path / "out"
-    expected = results_of_one_process(source, tmp_path / "alone")
+    expected = results_of_one_process(tmp_path / "alone", "refine", source, tmp_path / "alone", *FAST)
     (source / DAMAGED).write_bytes((source / "clip00.mp4").read_bytes()[:200])
     run = Command(tmp_path, "refine", source, target, *FAST, "--ray", head.address, "--workers", workers)
     draw = random.Random(count)
@@ -212,9 +215,8 @@ def test_the_prompts_of_a_file_are_drafted_and_refined_by_workers(head: Head, to
     words += [*FAST, "--tokenizer", tokenizer]
     run = Command(tmp_path, "generate", tmp_path / "many", *words, "--ray", head.address, "--workers", "2")
     assert run.wait() == 0, run.error.read_text()
-    alone = Command(tmp_path, "generate", tmp_path / "alone", *words)
-    assert alone.wait() == 0, alone.error.read_text()
-    made, expected = contents(tmp_path / "many"), contents(tmp_path / "alone")
+    made = contents(tmp_path / "many")
+    expected = results_of_one_process(tmp_path / "alone", "generate", tmp_path / "alone", *words)
     assert sorted(made) == [f"{number}.mp4{ending}" for number in ("0001", "0002") for ending in ("", ".draft.mkv")]
     for name in ("0001.mp4", "0002.mp4"):
         assert made[name] == expected[name]
@@ -236,7 +238,8 @@ def test_a_cluster_of_the_run_ends_with_ctrl_c_and_leaves_what_the_next_run_resu
     assert clusters
     assert not any(map(os.path.exists, clusters))
     assert not list(target.glob("*.part"))
-    assert results_of_one_process(source, target).keys() == {"clip00.mp4", "clip01.mp4", "clip02.mp4"}
+    made = results_of_one_process(target, "refine", source, target, *FAST)
+    assert made.keys() == {"clip00.mp4", "clip01.mp4", "clip02.mp4"}
 
 
 def cluster_folder(process: psutil.Process) -> str | None:
@@ -252,13 +255,15 @@ def cluster_folder(process: psutil.Process) -> str | None:
 def test_without_the_option_ray_is_not_imported(tmp_path: Path) -> None:
     folder_of_clips(tmp_path / "in", 1)
     words = ["refine", str(tmp_path / "in"), str(tmp_path / "out"), "--keep-size", *FAST[2:]]
-    code = (
-        "import sys, flashvideo; from flashvideo.commands.main import main\n"
-        f"assert main({words!r}) == 0\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "assert not [name for name in sys.modules if name.partition('.')[0] == 'ray']"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert joined(fork(run_without_ray, words)) == 0
+
+
+def run_without_ray(words: list[str]) -> None:
+    """A command and the help in a process that hasn't imported Ray for something else."""
+    assert main(words) == 0
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert not [name for name in sys.modules if name.partition(".")[0] == "ray"]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from pretended_card import CARD, PretendedCard, prepare_card
+from safetensors.torch import load_file, save_file
 from small_models import write_models
 
 from flashvideo.config import VAE
 from flashvideo.training.data import frozen_vae
 from flashvideo.training.data.frozen_vae import FrozenVAE
+from flashvideo.training.data.latents import encoder_digest
 from flashvideo.vae import VideoVAE
 from flashvideo.vae.memory import decode_bytes, encode_bytes
 
@@ -36,6 +38,18 @@ def test_tiles_give_what_whole_pictures_give(tmp_path: Path, monkeypatch: pytest
     tiled = torch.stack([little.encode(video, 3, "clip", index) for index in range(2)])
     torch.testing.assert_close(tiled, latents, rtol=0, atol=1e-4)
     torch.testing.assert_close(little.decode(latents), shown, rtol=0, atol=1e-4)
+
+
+def test_another_encoder_in_the_same_file_has_latents_of_its_own(tmp_path: Path) -> None:
+    write_models(tmp_path / "models")
+    path = tmp_path / "models" / "vae.safetensors"
+    state, before = load_file(path), encoder_digest(path)
+    changed = {"decoder.conv_out.conv.bias": False, "encoder.conv_out.conv.bias": True}
+    for name, differs in changed.items():
+        state[name] = state[name] + 1
+        path.unlink()
+        save_file(state, path)
+        assert (encoder_digest(path) != before) == differs
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -228,6 +229,13 @@ def _plain(setting: Any) -> Any:
 
 def encoder_digest(vae: Path) -> str:
     """A hash of a VAE's encoder: latents depend on it, and not on the decoder."""
+    found = vae.stat()
+    return _digest_of_version(vae, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_of_version(vae: Path, _modified: int, _size: int) -> str:
+    """The same for a file as it is now; asked for every clip."""
     _, state = read_vae(vae)
     digest = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith("encoder.")):
