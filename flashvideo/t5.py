@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in "qkv")
         self.o = nn.Linear(inner, width, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(T5_POSITION_BUCKETS, config.num_heads)
+            self.relative_attention_bias = _embedding(T5_POSITION_BUCKETS, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """[B, N, width] and [heads, N, N] -> [B, N, width]."""
@@ -166,13 +166,18 @@ class Residual(nn.Module):
         return x
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """With any numbers: to draw them takes time, and on the meta device PyTorch imports sympy for it."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+
+
 class T5Network(nn.Module):
     """T5 v1.1's encoder (arXiv 1910.10683; v1.1: arXiv 2002.05202), its weights named as in Hugging Face's files."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         width = config.d_model
-        self.shared = nn.Embedding(config.vocab_size, width)
+        self.shared = _embedding(config.vocab_size, width)
         self.encoder = nn.Module()
         self.encoder.embed_tokens = self.shared
         self.encoder.block = nn.ModuleList()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 CARD = "card"
 _aten = torch.ops.aten
@@ -38,7 +38,7 @@ class PretendedCard(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, or answer what can't be known."""
-        if func is _DEVICE:  # PyTorch asks at every operation
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # PyTorch asks at every operation
             return args[0].fake_device
         self.reads += func in _READS and args[0].device.type == CARD
         try:
