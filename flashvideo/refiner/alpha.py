@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -24,16 +24,26 @@ class TransparentClip(Protocol):
         """How opaque they are."""
 
 
-def with_alpha(clip: TransparentClip, first: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Refined chunks [t, H, W, 3] on black, from the clip's frame number `first` on, as premultiplied [t, H, W, 4]."""
-    sources = zip(clip.frames(first), clip.alpha(first), strict=True)
-    for chunk in chunks:
-        pictures = []
-        for refined in chunk:
-            source, alpha = next(sources)
-            larger = enlarge_alpha(alpha, source, refined)
-            pictures.append(torch.cat([refined, larger[..., None].to(refined.dtype)], dim=2))
-        yield torch.stack(pictures)
+class AlphaLayer:
+    """A clip's alpha for refined frames. The clip is read on from segment to segment, not from its start each time."""
+
+    def __init__(self, clip: TransparentClip) -> None:
+        self._clip = clip
+        self._sources: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._next: int | None = None
+
+    def add(self, first: int, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks [t, H, W, 3] on black, from the clip's frame number `first` on, as premultiplied [t, H, W, 4]."""
+        if self._next != first:
+            self._sources, self._next = zip(self._clip.frames(first), self._clip.alpha(first), strict=True), first
+        for chunk in chunks:
+            pictures = []
+            for refined in chunk:
+                source, alpha = next(self._sources)
+                larger = enlarge_alpha(alpha, source, refined)
+                pictures.append(torch.cat([refined, larger[..., None].to(refined.dtype)], dim=2))
+            self._next += len(pictures)
+            yield torch.stack(pictures)
 
 
 def enlarge_alpha(alpha: Tensor, source: Tensor, refined: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from ..video_files import (
     sequence_identity,
     split_alpha,
 )
-from .alpha import enlarge_alpha, with_alpha
+from .alpha import AlphaLayer, enlarge_alpha
 from .file_options import FileOptions
 from .outputs import check_patterns, open_source, output_of
 from .ranks import SharedWork, following, leading
@@ -196,10 +196,11 @@ def _lead(
             _check_space(folder, needed)
         _warn_of_memory(run.main_bytes(), size, options.warn)
         begin()
+        layer = AlphaLayer(clip)
 
         def deliver(number: int, chunks: Iterator[Tensor]) -> None:
             if output.form.keeps_alpha:
-                chunks = with_alpha(clip, run.first_frame(number), chunks)
+                chunks = layer.add(run.first_frame(number), chunks)
             folder.put(_SEGMENTS, number, output.encode(chunks))
 
         run.run(deliver)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashvideo.frames import TargetSize
 from flashvideo.refiner import Networks, RefineSettings
-from flashvideo.refiner.alpha import enlarge_alpha
+from flashvideo.refiner.alpha import AlphaLayer, enlarge_alpha
 from flashvideo.refiner.file_options import FileOptions
 from flashvideo.refiner.files import refine_picture, refine_video
 from flashvideo.refiner.outputs import open_source, output_of
@@ -265,6 +265,26 @@ def test_a_refined_still_is_transparent_where_its_kind_can_be(tiny_networks: Net
     assert any("transparency gets lost" in text and ".png" in text for text in said)
     with Image.open(tmp_path / "out.jpg") as image:
         assert image.mode == "RGB"
+
+
+def test_a_clip_is_read_on_from_segment_to_segment() -> None:
+    """A long one would be decoded from its start for each; one that is asked for again is read again."""
+    begun = []
+
+    class Counted:
+        def frames(self, start: int = 0) -> Iterator[Tensor]:
+            begun.append(start)
+            return iter(torch.full((8 - start, 4, 6, 3), 0.5))
+
+        def alpha(self, start: int = 0) -> Iterator[Tensor]:
+            return (torch.full((4, 6), number / 8) for number in range(start, 8))
+
+    added = AlphaLayer(Counted())
+    refined = torch.full((2, 8, 12, 3), 0.5)
+    for first in (2, 4, 6, 2):
+        (chunk,) = added.add(first, [refined])
+        assert [float(picture[..., 3].mean()) for picture in chunk] == [first / 8, (first + 1) / 8]
+    assert begun == [2, 2]
 
 
 def test_the_orientation_of_a_frame_turns_its_alpha_too() -> None:
