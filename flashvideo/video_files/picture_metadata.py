@@ -1,4 +1,4 @@
-"""What PNG and OpenEXR files say of themselves beside their pixels, carried from one file to another.
+"""What PNG, TIFF and OpenEXR files say of themselves beside their pixels; of two kinds it is carried to new files.
 
 Layouts: the PNG Specification (W3C), and "OpenEXR File Layout" (Academy Software Foundation).
 """
@@ -9,6 +9,8 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
 
 _PNG, _EXR = b"\x89PNG\r\n\x1a\n", b"v/1\x01"
 # Texts, colour, size of a pixel, camera: what holds for any pixels. Others hold for the old ones.
@@ -24,6 +26,7 @@ _STORED = {
 _BLOCK_ROWS = {0: 1, 1: 1, 2: 1, 3: 16}  # rows that are compressed together: none, RLE, ZIP of one, ZIP of 16
 EXR_HALF, EXR_FLOAT = 16, 32  # bits a colour
 _FLOAT = 2  # OpenEXR's number of this kind of pixels
+_TIFF, _EXTRA_SAMPLES, _ASSOCIATED = (".tif", ".tiff"), 338, 1  # TIFF 6.0
 
 
 def with_metadata(content: bytes, source: Path) -> bytes:
@@ -31,6 +34,17 @@ def with_metadata(content: bytes, source: Path) -> bytes:
     if content.startswith(_PNG):
         return _with_chunks(content, source)
     return _with_attributes(content, source) if content.startswith(_EXR) else content
+
+
+def is_premultiplied(path: Path) -> bool:
+    """Whether the colours of a TIFF are multiplied by its alpha: what it calls associated. FFmpeg doesn't ask."""
+    if path.suffix.lower() not in _TIFF:
+        return False
+    try:
+        with Image.open(path) as image:
+            return _ASSOCIATED in getattr(image, "tag_v2", {}).get(_EXTRA_SAMPLES, ())
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return False
 
 
 def exr_depth(path: Path) -> int:

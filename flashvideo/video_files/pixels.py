@@ -25,14 +25,19 @@ def colour_matrix(frame: av.VideoFrame) -> int:
 
 
 def upright_pixels(
-    frame: av.VideoFrame, matrix: int, orientation: Orientation = UPRIGHT, *, deep: bool = False
+    frame: av.VideoFrame,
+    matrix: int,
+    orientation: Orientation = UPRIGHT,
+    *,
+    deep: bool = False,
+    premultiplied: bool = False,
 ) -> np.ndarray:
     """A frame as it is meant to be seen, [H, W, 3]: by its colour matrix, upright, on black.
 
     uint8, or float32 in [0, 1] if `deep`: for more than 8 bits a colour, and for transparent pictures whose colours are
-    to be found again.
+    to be found again. `premultiplied`: the stored colours are on black already.
     """
-    alpha = alpha_of(frame) if has_alpha(frame) else None
+    alpha = alpha_of(frame) if has_alpha(frame) and not premultiplied else None
     if frame.format.name == PALETTE:  # which PyAV doesn't take for RGB
         frame = frame.reformat(format="rgba")
     is_rgb, is_fine = frame.format.is_rgb, max(component.bits for component in frame.format.components) > _EIGHT_BITS

@@ -20,7 +20,7 @@ from .alpha import is_transparent, split_alpha
 from .hdr import light_to_sdr, sdr_to_light
 from .opening import VIDEO_ENDINGS
 from .orientation import orientation_of
-from .picture_metadata import EXR_HALF, exr_depth
+from .picture_metadata import EXR_HALF, exr_depth, is_premultiplied
 from .pixels import DEEP_RGB, colour_matrix, upright_pixels
 from .reading import VideoClip
 
@@ -65,10 +65,14 @@ def picture_name(pattern: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class PictureSequence(VideoClip):
-    """Numbered pictures. `numbers` are theirs; a missing one is a longer time. `peak`: OpenEXR's brightest light."""
+    """Numbered pictures. `numbers` are theirs; a missing one is a longer time. `peak`: OpenEXR's brightest light.
+
+    `premultiplied`: TIFF's stored colours are multiplied by alpha.
+    """
 
     numbers: tuple[int, ...] = ()
     peak: float = 1.0
+    premultiplied: bool = False
 
     def source(self) -> AbstractContextManager[None]:
         """There are no other tracks."""
@@ -81,8 +85,8 @@ class PictureSequence(VideoClip):
             if self.curve == LINEAR:
                 yield light_to_sdr(torch.from_numpy(_light(frame)), self.peak).float()
             else:
-                orientation = orientation_of(frame, _codec(self.path))
-                yield torch.from_numpy(upright_pixels(frame, colour_matrix(frame), orientation, deep=deep))
+                orientation, kind = orientation_of(frame, _codec(self.path)), {"premultiplied": self.premultiplied}
+                yield torch.from_numpy(upright_pixels(frame, colour_matrix(frame), orientation, deep=deep, **kind))
 
     def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
         return (_decode(picture_name(self.path, number)) for number in self.numbers[start:])
@@ -138,6 +142,7 @@ def open_sequence(
         damage=tuple(_damage(pattern, numbers, good, bad)),
         numbers=tuple(good),
         peak=peak,
+        premultiplied=transparent and is_premultiplied(picture_name(pattern, good[0])),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_pictures_keep_alpha_and_colours(ending: str, tmp_path: Path) -> None:
         visible = before[..., 3] > 0
         assert np.abs(found - before)[visible].max() <= 1
         assert (found[~visible] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "seen"), [(2, (50, 22.5, 10)), (1, (100, 45, 20))], ids=["straight", "premultiplied"])
+def test_a_tiff_may_be_premultiplied(kind: int, seen: tuple[float, ...], tmp_path: Path) -> None:
+    """What it calls associated alpha; Pillow writes the other kind, whose mark is one number."""
+    half, path = np.full((HEIGHT, WIDTH, 4), (100, 45, 20, 128), np.uint8), tmp_path / "1.tif"
+    Image.fromarray(half).save(path)
+    before, after = (struct.pack("<HHIH", 338, 3, 1, each) for each in (2, kind))  # tag, short numbers, how many, which
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, after))
+    clip = open_source(tmp_path / "%d.tif", FileOptions())
+    (frame,), (alpha,) = clip.frames(), clip.alpha()
+    assert np.abs(frame[0, 0].numpy() * 255 - seen).max() <= 0.5
+    assert float(alpha[0, 0]) == pytest.approx(128 / 255)
 
 
 def test_openexr_keeps_alpha_and_premultiplied_light(tmp_path: Path) -> None:
