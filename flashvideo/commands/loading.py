@@ -45,9 +45,11 @@ class TextEncoder:
             raise CommandError("A prompt needs --text-encoder FILE, T5-XXL (t5xxl_fp16.safetensors).")
         tokens = T5Tokens(options.tokenizer)
         encoder = self._kept.to(self.device) if self._kept else self._load()
-        context = contexts(encoder, tokens, [text]).cpu()
-        if self.keep and sum(weight.nbytes for weight in encoder.parameters()) < KEPT_SHARE * main_memory():
-            self._kept = encoder.to("cpu")
+        try:
+            context = contexts(encoder, tokens, [text]).cpu()
+        finally:  # also where the card's memory isn't enough: other networks need it next
+            if self.keep and sum(weight.nbytes for weight in encoder.parameters()) < KEPT_SHARE * main_memory():
+                self._kept = encoder.to("cpu")
         if context.shape[2] != text_dim:
             raise CommandError(
                 f"The text encoder gives {context.shape[2]} numbers per token and the model takes {text_dim}: "

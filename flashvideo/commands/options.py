@@ -68,7 +68,7 @@ def add_file_options(group: argparse._ArgumentGroup) -> None:
         "--codec",
         choices=(AUTO, "h264", "hevc", "av1", "prores"),
         default=AUTO,
-        help="of the written video (default: auto: h264, with 10 bits hevc)",
+        help="of the written video (default: auto: h264, with 10 bits hevc); prores keeps transparency",
     )
     group.add_argument(
         "--bits",

@@ -110,6 +110,9 @@ def load_seconds(plan: Plan) -> float:
 
 def scaling(setting: FarmSetting) -> Iterator[FarmRun]:
     """The farm with 1, 2, 4, ... cards up to its own number."""
-    for power in range(math.ceil(math.log2(setting.cards)) if setting.cards > 1 else 0):
-        yield simulate(replace(setting, cards=2**power))
-    yield simulate(setting)
+    return (simulate(replace(setting, cards=cards)) for cards in card_counts(setting.cards))
+
+
+def card_counts(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [*(2**power for power in range((most - 1).bit_length())), most]

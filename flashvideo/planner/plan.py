@@ -42,6 +42,8 @@ from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tilin
 
 T5_XXL = T5Config(num_layers=24, d_model=4096, d_ff=10240, d_kv=64, num_heads=64)
 DRAFT_PIXELS = 480 * 256  # of the official draft
+# Phases that several cards share.
+STAGE_1, STAGE_2, VAE_ENCODE, VAE_DECODE = "stage I", "stage II", "VAE encode", "VAE decode"
 MAX_STEPS = 1000
 MAX_FRAMES = 10_000_000  # five days at 24 a second
 STORE = 16 * GIB  # of main memory, for what the VAE's tiles store between them
@@ -211,16 +213,16 @@ def _phases(setting: Setting) -> Iterator[Phase]:
     )
     if setting.stage1_steps:
         # Stage I's guidance changes from step to step and never leaves the second evaluation out.
-        yield _dit_phase("stage I", networks.stage1, setting.draft, 2 * setting.stage1_steps, setting)
+        yield _dit_phase(STAGE_1, networks.stage1, setting.draft, 2 * setting.stage1_steps, setting)
         yield _vae_phase("draft decode", setting.draft, setting, encode=False)
-    yield _vae_phase("VAE encode", setting.padded, setting, encode=True)
+    yield _vae_phase(VAE_ENCODE, setting.padded, setting, encode=True)
     frames, height, width = setting.padded
     windows = plan_windows(latent_shape(setting.padded)[0])
     times = stage2_times(setting.stage2_steps).tolist()[:-1]
     evaluations = (1 if setting.cfg == 1 else 2) * sum(len(windows.at(time).starts) for time in times)
     window = (min(frames, WINDOW), height, width)
-    yield _refining_phase("stage II", networks.stage2, window, evaluations, setting)
-    yield _vae_phase("VAE decode", setting.padded, setting, encode=False)
+    yield _refining_phase(STAGE_2, networks.stage2, window, evaluations, setting)
+    yield _vae_phase(VAE_DECODE, setting.padded, setting, encode=False)
 
 
 def _dit_phase(name: str, config: DiTConfig, video: tuple[int, int, int], evaluations: int, setting: Setting) -> Phase:

@@ -11,13 +11,13 @@ from ..refiner.windows import WINDOW
 from ..vae.memory import plan_within
 from ..vae.ranks import side_for_ranks
 from ..vae.tiles import Tile
+from .farm import card_counts
 from .flops import Flops, decode_flops, dit_flops, encode_flops, tiling_factor
-from .plan import Phase, Plan, Setting
+from .plan import STAGE_1, STAGE_2, VAE_DECODE, VAE_ENCODE, Phase, Plan, Setting
 from .ranks import RankWork, evaluation_on_ranks, guided_on_ranks
 from .speed import Rates
 
-ENCODE, STAGE1, STAGE2 = "VAE encode", "stage I", "stage II"
-SPREAD = (ENCODE, STAGE1, STAGE2, "VAE decode")  # the other phases run on one card, or on each the same
+SPREAD = (STAGE_1, STAGE_2, VAE_ENCODE, VAE_DECODE)  # the other phases run on one card, or on each the same
 PCIE = 16e9  # bytes a second that reach a card from the others, where nobody says: half of what PCIe 4.0 has
 
 
@@ -47,8 +47,7 @@ def together(plan: Plan, rates: Rates, link: float, most: int) -> Iterator[Toget
     if plan.setting.tile:
         raise ValueError("several cards share whole frames: leave the tiles of stage II out.")
     alone = rates.seconds(plan.flops)
-    counts = [2**power for power in range(max(most - 1, 0).bit_length())]
-    for cards in [*counts, most]:
+    for cards in card_counts(most):
         works = [_work(phase, plan.setting, cards) for phase in plan.phases]
         received = sum(work.received for work in works)
         yield Together(cards, sum(rates.seconds(work.flops) for work in works) + received / link, received, alone)
@@ -61,7 +60,7 @@ def _work(phase: Phase, setting: Setting, cards: int) -> RankWork:
     if not phase.tokens:
         return RankWork(_vae_flops(phase, setting, cards))
     networks = setting.networks
-    if phase.name == STAGE1:
+    if phase.name == STAGE_1:
         return _transformer(phase, networks.stage1, setting.draft, cards, setting, is_guided=True)
     frames, *sides = setting.padded
     window = (min(frames, WINDOW), *sides)
@@ -80,7 +79,7 @@ def _transformer(
 def _vae_flops(phase: Phase, setting: Setting, cards: int) -> Flops:
     """The VAE's work that falls to the busiest card: whole tiles, which overlap."""
     config, latent = setting.networks.vae, latent_shape(setting.padded)
-    encodes, outline = phase.name == ENCODE, vae_outline(config)
+    encodes, outline = phase.name == VAE_ENCODE, vae_outline(config)
     whole = (encode_flops if encodes else decode_flops)(config, *setting.padded)
     longest = max(latent[1:]) if phase.tile is None else phase.tile // SPATIAL_FACTOR
     side = side_for_ranks(latent[1:], longest, cards)

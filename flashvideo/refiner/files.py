@@ -280,11 +280,12 @@ def refine_picture(
         _note_automatic(networks, settings, size, note)
         begin()
         refined = refine_frames(networks, picture.pixels[None], settings, on_progress, size=size)[0]
+        pixels = to_bytes(refined).numpy()
         if picture.alpha is not None and ending not in _OPAQUE_ENDINGS:
             larger = enlarge_alpha(picture.alpha, picture.pixels, refined)
-            refined, alpha = split_alpha(torch.cat([refined, larger[..., None]], dim=2), _WHITE)
-            refined = torch.cat([refined, torch.from_numpy(alpha.astype(np.float32))[..., None] / _WHITE], dim=2)
-        result = Image.fromarray(to_bytes(refined).numpy())
+            colours, alpha = split_alpha(torch.cat([refined, larger[..., None]], dim=2), _WHITE)
+            pixels = np.dstack([to_bytes(colours).numpy(), alpha.astype(np.uint8)])
+        result = Image.fromarray(pixels)
         kind = Image.registered_extensions()[ending]
         with whole_file(target, replace=force) as part:
             result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=picture.profile)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
 from flashvideo.frames import TargetSize
@@ -80,7 +80,9 @@ def write_video(path: Path, codec: str, pixels: str) -> Path:
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, pixels
         if codec.startswith("libvpx"):
             stream.metadata["alpha_mode"] = "1"
-            stream.options = {"auto-alt-ref": "0", "crf": "0", "b": "0", "lossless": "1"}
+            stream.options = {"auto-alt-ref": "0", "crf": "4", "b": "2M"}
+            if codec == "libvpx-vp9":
+                stream.options = {"auto-alt-ref": "0", "lossless": "1"}
         for index in range(COUNT):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(layer(index), format="rgba")))
         container.mux(stream.encode())
@@ -219,14 +221,30 @@ def test_what_has_no_room_for_it_says_what_has(tmp_path: Path) -> None:
         assert black.mean() < 3  # not white, which is hidden
 
 
-def test_an_animated_picture_keeps_alpha(tmp_path: Path) -> None:
-    pages = [Image.fromarray(layer(index)) for index in range(COUNT)]
-    source = tmp_path / "in.webp"
-    pages[0].save(source, save_all=True, append_images=pages[1:], duration=40, lossless=True, exact=True)
+@pytest.mark.parametrize(("ending", "options"), [
+    (".webp", {"lossless": True, "exact": True}), (".avif", {"quality": 100}), (".gif", {"disposal": 2}),
+])  # fmt: skip
+def test_an_animated_picture_keeps_alpha(ending: str, options: dict[str, object], tmp_path: Path) -> None:
+    """As Pillow reads it: GIF has no half-transparent pixels."""
+    if ending == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow doesn't write AVIF")
+    pages, source = [Image.fromarray(layer(index)) for index in range(COUNT)], tmp_path / f"in{ending}"
+    pages[0].save(source, save_all=True, append_images=pages[1:], duration=40, **options)
     copy(source, tmp_path / "out" / "%d.png")
-    for index in range(COUNT):
-        with Image.open(tmp_path / "out" / f"{index + 1}.png") as image:
-            assert np.array_equal(np.array(image)[..., 3], layer(index)[..., 3])
+    with Image.open(source) as before:
+        for index in range(COUNT):
+            before.seek(index)
+            meant = np.array(before.convert("RGBA"))[..., 3]
+            assert 0 in meant and 255 in meant
+            with Image.open(tmp_path / "out" / f"{index + 1}.png") as image:
+                assert np.array_equal(np.array(image)[..., 3], meant)
+
+
+def test_vp8_has_alpha_as_well(tmp_path: Path) -> None:
+    clip = open_source(write_video(tmp_path / "in.webm", "libvpx", "yuva420p"), FileOptions())
+    found = [alpha.numpy() for alpha in clip.alpha()]
+    assert len(found) == COUNT
+    assert max(np.abs(alpha - opaque_shares(index)).max() for index, alpha in enumerate(found)) < 0.1
 
 
 def test_a_picture_that_stays_keeps_its_alpha() -> None:
@@ -271,7 +289,7 @@ def test_a_refined_video_is_transparent_in_every_segment(tiny_networks: Networks
 def test_a_refined_still_is_transparent_where_its_kind_can_be(tiny_networks: Networks, tmp_path: Path) -> None:
     source, said = tmp_path / "in.png", []
     Image.fromarray(layer(0)).save(source)
-    for ending in (".png", ".webp", ".tif"):
+    for ending in (".png", ".webp", ".tif", *([".avif"] if features.check("avif") else [])):
         refine_picture(tiny_networks, source, tmp_path / f"out{ending}", CHEAP, note=said.append)
         with Image.open(tmp_path / f"out{ending}") as image:
             found = np.array(image.convert("RGBA"))[..., 3]
