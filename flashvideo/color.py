@@ -71,6 +71,11 @@ class LowBand:
         torch.mm(self._rows, rearrange(low, "h c w -> h (w c)"), out=out.view(len(out), -1))
         return out
 
+    def of_planes(self, planes: Tensor) -> Tensor:
+        """The low band of [..., H, W], float32, as a new tensor that gradients flow through."""
+        low = self._row_means @ planes @ self._column_means.T
+        return self._rows @ low @ self._columns.T
+
 
 class ColorStatistics(NamedTuple):
     """Mean and standard deviation of each channel over all pixels of all frames: [3] each, float64."""

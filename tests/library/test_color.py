@@ -206,6 +206,13 @@ def test_the_low_band_is_a_symmetric_average(side: int) -> None:
     assert -rounding < eigenvalues.min() <= eigenvalues.max() < 1 + rounding
 
 
+def test_planes_have_the_low_band_of_pictures() -> None:
+    pictures = torch.rand(2, 40, 56, 3, generator=torch.Generator().manual_seed(0))
+    low_band = LowBand(40, 56, detail_size=9)
+    planes = low_band.of_planes(pictures.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert (torch.stack([low_band(picture) for picture in pictures]) - planes).abs().max() < 1e-6
+
+
 def test_wavelet_gives_each_frame_the_reference_mean() -> None:
     reference = clip_of()
     refined = CASTS["gain and offset"](clip_of(seed=1))

@@ -16,6 +16,7 @@ from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings, ScenePieces
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.metrics import psnr
+from flashvideo.training.tasks.networks import NetworkSettings, make_network
 from flashvideo.training.tasks.pixels import PixelSettings, visible_loss
 from flashvideo.training.tasks.stage2 import (
     DegradationSettings,
@@ -40,6 +41,12 @@ def test_a_phase_sees_pieces_of_its_clips_everywhere_in_them() -> None:
     assert begins[1] == {48 * frame + corner for frame in range(3) for corner in corners}
     whole = dataclasses.replace(phase, window=(0, 0), lengths=())
     assert latent[whole.piece(latent, torch.Generator())].shape == latent.shape
+    for share in (0.5, 1.0):
+        often = dataclasses.replace(phase, lengths=(1,), from_start=share)
+        firsts = [often.piece(latent, torch.Generator().manual_seed(seed))[1].start == 0 for seed in range(600)]
+        assert sum(firsts) / 600 == pytest.approx(share + (1 - share) / 3, abs=0.06)
+    with pytest.raises(TrainingError, match="from_start must be 0 to 1; got 2"):
+        dataclasses.replace(phase, from_start=2)
     with pytest.raises(TrainingError, match=r"window must be 1 to 6 by 1 to 8 latent pixels; got \[7, 5\]"):
         Phase(10, 2, clips, window=(7, 5))
     with pytest.raises(TrainingError, match=r"lengths must be 1 or more; got \[0\]"):
@@ -169,6 +176,43 @@ def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pi
     terms = pixel_task.loss(batch, 0)
     assert terms["loss"].item() == pytest.approx((terms["velocity"] + terms["pixels"]).item())
     assert "score" in pixel_task.validate()
+
+
+def test_with_a_detail_size_only_finer_errors_count(pixel_task: Stage2Task) -> None:
+    """A cast of the whole picture costs much, and nothing where Finish Frames takes the cast's size from the draft."""
+    batch = next(batch for batch in map(pixel_task.data.__getitem__, range(30)) if "video" in batch)
+    network, place, all_sizes = pixel_task.vae.network, batch["place"], pixel_task.settings.pixels
+    fine = dataclasses.replace(all_sizes, detail_size=9)
+    row, column = place.tolist()
+    with torch.no_grad():
+        exact = network.decode(batch["clean"][..., row : row + 6, column : column + 6])
+        stripes = 0.2 * (torch.arange(48) % 4 < 2)
+        cast = {
+            settings: visible_loss(network, batch["clean"], exact + 0.2, place, settings)
+            for settings in (all_sizes, fine)
+        }
+        detail = visible_loss(network, batch["clean"], exact + stripes, place, fine)
+    assert cast[all_sizes].item() == pytest.approx(0.2, abs=1e-4)
+    assert cast[fine].item() < 1e-5
+    assert detail.item() > 0.05
+    with pytest.raises(TrainingError, match=r"\[pixels\] detail_size must be 5 to 1000 pixels; got 2"):
+        dataclasses.replace(fine, detail_size=2)
+
+
+def test_a_deeper_network_begins_as_the_one_that_it_deepens() -> None:
+    nano = make_network(NetworkSettings(str(NANO_FOLDER / "stage2.safetensors")), 2, 1, torch.device("cpu"))
+    deep = make_network(NetworkSettings(str(NANO_FOLDER / "stage2.safetensors"), blocks=6), 2, 1, torch.device("cpu"))
+    assert (nano.config.num_layers, deep.config.num_layers) == (4, 6)
+    noise = torch.Generator().manual_seed(0)
+    latent, text = torch.randn(1, 16, 2, 6, 8, generator=noise), torch.randn(1, 226, 48, generator=noise)
+    with torch.no_grad():
+        shown = [dit(latent, torch.tensor([500.0]), text, degradation_step=torch.tensor([60])) for dit in (nano, deep)]
+    assert torch.equal(*shown)
+    deep(latent, torch.tensor([500.0]), text, degradation_step=torch.tensor([60])).square().mean().backward()
+    new = [deep.blocks[index].ff_out.weight.grad.abs().max() > 0 for index in range(6)]
+    assert all(new)
+    with pytest.raises(TrainingError, match="blocks must be 4 or more, as many as the weights have; got 3"):
+        make_network(NetworkSettings(str(NANO_FOLDER / "stage2.safetensors"), blocks=3), 2, 1, torch.device("cpu"))
 
 
 def test_pixels_beyond_a_piece_are_refused() -> None:

@@ -39,6 +39,7 @@ class NetworkSettings:
     """Which diffusion transformer learns, and how."""
 
     weights: str = ""  # a file to start from, official or converted; empty for a fresh miniature
+    blocks: int = 0  # more than the file has: it is deepened, see `deepened`; 0: as many as there are
     lora_rank: int = 0  # 0 trains all weights
     dtype: str = "fp32"  # of the weights in training; with LoRA, of the frozen ones
     checkpoint_blocks: bool = False  # trade a third more time for much less memory
@@ -73,6 +74,8 @@ def make_network(settings: NetworkSettings, stage: int, seed: int, device: torch
     dtype = DTYPES[settings.dtype]
     if settings.weights:
         dit = load_dit(Path(settings.weights), device=device, dtype=dtype, stage=stage)
+        if settings.blocks and settings.blocks != dit.config.num_layers:
+            dit = deepened(dit, settings.blocks)
     else:
         dit = load_dit(build_part(f"stage{stage}", seed), device=device, dtype=dtype, stage=stage)
         if dit.config != (NANO_STAGE1, NANO_STAGE2)[stage - 1]:
@@ -81,6 +84,31 @@ def make_network(settings: NetworkSettings, stage: int, seed: int, device: torch
     if settings.lora_rank:
         add_lora(dit, settings.lora_rank, seed)
     return dit
+
+
+def deepened(dit: FlashVideoDiT, blocks: int) -> FlashVideoDiT:
+    """A network of `blocks` blocks that computes what `dit` does, until it learns.
+
+    The new ones are spread evenly. Each begins as a copy of the block before it whose two branches end in zeros, so
+    that it adds nothing (after Net2Net, arXiv 1511.05641). Raises TrainingError for fewer blocks than there are.
+    """
+    old = dit.config.num_layers
+    if blocks < old:
+        raise TrainingError(f"[network] blocks must be {old} or more, as many as the weights have; got {blocks}.")
+    sources = [index * old // blocks for index in range(blocks)]
+    state = dit.state_dict()
+    deep = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    for index, source in enumerate(sources):
+        is_new = index > 0 and sources[index - 1] == source
+        for name, tensor in state.items():
+            block = f"blocks.{source}."
+            if name.startswith(block):
+                rest = name.removeprefix(block)
+                silent = is_new and rest.startswith(("attn_out.", "ff_out."))
+                deep[f"blocks.{index}.{rest}"] = torch.zeros_like(tensor) if silent else tensor.clone()
+    network = FlashVideoDiT(dataclasses.replace(dit.config, num_layers=blocks))
+    network.load_state_dict(deep, assign=True)
+    return network.eval()
 
 
 def describe_network(dit: FlashVideoDiT, settings: NetworkSettings) -> dict[str, Any]:

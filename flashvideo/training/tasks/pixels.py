@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...color import LowBand, check_detail_size
 from ...config import SPATIAL_FACTOR, video_frames
 from ...vae import VideoVAE
 from ..errors import TrainingError
@@ -29,6 +30,9 @@ class PixelSettings:
     since: int = 0  # the first step in which it counts
     window: int = 12  # latent pixels of the part that is decoded, rows and columns
     edge: int = 1  # latent pixels around it that are decoded, but not compared: their neighbours are missing
+    detail_size: float = (
+        0.0  # pixels: what is larger isn't compared, since Finish Frames takes it from the draft; 0: all
+    )
     terms: PixelWeights = field(default_factory=PixelWeights)
 
     def __post_init__(self) -> None:
@@ -37,6 +41,11 @@ class PixelSettings:
             raise TrainingError(
                 f"[pixels] edge must be 0 or more, and leave something of a window of {self.window}; got {self.edge}."
             )
+        if self.detail_size:
+            try:
+                check_detail_size(self.detail_size)
+            except ValueError as error:
+                raise TrainingError(f"[pixels] {error}") from None
 
 
 def visible_part(
@@ -61,6 +70,8 @@ def visible_loss(vae: VideoVAE, latent: Tensor, video: Tensor, place: Tensor, se
     edge = settings.edge * SPATIAL_FACTOR
     inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
     shown = vae.decode(latent[..., rows, columns].to(vae.dtype)).float()
+    if settings.detail_size:
+        shown = shown + LowBand(*shown.shape[-2:], shown.device, settings.detail_size).of_planes(video - shown)
     return weighted_loss(shown[..., inner, inner], video[..., inner, inner], settings.terms)
 
 

@@ -47,9 +47,14 @@ class Phase:
     clips: ClipSettings
     window: tuple[int, int] = (0, 0)  # latent pixels of a piece of each clip, rows and columns; (0, 0): all of it
     lengths: tuple[int, ...] = ()  # latent frames of a piece: one is drawn for each batch; empty: all of them
+    from_start: float = (
+        0.0  # of the pieces, so many begin with their clip for certain, as they must for pixels to count
+    )
 
     def __post_init__(self) -> None:
-        """Refuse pieces larger than the clips, and lengths of nothing."""
+        """Refuse pieces larger than the clips, lengths of nothing, and what is no probability."""
+        if not 0 <= self.from_start <= 1:
+            raise TrainingError(f"[[phases]] from_start must be 0 to 1; got {self.from_start:g}.")
         sides = self._whole
         if any(self.window) and not all(0 < part <= side for part, side in zip(self.window, sides, strict=True)):
             raise TrainingError(
@@ -74,6 +79,8 @@ class Phase:
         length = draw_length(self.lengths, latent.shape[2], generator)
         sides = zip(latent.shape[2:], (length, *self.sides), strict=True)
         starts = [(randint(generator, 0, side - part), part) for side, part in sides]
+        if self.from_start and float(torch.rand((), generator=generator)) < self.from_start:
+            starts[0] = 0, length
         return (..., *(slice(start, start + part) for start, part in starts))
 
 
