@@ -1,4 +1,4 @@
-"""The networks' inputs from the model options of a command: data types, model files, and the encoded prompt."""
+"""Networks from the model options of a command: data types, model files, the encoded prompt, and the refiner's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import main_memory
+from ..checkpoints import load_dit, load_vae
+from ..config import TEXT_TOKENS
+from ..devices import main_memory, open_device
 from ..errors import CommandError
-from ..nano import nano_state
-from ..t5 import T5Encoder, T5Tokens, contexts, load_encoder
+from ..nano import NANO_NOTICE, nano_is_trained, nano_state
+from ..parallel import Ranks, agree
+from ..parallel.sharding import shard_weights
+from ..refiner.run import Networks
+from ..t5 import T5Encoder, T5Tokens, contexts, load_encoder, with_motion
+from ..vae.memory import STORE_SHARE, VAE_SHARE
 from .options import DTYPES, ModelOptions, existing_file
+from .terminal import say
 
 BUILT_IN = "nano"  # in place of a file's identity
 KEPT_SHARE = 0.3  # of main memory, for a text encoder between prompts: other networks lie there, too
@@ -61,3 +68,35 @@ class TextEncoder:
         source = model_file(self.options.text_encoder, "text_encoder")
         dtype = torch.float32 if self.options.text_encoder is None else torch.bfloat16  # as in the official script
         return load_encoder(source, self.device, dtype)
+
+
+def load_refiner(models: ModelOptions, prompt: str | None, motion: str, ranks: Ranks | None) -> Networks:
+    """Stage II and the VAE, and the encoded prompt. Raises CommandError and CheckpointError."""
+    device = open_device(models.device)
+    dit_dtype, vae_dtype = dtypes(models.dtype, device)
+    if models.model is None and not nano_is_trained():
+        say(NANO_NOTICE)
+    dit = load_dit(model_file(models.model, "stage2"), dtype=dit_dtype)
+    if dit.config.stage != 2:
+        raise CommandError(f"{models.model} is stage I, which makes drafts; the refiner is stage II.")
+    if models.shard_weights:
+        shard_weights(dit, dit.blocks, device)
+    vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
+    context = encoded_prompt(prompt, motion, TextEncoder(models, device), dit.config.text_dim, ranks)
+    store = None if device.type == "cpu" else STORE_SHARE * main_memory()
+    return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, ranks)
+
+
+def encoded_prompt(prompt: str | None, motion: str, text: TextEncoder, text_dim: int, ranks: Ranks | None) -> Tensor:
+    """The prompt's encoding for stage II, [1, 226, text_dim]; without a prompt zeros."""
+    if prompt is None:
+        return torch.zeros(1, TEXT_TOKENS, text_dim)  # as in the unconditional evaluation
+    words = with_motion(prompt, motion)
+    return agree(ranks, lambda: text(words, text_dim))
+
+
+def _vae_memory(wanted: float | None, device: torch.device) -> float | None:
+    """Bytes for the VAE; None for no limit."""
+    if wanted is not None:
+        return wanted
+    return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

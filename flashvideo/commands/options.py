@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ from ..refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..samplers import SOLVERS
 from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..t5 import MOTIONS, T5Tokens
+
+if TYPE_CHECKING:  # brings PyAV
+    from ..refiner.file_options import FileOptions
 
 AUTO = "auto"
 MAX_CRF = 51  # of x264
@@ -201,6 +205,24 @@ def output_options(options: argparse.Namespace) -> OutputOptions:
         options.work,
         options.force,
         options.anew,
+    )
+
+
+def file_options(output: OutputOptions, **others: Any) -> FileOptions:
+    """The same for a run; `others` are its own fields, such as the work folder."""
+    from ..refiner.file_options import FileOptions
+
+    return FileOptions(
+        crf=output.crf,
+        sound=output.sound,
+        codec=output.codec,
+        bits=output.bits,
+        deinterlace=output.deinterlace,
+        fps=output.fps,
+        start_number=output.start_number,
+        force=output.force,
+        anew=output.anew,
+        **others,
     )
 
 

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..atomic_files import InUseError
-from ..checkpoints import load_dit, load_vae
-from ..config import NANO_STAGE2, NANO_STRENGTH, TEXT_TOKENS
-from ..devices import is_out_of_memory, main_memory, open_device, return_memory
+from ..config import NANO_STAGE2, NANO_STRENGTH
+from ..devices import is_out_of_memory, return_memory
 from ..errors import CommandError, cancelled
 from ..frames import TargetSize
 from ..nano import NANO_NOTICE, nano_is_trained
 from ..parallel import RankEndedError, Ranks, agree
 from ..parallel.farm import FarmOptions, check_farm
-from ..parallel.sharding import shard_weights
 from ..progress import PhaseProgress
 from ..refiner.run import REFINE, Networks, RefineSettings
-from ..t5 import with_motion
-from ..vae.memory import STORE_SHARE, VAE_SHARE
-from .loading import BUILT_IN, TextEncoder, dtypes, model_file
+from .loading import BUILT_IN, TextEncoder, encoded_prompt, load_refiner
 from .on_workers import Clip, Outcome, add_farm_options, farm_options, run_on_workers
 from .options import (
     ModelOptions,
@@ -38,12 +32,14 @@ from .options import (
     add_refiner_options,
     add_size_options,
     add_source_options,
+    file_options,
     model_options,
     output_options,
     refine_settings,
     target_size,
 )
 from .terminal import DAMAGED, REFUSED, ProgressBars, say, warn
+from .trial import add_trial_options, run_trial, trial_place
 
 
 def add_refine(commands: argparse._SubParsersAction) -> None:
@@ -72,8 +68,8 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     add_source_options(files)
     add_file_options(files)
     add_farm_options(parser.add_argument_group("several cards"))
-    # `ranks`: the processes that torchrun has started, if any.
-    parser.set_defaults(run=lambda options: refine(refine_options(options, options.source, TargetSize())), ranks=None)
+    add_trial_options(parser.add_argument_group("a test before"))
+    parser.set_defaults(run=_refine, ranks=None)  # `ranks`: the processes that torchrun has started, if any
 
 
 @dataclass(frozen=True)
@@ -112,6 +108,23 @@ def refine_options(options: argparse.Namespace, source: Path, default_size: Targ
     )
 
 
+def _refine(options: argparse.Namespace) -> int:
+    place, chosen = trial_place(options), refine_options(options, options.source, TargetSize())
+    return refine(chosen) if place is None else _try(chosen, place)
+
+
+def _try(options: RefineOptions, place: tuple[float, float]) -> int:
+    if options.ranks is not None or options.farm is not None:
+        raise CommandError("--try takes one process on one device: leave out torchrun and --ray.")
+    with _pyav_explained():
+        from ..refiner.trial import check_trial
+
+    check_trial(options.source, options.target)
+    networks = _networks(options)
+    settings = _with_own_strength(options, networks).settings
+    return run_trial(networks, options.source, options.target, settings, options.output, place)
+
+
 @dataclass(frozen=True)
 class Job:
     """One file. `prompt` and `settings` replace the command's, where they differ from file to file."""
@@ -124,11 +137,8 @@ class Job:
 
 def refine(options: RefineOptions) -> int:
     """Refine a file, or all videos of a folder; returns the exit code. Raises CommandError before the work starts."""
-    # Imported here, so that the other commands don't need PyAV.
-    try:
+    with _pyav_explained():
         from ..refiner.files import check_paths
-    except ModuleNotFoundError as error:
-        raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
 
     if options.farm is not None:
         if not options.source.is_dir():
@@ -142,6 +152,15 @@ def refine(options: RefineOptions) -> int:
         return jobs
 
     return refine_jobs(agree(options.ranks, checked_jobs), options)
+
+
+@contextmanager
+def _pyav_explained() -> Iterator[None]:
+    """Around imports that other commands don't need."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CommandError(f"Refining files needs the package {error.name}: use ComfyUI's Python.") from error
 
 
 def refine_jobs(jobs: list[Job], options: RefineOptions) -> int:
@@ -250,27 +269,20 @@ def _refine_job(
     note: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Returns sentences on what is damaged in the source."""
-    from ..refiner.files import FileOptions, is_picture, refine_picture, refine_video
+    from ..refiner.files import is_picture, refine_picture, refine_video
 
     if job.settings is not None:
         options = replace(options, prompt=job.prompt, settings=job.settings)
-        networks = replace(networks, context=_context(options, text, networks.dit.config.text_dim))
+        context = encoded_prompt(job.prompt, options.motion, text, networks.dit.config.text_dim, options.ranks)
+        networks = replace(networks, context=context)
     options = _with_own_strength(options, networks)
     settings, output = options.settings, options.output
     if is_picture(job.source):
         refine_picture(networks, job.source, job.target, settings, force=output.force, on_progress=report, note=note)
         return ()
-    files = FileOptions(
-        crf=output.crf,
-        sound=output.sound,
-        codec=output.codec,
-        bits=output.bits,
-        deinterlace=output.deinterlace,
-        fps=output.fps,
-        start_number=output.start_number,
-        force=output.force,
+    files = file_options(
+        output,
         work=_work_of(job.target, options),
-        anew=output.anew,
         about=_about(options, networks),
         note=note,
         warn=note if options.farm else lambda text: note(f"{job.source.name}: {text}"),
@@ -346,35 +358,7 @@ def _work_of(target: Path, options: RefineOptions) -> Path | None:
 
 
 def _networks(options: RefineOptions) -> Networks:
-    models = options.models
-    device = open_device(models.device)
-    dit_dtype, vae_dtype = dtypes(models.dtype, device)
-    if models.model is None and not nano_is_trained():
-        say(NANO_NOTICE)
-    dit = load_dit(model_file(models.model, "stage2"), dtype=dit_dtype)
-    if dit.config.stage != 2:
-        raise CommandError(f"{models.model} is stage I, which makes drafts; the refiner is stage II.")
-    if models.shard_weights:
-        shard_weights(dit, dit.blocks, device)
-    vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
-    context = _context(options, TextEncoder(models, device), dit.config.text_dim)
-    store = None if device.type == "cpu" else STORE_SHARE * main_memory()
-    return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, options.ranks)
-
-
-def _context(options: RefineOptions, text: TextEncoder, text_dim: int) -> Tensor:
-    """The prompt's encoding."""
-    if options.prompt is None:
-        return torch.zeros(1, TEXT_TOKENS, text_dim)  # as in the unconditional evaluation
-    words = with_motion(options.prompt, options.motion)
-    return agree(options.ranks, lambda: text(words, text_dim))
-
-
-def _vae_memory(wanted: float | None, device: torch.device) -> float | None:
-    """Bytes for the VAE; None for no limit."""
-    if wanted is not None:
-        return wanted
-    return VAE_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return load_refiner(options.models, options.prompt, options.motion, options.ranks)
 
 
 def _about(options: RefineOptions, networks: Networks) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ..frames import MAX_SIDE, padded_shape
 from ..guidance import MAX_SCALE, STAGE2_SCALE
 from ..memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
 from ..refiner import tiles
-from ..refiner.windows import WINDOW, plan_windows
+from ..refiner.windows import OVERLAP_FRAMES, WINDOW, plan_windows
 from ..schedule import stage2_times
 from ..vae.memory import decode_bytes, encode_bytes, plan_within
 from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tiling_factor
@@ -89,8 +89,8 @@ class Setting:
 
     `stage1_steps` 0 leaves the draft out: an existing clip is refined. `tile` is the side in pixels of the tiles that
     stage II sees (`tiles`), 0 for whole frames. `device` is the type of the device. With
-    `memory`, a limit in bytes, the VAE runs in tiles where it has to; `store` is their limit in main memory. Raises
-    ValueError for invalid values.
+    `memory`, a limit in bytes, the VAE runs in tiles where it has to; `store` is their limit in main memory. `window`
+    and `overlap` are stage II's in frames. Raises ValueError for invalid values.
     """
 
     width: int = 1920
@@ -105,6 +105,8 @@ class Setting:
     device: str = "cuda"
     memory: float | None = None
     store: float = STORE
+    window: int = WINDOW
+    overlap: int = OVERLAP_FRAMES
 
     def __post_init__(self) -> None:
         limits = {
@@ -125,6 +127,7 @@ class Setting:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
         if self.tile:
             tiles.plan_tiles(2, 2, self.tile)
+        plan_windows(1, self.window, self.overlap)
 
     @property
     def padded(self) -> tuple[int, int, int]:
@@ -217,10 +220,10 @@ def _phases(setting: Setting) -> Iterator[Phase]:
         yield _vae_phase("draft decode", setting.draft, setting, encode=False)
     yield _vae_phase(VAE_ENCODE, setting.padded, setting, encode=True)
     frames, height, width = setting.padded
-    windows = plan_windows(latent_shape(setting.padded)[0])
+    windows = plan_windows(latent_shape(setting.padded)[0], setting.window, setting.overlap)
     times = stage2_times(setting.stage2_steps).tolist()[:-1]
     evaluations = (1 if setting.cfg == 1 else 2) * sum(len(windows.at(time).starts) for time in times)
-    window = (min(frames, WINDOW), height, width)
+    window = (min(frames, setting.window), height, width)
     yield _refining_phase(STAGE_2, networks.stage2, window, evaluations, setting)
     yield _vae_phase(VAE_DECODE, setting.padded, setting, encode=False)
 

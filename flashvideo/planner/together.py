@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from ..config import SPATIAL_FACTOR, DiTConfig, latent_shape
 from ..memory import vae_outline
-from ..refiner.windows import WINDOW
 from ..vae.memory import plan_within
 from ..vae.ranks import side_for_ranks
 from ..vae.tiles import Tile
@@ -63,7 +62,7 @@ def _work(phase: Phase, setting: Setting, cards: int) -> RankWork:
     if phase.name == STAGE_1:
         return _transformer(phase, networks.stage1, setting.draft, cards, setting, is_guided=True)
     frames, *sides = setting.padded
-    window = (min(frames, WINDOW), *sides)
+    window = (min(frames, setting.window), *sides)
     return _transformer(phase, networks.stage2, window, cards, setting, is_guided=setting.cfg != 1)
 
 

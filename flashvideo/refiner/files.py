@@ -6,20 +6,18 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..atomic_files import InUseError, check_space, check_target, remove_abandoned, whole_file
+from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
 from ..color import DETAIL_SIZE
 from ..devices import GIB, main_memory
 from ..errors import CommandError
-from ..frames import PictureSize, TargetSize, odd_size_notice, to_bytes
+from ..frames import PictureSize, TargetSize, odd_size_notice
 from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
     CONTAINERS,
@@ -29,11 +27,11 @@ from ..video_files import (
     open_container,
     picture_track,
     sequence_identity,
-    split_alpha,
 )
 from .alpha import AlphaLayer, enlarge_alpha
 from .file_options import FileOptions
 from .outputs import check_patterns, open_source, output_of
+from .pictures import keeps_alpha, note_picture_losses, read_picture, write_picture
 from .ranks import SharedWork, following, leading
 from .run import ENCODE, Networks, RefineRun, RefineSettings, refine_frames
 from .work_folder import WorkFolder, discard, is_result_of
@@ -43,12 +41,6 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".
 WORK_ENDING = ".unfinished"  # of the folder beside the result
 FORMAT = 8  # of the work folder; a run of another format can't be resumed. 8: alpha
 _BYTES_A_PIXEL = 0.4  # of a refined video, a generous guess: once as segments, once as the result
-_JPEG_QUALITY = 95
-_OPAQUE_ENDINGS = (".jpg", ".jpeg", ".bmp")
-_WHITE = 255
-_DEEP_STEP = 257  # 65535 / 255
-_ALPHA_MODES = ("RGBA", "LA", "PA")
-_RGB_MODES = ("RGB", "RGBA", "P")
 _SEGMENTS = "segments"
 _USABLE = 0.9  # of main memory
 
@@ -190,7 +182,7 @@ def _lead(
             raise InUseError(f"Another program has made {target} in the meantime.")
         work = folder if ranks is None else SharedWork(folder, ranks)
         run = RefineRun(networks, clip, size, settings, work, report, options.segment_chunks)
-        _note_automatic(networks, settings, size, options.note)
+        note_automatic(networks, settings, size, options.note)
         if folder.fresh:
             needed = run.disk_bytes() + round(_BYTES_A_PIXEL * clip.count * size[0] * size[1])
             _check_space(folder, needed)
@@ -205,14 +197,15 @@ def _lead(
 
         run.run(deliver)
         segments = (folder.get(_SEGMENTS, number) for number in range(run.segments))
-        output.write(segments, folder, force=options.force)
+        output.write(segments, folder.note_result, force=options.force)
         folder.remove()
     return damage
 
 
-def _note_automatic(
+def note_automatic(
     networks: Networks, settings: RefineSettings, size: PictureSize, note: Callable[[str], None]
 ) -> None:
+    """Report what was chosen automatically."""
     if settings.strength is None:
         note(f"strength {settings.strength_for(size)} (auto, for {size})")
     detail_size = settings.detail_size_for(networks.dit.config)
@@ -268,61 +261,21 @@ def refine_picture(
     ranks = networks.ranks
     if ranks is not None and not ranks.leads:
         with following(ranks):
-            refine_frames(networks, _read_picture(source).pixels[None], settings)
+            refine_frames(networks, read_picture(source).pixels[None], settings)
         return
     with leading(ranks) as begin:
         check_paths(source, target, force=force)
         remove_abandoned(target)
-        picture, ending = _read_picture(source), target.suffix.lower()
+        picture = read_picture(source)
         size = settings.size.resolve(*picture.pixels.shape[:2])
-        if picture.alpha is not None and ending in _OPAQUE_ENDINGS:
-            note(f"Its transparency gets lost: a {ending} file stands on black, .png and .webp keep it.")
-        _note_automatic(networks, settings, size, note)
+        note_picture_losses(picture, target, note)
+        note_automatic(networks, settings, size, note)
         begin()
         refined = refine_frames(networks, picture.pixels[None], settings, on_progress, size=size)[0]
-        pixels = to_bytes(refined).numpy()
-        if picture.alpha is not None and ending not in _OPAQUE_ENDINGS:
-            larger = enlarge_alpha(picture.alpha, picture.pixels, refined)
-            colours, alpha = split_alpha(torch.cat([refined, larger[..., None]], dim=2), _WHITE)
-            pixels = np.dstack([to_bytes(colours).numpy(), alpha.astype(np.uint8)])
-        result = Image.fromarray(pixels)
-        kind = Image.registered_extensions()[ending]
-        with whole_file(target, replace=force) as part:
-            result.save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=picture.profile)
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A picture upright: pixels [height, width, 3], uint8 or on black in [0, 1] with `alpha` [height, width].
-
-    `profile`: its ICC profile where it is one of RGB.
-    """
-
-    pixels: Tensor
-    alpha: Tensor | None
-    profile: bytes | None
-
-
-def _read_picture(path: Path) -> _Picture:
-    try:
-        with Image.open(path) as image:
-            mode, profile = image.mode, image.info.get("icc_profile")
-            deep = mode.startswith("I;16") or (mode == "I" and image.format == "PNG")  # by Pillow's version
-            upright = ImageOps.exif_transpose(image)
-            if deep:  # Pillow would cut off at 255
-                grey = (np.asarray(upright).astype(np.float32) / _DEEP_STEP).round().astype(np.uint8)
-                upright = Image.fromarray(grey)
-            elif mode in ("I", "F"):
-                raise CommandError(f"{path} has 32 bits a pixel: save it with 8 or 16.")
-            profile = profile if mode in _RGB_MODES else None
-            is_transparent = upright.mode in _ALPHA_MODES or "transparency" in upright.info
-            stored = torch.from_numpy(np.array(upright.convert("RGBA" if is_transparent else "RGB")))
-            if stored.shape[2] == len("RGB") or int(stored[..., 3].min()) == _WHITE:
-                return _Picture(stored[..., :3].contiguous(), None, profile)
-            shown = stored.float() / _WHITE
-            return _Picture(shown[..., :3] * shown[..., 3:], shown[..., 3], profile)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise CommandError(f"{path} can't be read as a picture: {error}.") from error
+        if keeps_alpha(picture, target):
+            alpha = enlarge_alpha(picture.alpha, picture.pixels, refined)
+            refined = torch.cat([refined, alpha[..., None]], dim=2)
+        write_picture(target, refined, picture.profile, force=force)
 
 
 def file_identity(path: Path) -> list[str | int]:

@@ -32,7 +32,6 @@ from ..video_files import (
 )
 from ..video_files.sequences import PICTURE_RATE
 from .file_options import FileOptions
-from .work_folder import WorkFolder
 
 Segment = dict[str, Tensor]
 _LARGEST_DENOMINATOR = 1001  # of a rate: 23.976 is 24000/1001
@@ -63,8 +62,8 @@ class Output(Protocol):
     def encode(self, frames: Iterable[Tensor]) -> Segment:
         """Encode refined frames, [t, H, W, 3] in [0, 1] at a time."""
 
-    def write(self, segments: Iterable[Segment], folder: WorkFolder, *, force: bool) -> None:
-        """Write the result of all segments."""
+    def write(self, segments: Iterable[Segment], note_result: Callable[[Path], None], *, force: bool) -> None:
+        """Write the result of all segments. `note_result` gets a complete file just before it is renamed."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ class VideoOutput:
         """See `Output`."""
         return encode_segment(frames, self.form)
 
-    def write(self, segments: Iterable[Segment], folder: WorkFolder, *, force: bool) -> None:
+    def write(self, segments: Iterable[Segment], note_result: Callable[[Path], None], *, force: bool) -> None:
         """See `Output`."""
         with whole_file(self.target, replace=force) as part:
             write_video(part, self.form, segments, CONTAINERS[self.target.suffix.lower()])
-            folder.note_result(part)
+            note_result(part)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class PictureOutput:
         """See `Output`."""
         return encode_pictures(frames, self.form)
 
-    def write(self, segments: Iterable[Segment], folder: WorkFolder, *, force: bool) -> None:
+    def write(self, segments: Iterable[Segment], note_result: Callable[[Path], None], *, force: bool) -> None:
         """See `Output`."""
         _write_pictures(self.form, segments, replace=force)
 

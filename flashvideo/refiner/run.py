@@ -197,15 +197,16 @@ class RefineRun:
         work: MemoryWork | WorkFolder | SharedWork,
         on_progress: PhaseProgress | None = None,
         segment_chunks: int = SEGMENT_CHUNKS,
+        noise: Callable[[tuple[int, ...], int, int], Tensor] = frame_noise,
     ) -> None:
-        """`size` is what `settings.size` means for this clip, see `TargetSize.resolve`."""
+        """`size` is what `settings.size` means for this clip, see `TargetSize.resolve`. `noise`: see `frame_noise`."""
         self.networks, self.clip, self.settings, self.work = networks, clip, settings, work
         self.height, self.width = size
         self.strength = settings.strength_for(size)
         self.padded = padded_shape(clip.count, self.height, self.width)
         self.latents = latent_frames(self.padded[0])
         self.plan = plan_windows(self.latents, settings.window, settings.overlap)
-        self._report = on_progress or no_phase_progress
+        self._report, self._noise = on_progress or no_phase_progress, noise
         chunks = decode_chunks(self.latents)
         self._segments = [chunks[i : i + segment_chunks] for i in range(0, len(chunks), segment_chunks)]
 
@@ -272,6 +273,7 @@ class RefineRun:
         with _resident(self.networks.vae, device) as vae:
             stream = self._stream(vae.encoder, encode_chunks(self.padded[0]))
             stream.restore(progress.done, progress.tensors, device)
+            self._report(ENCODE, min(sum(stream.sizes[: stream.done]), count), count)
             for chunk, _ in self._prepared(stream.sizes, stream.done):
                 first = latent_frames(sum(stream.sizes[: stream.done]))
                 latent = latent_of(stream(to_video(chunk).to(_dtype(vae))))
@@ -293,6 +295,7 @@ class RefineRun:
             if progress.tensors:
                 front.restore(progress.tensors, device)
             dropped = 0
+            self._report(REFINE, front.evaluated, front.total)
             while front.finished < self.latents:
                 if not front.ready:
                     front.feed(self._degraded(front.fed).to(device))
@@ -307,7 +310,7 @@ class RefineRun:
     def _degraded(self, index: int) -> Tensor:
         """Frame `index` of the latent that stage II starts from, [1, C, 1, h, w] in its scaled space."""
         latent = self.work.get(_ENCODED, index)["latent"].float() * STAGE2_LATENT_SCALE
-        noise = frame_noise(tuple(latent.shape), self.settings.seed, index).to(latent)
+        noise = self._noise(tuple(latent.shape), self.settings.seed, index).to(latent)
         return degrade_latent(latent, noise, self.strength)[None, :, None]
 
     def _decode(self, progress: WorkProgress, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
@@ -331,6 +334,7 @@ class RefineRun:
         """Refined frames and their reference, [t, H', W', 3] both, for each chunk that is left."""
         sizes = [video_frames(size, first=index == 0) for index, size in enumerate(stream.sizes)]
         done = sum(sizes[: stream.done])
+        self._report(phase, done, self.clip.count)
         for chunk, length in self._prepared(sizes, stream.done):
             first = sum(stream.sizes[: stream.done])
             frames = range(first, first + stream.sizes[stream.done])

@@ -48,7 +48,7 @@ class VideoClip:
     `bits` are those of a colour, `curve` is "PQ" or "HLG" for HDR. `interlaced`: pictures are stored as two halves of
     different times; `deinterlaced`: `frames` makes whole ones of them. `transparent`: see `alpha`. `notes` are
     sentences on what gets lost because refined files hold none of it, and on what can't be known; `damage` on what of
-    the file can't be decoded.
+    the file can't be decoded. `other_tracks`: sound and the like belong to the clip.
     """
 
     path: Path
@@ -71,6 +71,7 @@ class VideoClip:
     transparent: bool = False
     notes: tuple[str, ...] = ()
     damage: tuple[str, ...] = ()
+    other_tracks: bool = True
 
     @property
     def count(self) -> int:
@@ -90,9 +91,14 @@ class VideoClip:
             self, start=self.start + first * self.time_base, times=tuple(time - first for time in self.times)
         )
 
+    def beginning(self, count: int) -> VideoClip:
+        """The clip's first `count` frames, without its other tracks."""
+        last = self.last if count == self.count else self.times[count] - self.times[count - 1]
+        return replace(self.alone(), times=self.alone().times[:count], last=last, other_tracks=False)
+
     def source(self) -> AbstractContextManager[av.container.InputContainer | None]:
         """The file, for its other tracks."""
-        return opened(self.path)
+        return opened(self.path) if self.other_tracks else nullcontext()
 
     def frames(self, start: int = 0) -> Iterator[Tensor]:
         """Frames from number `start` on, [height, width, 3], on black.
@@ -116,7 +122,7 @@ class VideoClip:
             pictures = (item for item in decoded(container) if isinstance(item, av.VideoFrame))
             if self.deinterlaced:
                 pictures = _whole_pictures(pictures, picture_track(container))
-            yield from islice(pictures, start, None)
+            yield from islice(pictures, start, self.count)
 
 
 def _whole_pictures(pictures: Iterator[av.VideoFrame], track: av.VideoStream) -> Iterator[av.VideoFrame]:

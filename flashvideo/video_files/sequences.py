@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -73,6 +73,10 @@ class PictureSequence(VideoClip):
     numbers: tuple[int, ...] = ()
     peak: float = 1.0
     premultiplied: bool = False
+
+    def beginning(self, count: int) -> PictureSequence:
+        """See `VideoClip`."""
+        return replace(super().beginning(count), numbers=self.numbers[:count])
 
     def source(self) -> AbstractContextManager[None]:
         """There are no other tracks."""

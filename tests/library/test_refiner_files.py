@@ -20,7 +20,8 @@ from small_videos import SOUND_RATE, add_sound, make_video, ramps, read, turn_cl
 from flashvideo.errors import CommandError
 from flashvideo.frames import PictureSize, TargetSize
 from flashvideo.refiner import Networks, RefineSettings, refine_frames
-from flashvideo.refiner.files import WORK_ENDING, FileOptions, _read_picture, refine_picture, refine_video
+from flashvideo.refiner.files import WORK_ENDING, FileOptions, refine_picture, refine_video
+from flashvideo.refiner.pictures import read_picture
 from flashvideo.refiner.work_folder import WorkFolder
 from flashvideo.video_files import UPRIGHT, open_clip
 
@@ -381,7 +382,7 @@ def test_a_pictures_colour_profile_goes_with_it(tiny_networks: Networks, tmp_pat
 def test_deep_grey_keeps_its_levels(ending: str, tmp_path: Path) -> None:
     levels = np.linspace(0, 65535, 48).astype(np.uint16)[None].repeat(32, 0)
     Image.fromarray(levels).save(tmp_path / f"in{ending}")
-    pixels = _read_picture(tmp_path / f"in{ending}").pixels.numpy()
+    pixels = read_picture(tmp_path / f"in{ending}").pixels.numpy()
     assert np.abs(pixels - (levels / 257)[..., None]).max() <= 0.5
 
 

@@ -105,12 +105,7 @@ def copy(source: Path, target: Path, **choices: object) -> tuple[str, ...]:
     with_alpha = [torch.cat([frame, alpha[..., None]], dim=2) for frame, alpha in layers]
     frames = torch.stack(with_alpha if output.form.keeps_alpha else list(clip.frames()))
     segment = output.encode([frames])
-
-    class Folder:
-        def note_result(self, part: Path) -> None:
-            pass
-
-    output.write([segment], Folder(), force=False)
+    output.write([segment], lambda _part: None, force=False)
     return tuple(output.form.losses())
 
 
