@@ -34,7 +34,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .config import NANO_STAGE2, DiTConfig
+from .config import NANO_REFINERS, DiTConfig
 from .progress import Progress, no_progress
 
 DETAIL_SIZE = 70  # pixels: half of a pattern this long is low band, half is detail
@@ -148,7 +148,7 @@ def adain_transform(refined: ColorStatistics, reference: ColorStatistics) -> tup
 
 def auto_detail_size(config: DiTConfig | None) -> int:
     """The detail size, in pixels, for a stage II of this form: all but the miniature can make large things anew."""
-    return NANO_DETAIL_SIZE if config == NANO_STAGE2 else DETAIL_SIZE
+    return NANO_DETAIL_SIZE if config in NANO_REFINERS else DETAIL_SIZE
 
 
 def check_detail_size(detail_size: float) -> None:

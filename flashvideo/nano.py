@@ -1,6 +1,7 @@
 """FlashVideo-Nano: a miniature of all four networks, small enough to come with the pack, so that graphs run anywhere.
 
-The networks are the official ones in smaller sizes. Weights are read from models/nano beside this package; if they are
+The networks are the official ones in smaller sizes. Stage II and the VAE are there twice: trained on drawn scenes, in
+whose latents stage I drafts, and on real footage. Weights are read from models/nano beside this package; if they are
 missing, untrained ones are made from a seed: they run through every graph, and give coloured noise.
 """
 
@@ -17,13 +18,21 @@ from torch import Tensor
 
 from .checkpoints.architecture import NORM_GROUPS_METADATA
 from .checkpoints.weights import StateDict, open_weights
-from .config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE
+from .config import (
+    NANO_FOOTAGE_STAGE2,
+    NANO_FOOTAGE_VAE,
+    NANO_STAGE1,
+    NANO_STAGE2,
+    NANO_TEXT_ENCODER,
+    NANO_VAE,
+    DiTConfig,
+)
 from .dit import FlashVideoDiT
 from .t5 import t5_shapes
 from .vae import VideoVAE
 
 NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
-NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder")
+NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder", "footage_stage2", "footage_vae")
 NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
 NANO_DTYPE = torch.float16
 PREVIEW_METADATA = "flashvideo.preview"  # in the VAE's file: the map from latent to colour, as JSON
@@ -32,6 +41,8 @@ NANO_NOTICE = (
     "Choose the official FlashVideo model files for real pictures."
 )
 
+_STAGES = {"stage1": NANO_STAGE1, "stage2": NANO_STAGE2, "footage_stage2": NANO_FOOTAGE_STAGE2}
+_VAES = {"vae": NANO_VAE, "footage_vae": NANO_FOOTAGE_VAE}
 
 # Standard deviations of untrained weights, in units of 1 / sqrt(inputs); the first name that a key contains counts.
 _GAINS: tuple[tuple[str, float], ...] = (
@@ -51,7 +62,7 @@ _GAINS: tuple[tuple[str, float], ...] = (
 
 
 def nano_is_trained(folder: Path = NANO_FOLDER) -> bool:
-    """Whether trained weights of all four parts are there."""
+    """Whether trained weights of all parts are there."""
     return all(_file(part, folder).is_file() for part in NANO_PARTS)
 
 
@@ -64,17 +75,22 @@ def nano_state(part: str, folder: Path = NANO_FOLDER) -> StateDict:
     if not nano_is_trained(folder):
         return build_part(part, NANO_SEED)
     weights = open_weights(_file(part, folder))
-    return StateDict({name: weights.read(name) for name in weights.shapes}, weights.metadata)
+    state = {name: weights.read(name).to(NANO_DTYPE) for name in weights.shapes}  # some are stored in 8 bits
+    return StateDict(state, weights.metadata)
 
 
-def nano_preview(folder: Path = NANO_FOLDER) -> Tensor | None:
-    """Linear map from Nano's latents in raw scale to colours in [-1, 1], for previews; None if it is untrained.
+def nano_preview(config: DiTConfig, folder: Path = NANO_FOLDER) -> Tensor | None:
+    """Linear map from a Nano stage's latents in raw scale to colours in [-1, 1], for previews.
 
-    [17, 3]: red, green and blue for each channel; the last row is the bias.
+    [17, 3]: red, green and blue for each channel; the last row is the bias. None for other networks, and if Nano is
+    untrained.
     """
-    if not nano_is_trained(folder):
+    stage = next((part for part, known in _STAGES.items() if known == config), None)
+    if stage is None or not nano_is_trained(folder):
         return None
-    factors = open_weights(_file("vae", folder)).metadata.get(PREVIEW_METADATA)
+    factors = open_weights(_file("footage_vae" if stage == "footage_stage2" else "vae", folder)).metadata.get(
+        PREVIEW_METADATA
+    )
     return None if factors is None else torch.tensor(json.loads(factors))
 
 
@@ -85,7 +101,7 @@ def build_nano(seed: int) -> dict[str, StateDict]:
 
 def build_part(part: str, seed: int) -> StateDict:
     """Untrained weights of one of NANO_PARTS, as `build_nano` makes them."""
-    metadata = {NORM_GROUPS_METADATA: str(NANO_VAE.norm_groups)} if part == "vae" else {}
+    metadata = {NORM_GROUPS_METADATA: str(_VAES[part].norm_groups)} if part in _VAES else {}
     shapes = _shapes(part).items()
     return StateDict({name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in shapes}, metadata)
 
@@ -111,9 +127,5 @@ def _shapes(part: str) -> Mapping[str, tuple[int, ...]]:
     if part == "text_encoder":
         return t5_shapes(NANO_TEXT_ENCODER)
     with torch.device("meta"):
-        network = {
-            "stage1": lambda: FlashVideoDiT(NANO_STAGE1),
-            "stage2": lambda: FlashVideoDiT(NANO_STAGE2),
-            "vae": lambda: VideoVAE(NANO_VAE),
-        }[part]()
+        network = VideoVAE(_VAES[part]) if part in _VAES else FlashVideoDiT(_STAGES[part])
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

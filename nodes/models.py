@@ -19,7 +19,11 @@ from .native.model import load_model
 FOLDER = "diffusion_models"
 LORA_FOLDER = "loras"
 # Saved workflows hold these names: they never change.
-BUILT_IN = {"FlashVideo-Nano Stage I (built-in)": "stage1", "FlashVideo-Nano Stage II (built-in)": "stage2"}
+BUILT_IN = {
+    "FlashVideo-Nano Stage I (built-in)": "stage1",
+    "FlashVideo-Nano Stage II (built-in)": "stage2",
+    "FlashVideo-Nano Stage II for real footage (built-in)": "footage_stage2",
+}
 WEIGHT_DTYPES = {
     "default": None,
     "fp8_e4m3fn": torch.float8_e4m3fn,
@@ -48,7 +52,8 @@ class FlashVideoModelLoader(io.ComfyNode):
                     default=next(iter(BUILT_IN)),
                     tooltip="The model file, from models/diffusion_models: put stage1.pt and stage2.pt (from "
                     "huggingface.co/FoundationVision/FlashVideo) there. FlashVideo-Nano is a built-in miniature "
-                    "that runs on anything. Default: FlashVideo-Nano Stage I.",
+                    "that runs on anything; its Stage II for real footage goes with the VAE of the same name. "
+                    "Default: FlashVideo-Nano Stage I.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

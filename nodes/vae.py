@@ -17,6 +17,7 @@ from .native.vae import load_vae_native
 
 FOLDER = "vae"
 # Saved workflows hold these names: they never change.
+VAES = {BUILT_IN: "vae", "FlashVideo-Nano for real footage (built-in)": "footage_vae"}
 BUDGETS = {"auto": None, **{f"{size} GB": size * GIB for size in (2, 4, 6, 8, 12, 16, 24, 32)}}
 
 
@@ -38,13 +39,14 @@ class FlashVideoVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=options(FOLDER),
+                    options=options(FOLDER, tuple(VAES)),
                     default=BUILT_IN,
                     tooltip="The VAE file, from models/vae: put 3d-vae.pt (from huggingface.co/FoundationVision/"
                     "FlashVideo) there, a converted 3d-vae.safetensors, or the VAE of CogVideoX "
                     "(diffusion_pytorch_model.safetensors from its vae folder). taecvx.safetensors decodes "
-                    "approximately and fast, for a first look, and doesn't encode. FlashVideo-Nano's VAE only goes "
-                    f"with FlashVideo-Nano. Default: {BUILT_IN}.",
+                    "approximately and fast, for a first look, and doesn't encode. FlashVideo-Nano's VAEs only go "
+                    "with FlashVideo-Nano: the one for real footage with the Stage II of that name, the other with "
+                    f"the rest. Default: {BUILT_IN}.",
                 ),
                 io.Combo.Input(
                     "memory_budget",
@@ -70,24 +72,25 @@ class FlashVideoVAELoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, vae_name: str | None) -> bool | str:
         """Say what to put where if the file isn't there; in place of ComfyUI's own check of this input."""
-        return check_file(FOLDER, vae_name)
+        return check_file(FOLDER, vae_name, tuple(VAES))
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None, **_: Any) -> str:
         """A file of the same name that was replaced counts as another one."""
-        return file_fingerprint(FOLDER, vae_name)
+        return file_fingerprint(FOLDER, vae_name, tuple(VAES))
 
     @classmethod
     @checked
     def execute(cls, vae_name: str, memory_budget: str = "auto") -> io.NodeOutput:
         """Load the VAE, or find it loaded."""
         with named(cls.NAME):
-            path = resolve(FOLDER, vae_name)
+            path = resolve(FOLDER, vae_name, tuple(VAES))
             budget = BUDGETS[memory_budget]
             if path is not None and is_tiny(open_weights(path).shapes):
                 vae = shared(path, lambda: load_tiny_vae(path))
             else:
-                vae = shared(path, lambda: load_vae_native(path, budget), memory_budget)
+                source = path or VAES[vae_name]
+                vae = shared(path, lambda: load_vae_native(source, budget), vae_name if path is None else None, budget)
         return io.NodeOutput(vae, ui=notice(path, own_id(cls)))
 
 

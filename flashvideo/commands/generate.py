@@ -62,7 +62,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     add_file_options(parser.add_argument_group("files"))
     parser.set_defaults(**NO_SOURCE_OPTIONS)
     add_farm_options(parser.add_argument_group("several cards, with --prompts"))
-    parser.set_defaults(run=_generate, ranks=None)  # `ranks`: see `refine`
+    parser.set_defaults(run=_generate, ranks=None, footage=False)  # see `refine`
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -76,12 +76,12 @@ def load_refiner(models: ModelOptions, prompt: str | None, motion: str, ranks: R
     dit_dtype, vae_dtype = dtypes(models.dtype, device)
     if models.model is None and not nano_is_trained():
         say(NANO_NOTICE)
-    dit = load_dit(model_file(models.model, "stage2"), dtype=dit_dtype)
+    dit = load_dit(model_file(models.model, models.built_in("stage2")), dtype=dit_dtype)
     if dit.config.stage != 2:
         raise CommandError(f"{models.model} is stage I, which makes drafts; the refiner is stage II.")
     if models.shard_weights:
         shard_weights(dit, dit.blocks, device)
-    vae = load_vae(model_file(models.vae, "vae"), dtype=vae_dtype)
+    vae = load_vae(model_file(models.vae, models.built_in("vae")), dtype=vae_dtype)
     context = encoded_prompt(prompt, motion, TextEncoder(models, device), dit.config.text_dim, ranks)
     store = None if device.type == "cpu" else STORE_SHARE * main_memory()
     return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, ranks)

@@ -54,7 +54,10 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model files are read, None for the built-in ones, and which device is used; `vae_memory` in bytes."""
+    """Which model files are read, None for the built-in ones, and which device is used; `vae_memory` in bytes.
+
+    `footage`: the built-in stage II and VAE are those for real footage, not those for drawn scenes.
+    """
 
     model: Path | None
     vae: Path | None
@@ -64,6 +67,11 @@ class ModelOptions:
     device: str | None
     dtype: str | None
     shard_weights: bool = False
+    footage: bool = False
+
+    def built_in(self, part: str) -> str:
+        """The name of the built-in "stage2" or "vae" that is meant, one of `nano.NANO_PARTS`."""
+        return f"footage_{part}" if self.footage else part
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -249,6 +257,7 @@ def model_options(options: argparse.Namespace) -> ModelOptions:
         vae_memory=None if options.vae_memory is None else options.vae_memory * GIB,
         device=options.device,
         dtype=options.dtype,
+        footage=options.footage,
         shard_weights=options.shard_weights,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_files import InUseError
-from ..config import NANO_STAGE2, NANO_STRENGTH
+from ..config import NANO_REFINERS, NANO_STRENGTH
 from ..devices import is_out_of_memory, return_memory
 from ..errors import CommandError, cancelled
 from ..frames import TargetSize
@@ -69,7 +69,8 @@ def add_refine(commands: argparse._SubParsersAction) -> None:
     add_file_options(files)
     add_farm_options(parser.add_argument_group("several cards"))
     add_trial_options(parser.add_argument_group("a test before"))
-    parser.set_defaults(run=_refine, ranks=None)  # `ranks`: the processes that torchrun has started, if any
+    # `ranks`: the processes that torchrun has started, if any. `footage`: see `ModelOptions`.
+    parser.set_defaults(run=_refine, ranks=None, footage=True)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def refine_jobs(jobs: list[Job], options: RefineOptions) -> int:
 
 
 def _with_own_strength(options: RefineOptions, networks: Networks) -> RefineOptions:
-    if options.own_strength or networks.dit.config != NANO_STAGE2:
+    if options.own_strength or networks.dit.config not in NANO_REFINERS:
         return options
     return replace(options, settings=replace(options.settings, strength=NANO_STRENGTH))
 
@@ -372,5 +373,6 @@ def _about(options: RefineOptions, networks: Networks) -> dict[str, Any]:
         about["processes"] = networks.ranks.size
     for name in ("model", "vae", "text_encoder"):
         path = getattr(options.models, name)
-        about[name] = BUILT_IN if path is None else file_identity(path)
+        built_in = f"{BUILT_IN} for footage" if options.models.footage else BUILT_IN
+        about[name] = built_in if path is None else file_identity(path)
     return about | {"prompt": options.prompt, "motion": options.motion}

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from ...flashvideo.checkpoints import OWN_PREFIX, read_dit, read_stored_dit
 from ...flashvideo.config import (
-    NANO_STAGE1,
-    NANO_STAGE2,
     SPATIAL_FACTOR,
     STAGE1_LATENT_SCALE,
     STAGE2_LATENT_SCALE,
@@ -212,7 +210,7 @@ class StageConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, config: DiTConfig) -> None:
         self.latent_format = Stage2Latent if config.stage == 2 else Stage1Latent
-        if config in (NANO_STAGE1, NANO_STAGE2) and (preview := nano_preview()) is not None:
+        if (preview := nano_preview(config)) is not None:
             self.latent_format = partial(_nano_latent, self.latent_format, preview)
         sizes = {"in_channels": config.in_channels, "out_channels": config.out_channels}
         super().__init__({"config": config, "model_channels": config.hidden_size, **sizes})

@@ -275,12 +275,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return check(error) if check is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)
 
 
-def load_vae_native(path: Path | None, budget: float | None = None) -> FlashVideoVAE:
-    """A VAE from a file in any known layout; FlashVideo-Nano's for None. Raises CheckpointError.
+def load_vae_native(source: Path | str, budget: float | None = None) -> FlashVideoVAE:
+    """A VAE from a file in any known layout, or one of FlashVideo-Nano's by its name. Raises CheckpointError.
 
     `budget`: bytes that an encode or decode may hold; None for what is free.
     """
-    config, state = read_vae(nano_state("vae") if path is None else path)
+    config, state = read_vae(nano_state(source) if isinstance(source, str) else source)
     device = comfy.model_management.vae_device()
     dtype = comfy.model_management.vae_dtype(device, WORKING_DTYPES)
     layers = {"dtype": dtype, "operations": comfy.ops.disable_weight_init}
@@ -290,12 +290,12 @@ def load_vae_native(path: Path | None, budget: float | None = None) -> FlashVide
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     network.load_state_dict(weights, assign=True)
     vae = FlashVideoVAE(network.eval().requires_grad_(False), dtype, device)
-    remember_loader(vae.patcher, _load_patcher, path, budget)
+    remember_loader(vae.patcher, _load_patcher, source, budget)
     return vae
 
 
-def _load_patcher(path: Path | None, budget: float | None, disable_dynamic: bool = False) -> ModelPatcher:
-    return load_vae_native(path, budget).patcher  # which has no dynamic VRAM in any case
+def _load_patcher(source: Path | str, budget: float | None, disable_dynamic: bool = False) -> ModelPatcher:
+    return load_vae_native(source, budget).patcher  # which has no dynamic VRAM in any case
 
 
 def _follow_device(patcher: ModelPatcher) -> None:

@@ -220,7 +220,7 @@ def model_folder(comfy_base: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.fixture()
 def vae(submodule: Callable[[str], ModuleType]) -> Any:
     """The built-in VAE."""
-    return submodule("nodes.native.vae").load_vae_native(None)
+    return submodule("nodes.native.vae").load_vae_native("vae")
 
 
 @pytest.fixture()

@@ -108,7 +108,7 @@ def test_a_long_video_is_made_anew_with_another_attention(
 ) -> None:
     frames = torch.rand(5, 64, 96, 3, generator=torch.Generator().manual_seed(2))
     video = InputImpl.VideoFromComponents(Types.VideoComponents(images=frames, frame_rate=Fraction(8)))
-    vae = submodule("nodes.native.vae").load_vae_native(None)
+    vae = submodule("nodes.native.vae").load_vae_native("vae")
     size = {"size": "keep", "short_side": 1080, "scale": 4.0, "width": 64, "height": 48, "resample": "bilinear"}
     refining = {"strength": STRENGTH, "steps": 1, "cfg": CFG, "shift": SHIFT, "seed": 5, "color_match": "none"}
 

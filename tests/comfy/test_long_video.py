@@ -71,7 +71,7 @@ def networks(submodule: Callable[[str], ModuleType]) -> dict[str, Any]:
     context = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0))
     return {
         "model": model,
-        "vae": submodule("nodes.native.vae").load_vae_native(None),
+        "vae": submodule("nodes.native.vae").load_vae_native("vae"),
         "positive": [[context, {}]],
         "negative": [[torch.zeros_like(context), {}]],
     }

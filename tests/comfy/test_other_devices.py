@@ -129,7 +129,7 @@ def test_a_model_can_be_put_on_another_device(comfy_nodes: dict[str, Any], model
 def test_a_vae_on_another_device_works_there(
     comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType]
 ) -> None:
-    vae = submodule("nodes.native.vae").load_vae_native(None)
+    vae = submodule("nodes.native.vae").load_vae_native("vae")
     moved = comfy_nodes["SelectVAEDevice"].execute(vae, "gpu:1").result[0]
     assert moved.first_stage_model is not vae.first_stage_model
     assert (vae.first_stage_model.device, moved.first_stage_model.device) == (FIRST, ELSEWHERE)

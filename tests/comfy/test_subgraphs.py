@@ -101,4 +101,6 @@ def test_the_outer_node_shows_what_it_stands_for(blueprints: dict[str, Graph], n
     widgets = [port["name"] for port in node["inputs"] if "widget" in port]
     assert len(node["widgets_values"]) == len(widgets)
     values = dict(zip(widgets, node["widgets_values"], strict=True))
-    assert values["stage2_name"] == "FlashVideo-Nano Stage II (built-in)", "runs without a download"
+    footage = " for real footage" if name == "FlashVideo Refine Video" else ""
+    assert values["stage2_name"] == f"FlashVideo-Nano Stage II{footage} (built-in)", "runs without a download"
+    assert values["vae_name"] == f"FlashVideo-Nano{footage} (built-in)"

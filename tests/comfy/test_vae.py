@@ -165,7 +165,7 @@ def test_a_picture_beyond_the_budget_runs_in_tiles_with_the_same_result(vae: Any
     pixels, latent = clip_of(9, 64, 96), latent_of(3, 8, 12)["samples"]
     mean, frames = vae.encode(pixels), vae.decode(latent)
     memory = submodule("flashvideo.vae.memory")
-    small = submodule("nodes.native.vae").load_vae_native(None, 8 * 2**20)
+    small = submodule("nodes.native.vae").load_vae_native("vae", 8 * 2**20)
     network = small.first_stage_model
     assert memory.decode_bytes(network, latent.shape, torch.float32) > network.budget
     assert memory.encode_bytes(network, (1, 3, 9, 64, 96), torch.float32) > network.budget
@@ -183,7 +183,7 @@ def test_a_budget_holds_for_batches(vae: Any, submodule: Callable, monkeypatch: 
         memory.decode_bytes(whole, latent.shape, torch.float32),
         memory.encode_bytes(whole, video.shape, torch.float32),
     )
-    small = submodule("nodes.native.vae").load_vae_native(None, int(2 * min(needed)))  # of three that each half takes
+    small = submodule("nodes.native.vae").load_vae_native("vae", int(2 * min(needed)))  # of three that each half takes
     for half in ("encode", "decode"):
         monkeypatch.setattr(submodule("flashvideo.vae").VideoVAE, half, lambda *_, **__: pytest.fail("all at once"))
     assert (small.first_stage_model.encode(video) - mean).abs().max() <= NETWORK_TOLERANCE

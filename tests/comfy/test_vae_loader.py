@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 BUILT_IN = "FlashVideo-Nano (built-in)"
+FOR_FOOTAGE = "FlashVideo-Nano for real footage (built-in)"
 LOADER = {"class_type": "FlashVideoVAELoader", "inputs": {"vae_name": BUILT_IN}}
 
 
 def test_the_built_in_vae_is_the_default_and_files_follow(comfy_nodes: dict, vae_folder: Path) -> None:
     (vae_folder / "3d-vae.pt").write_bytes(b"x")
     choices, more = comfy_nodes["FlashVideoVAELoader"].INPUT_TYPES()["required"]["vae_name"]
-    assert (more.get("options") or choices) == [BUILT_IN, "3d-vae.pt"]
+    assert (more.get("options") or choices) == [BUILT_IN, FOR_FOOTAGE, "3d-vae.pt"]
     assert more["default"] == BUILT_IN
 
 

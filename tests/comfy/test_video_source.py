@@ -198,7 +198,7 @@ def test_sound_that_save_video_cannot_copy_is_told_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = recorded(tmp_path / "studio.avi", "pcm_s16le")
-    vae = submodule("nodes.native.vae").load_vae_native(None)
+    vae = submodule("nodes.native.vae").load_vae_native("vae")
     choices = {
         **{"size": "keep", "short_side": 1080, "scale": 4.0, "width": 64, "height": 48, "resample": "bilinear"},
         **{"strength": 675, "steps": 1, "cfg": 1.0, "shift": 2.5, "seed": 5, "window": 9, "overlap": 4},

@@ -245,7 +245,7 @@ def test_a_prompt_that_is_not_finite_is_refused_before_the_run(
 def test_latents_that_are_no_videos_are_refused_by_the_vae(
     shape: tuple[int, ...], comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType]
 ) -> None:
-    vae = submodule("nodes.native.vae").load_vae_native(None)
+    vae = submodule("nodes.native.vae").load_vae_native("vae")
     latent = {"samples": torch.zeros(shape)}
     with pytest.raises(ValueError, match=r"FlashVideo's VAE must be \[batch, 16, frames, height, width\]; got"):
         comfy_nodes["VAEDecode"]().decode(vae, latent)
@@ -291,7 +291,7 @@ def test_what_save_checkpoint_writes_loads_again(
     model: Any,
 ) -> None:
     native, checkpoints = submodule("nodes.native.vae"), submodule("flashvideo.checkpoints")
-    vae, clip = native.load_vae_native(None), submodule("nodes.native.clip").load_clip_native(None)
+    vae, clip = native.load_vae_native("vae"), submodule("nodes.native.clip").load_clip_native(None)
     comfy_nodes["CheckpointSave"]().save(model, clip, vae, "ours")
     (file,) = (comfy_base / "output").glob("ours_*.safetensors")
     assert checkpoints.load_dit(file).config == model.model.diffusion_model.config

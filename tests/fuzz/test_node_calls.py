@@ -126,7 +126,7 @@ def loaded(
     clip = Types.VideoComponents(images=torch.rand(5, 16, 32, 3), audio=None, frame_rate=8)
     return {
         "MODEL": [*stages, comfy_nodes["FlashVideoRefinerSettings"].execute(stages[1], -1, 2.5).result[0]],
-        "VAE": [submodule("nodes.native.vae").load_vae_native(None), object()],
+        "VAE": [submodule("nodes.native.vae").load_vae_native("vae"), object()],
         "CLIP": [submodule("nodes.native.clip").load_clip_native(None)],
         "CONDITIONING": [[[text, {}]] for text in texts] + [[], [[texts[0]]]],
         "VIDEO": [InputImpl.VideoFromComponents(clip)],

@@ -24,7 +24,7 @@ from flashvideo.color import (
     color_statistics,
     match_colors,
 )
-from flashvideo.config import NANO_STAGE2, STAGE2
+from flashvideo.config import NANO_FOOTAGE_STAGE2, NANO_STAGE2, STAGE2
 from flashvideo.frames import COLOR_MATCHES, TargetSize, finish, prepare, resize
 from flashvideo.training.ablations.measures import delta_e
 
@@ -134,7 +134,7 @@ def test_a_small_detail_size_keeps_the_draft_and_adds_finer_detail() -> None:
 
 
 def test_only_the_miniature_is_held_to_its_draft_by_itself() -> None:
-    assert auto_detail_size(NANO_STAGE2) == NANO_DETAIL_SIZE == 9
+    assert auto_detail_size(NANO_STAGE2) == auto_detail_size(NANO_FOOTAGE_STAGE2) == NANO_DETAIL_SIZE == 9
     assert auto_detail_size(STAGE2) == auto_detail_size(None) == DETAIL_SIZE == 70
 
 

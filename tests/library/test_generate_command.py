@@ -13,7 +13,7 @@ import torch
 
 from flashvideo import atomic_files
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.commands import drafts
+from flashvideo.commands import drafts, loading
 from flashvideo.commands import generate as generate_command
 from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
@@ -60,6 +60,16 @@ def test_a_video_is_drafted_and_refined(generate: Callable[..., int], tokenizer:
     with torch.no_grad():
         expected = to_frames(load_vae(nano_state("vae"), dtype=torch.float32).decode(latent / STAGE1_LATENT_SCALE))
     assert np.array_equal(frames_of(tmp_path / "out.mp4.draft.mkv"), to_bytes(expected).numpy())
+
+
+def test_drafts_are_refined_by_the_networks_for_drawn_scenes(
+    generate: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage I drafts in their latents."""
+    parts, read = [], loading.model_file
+    monkeypatch.setattr(loading, "model_file", lambda path, part: parts.append(part) or read(path, part))
+    assert generate() == 0
+    assert parts == ["stage2", "vae"]
 
 
 def test_shapes_of_a_draft_are_made_anew_unless_a_detail_size_is_given(

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from flashvideo.checkpoints import CheckpointError, load_dit, load_vae, read_vae
 from flashvideo.checkpoints.convert import convert_file
-from flashvideo.config import NANO_STAGE1, NANO_STAGE2, NANO_TEXT_ENCODER, NANO_VAE, TEXT_TOKENS, VAEConfig
+from flashvideo.checkpoints.weights import open_weights
+from flashvideo.config import (
+    NANO_FOOTAGE_STAGE2,
+    NANO_FOOTAGE_VAE,
+    NANO_STAGE1,
+    NANO_STAGE2,
+    NANO_TEXT_ENCODER,
+    NANO_VAE,
+    TEXT_TOKENS,
+    DiTConfig,
+    VAEConfig,
+)
 from flashvideo.nano import (
     NANO_FOLDER,
     NANO_PARTS,
@@ -27,7 +38,7 @@ from flashvideo.training.loop.metrics import psnr
 from flashvideo.training.scenes.stream import SceneStream
 from flashvideo.vae import VideoVAE
 
-BUDGET = 16_000_000  # bytes of all parts together
+FILES_BUDGET, MEMORY_BUDGET = 32_000_000, 40_000_000  # bytes of all parts together
 PROJ_OUT = [0.1405029296875, -0.042205810546875, 0.10980224609375]
 CONV_OUT = [0.06134033203125, 0.0160675048828125, -0.00328826904296875]
 
@@ -51,12 +62,12 @@ def picture() -> Tensor:
 def test_all_parts_fit_the_budget_in_half_precision(nano: dict) -> None:
     assert set(nano) == set(NANO_PARTS)
     assert all(tensor.dtype == torch.float16 for state in nano.values() for tensor in state.values())
-    assert sum(tensor.nbytes for state in nano.values() for tensor in state.values()) <= BUDGET
+    assert sum(tensor.nbytes for state in nano.values() for tensor in state.values()) <= MEMORY_BUDGET
 
 
 def test_the_trained_weights_come_along_and_fit_the_budget() -> None:
     assert nano_is_trained()
-    assert sum((NANO_FOLDER / f"{part}.safetensors").stat().st_size for part in NANO_PARTS) <= BUDGET
+    assert sum((NANO_FOLDER / f"{part}.safetensors").stat().st_size for part in NANO_PARTS) <= FILES_BUDGET
     for part, untrained in build_nano(NANO_SEED).items():
         state = nano_state(part)
         assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in untrained.items()}
@@ -77,9 +88,10 @@ def test_the_trained_vae_gives_clips_back_and_its_latents_are_normalised() -> No
     assert 0.5 < sum(spreads) / len(spreads) < 2
 
 
-def test_previews_have_nanos_own_colours() -> None:
+@pytest.mark.parametrize(("part", "stage"), [("vae", NANO_STAGE2), ("footage_vae", NANO_FOOTAGE_STAGE2)])
+def test_previews_have_nanos_own_colours(part: str, stage: DiTConfig) -> None:
     """The linear map of 16 channels tells colours to 0.1 of [-1, 1], where clips themselves vary by 0.3."""
-    vae, factors = load_vae(nano_state("vae"), dtype=torch.float32).eval(), nano_preview()
+    vae, factors = load_vae(nano_state(part), dtype=torch.float32).eval(), nano_preview(stage)
     errors, spreads = [], []
     for index in range(4):
         clip = SceneStream("test", 64, 112, 1, 12).sample(index)[0]
@@ -141,18 +153,40 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         nano_state("stage2", tmp_path)
 
 
-def test_both_stages_load_as_what_they_are(nano: dict) -> None:
-    for stage, config in ((1, NANO_STAGE1), (2, NANO_STAGE2)):
-        assert load_dit(nano[f"stage{stage}"], stage=stage).config == config
+STAGES = {"stage1": NANO_STAGE1, "stage2": NANO_STAGE2, "footage_stage2": NANO_FOOTAGE_STAGE2}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_untrained_stages_predict_numbers_of_size_one_that_heed_text_and_time(nano: dict, stage: int) -> None:
-    dit = load_dit(nano[f"stage{stage}"], dtype=torch.float32)
+@pytest.mark.parametrize("part", STAGES)
+def test_stages_load_as_what_they_are(nano: dict, part: str) -> None:
+    for state in (nano[part], nano_state(part), NANO_FOLDER / f"{part}.safetensors"):
+        assert load_dit(state, stage=int(part[-1])).config == STAGES[part]
+
+
+@pytest.mark.parametrize(("part", "config"), [("vae", NANO_VAE), ("footage_vae", NANO_FOOTAGE_VAE)])
+def test_vaes_load_as_what_they_are(nano: dict, part: str, config: VAEConfig) -> None:
+    for state in (nano[part], nano_state(part), NANO_FOLDER / f"{part}.safetensors"):
+        assert load_vae(state).config == config
+
+
+def test_weights_that_are_stored_in_8_bits_load_as_the_numbers_that_they_are() -> None:
+    file = open_weights(NANO_FOLDER / "footage_vae.safetensors")
+    state, loaded = nano_state("footage_vae"), load_vae(NANO_FOLDER / "footage_vae.safetensors", dtype=torch.float32)
+    kinds = {name: file.read(name).dtype for name in file.shapes}
+    small = [name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn]
+    assert set(kinds.values()) == {torch.float16, torch.float8_e4m3fn}
+    assert sum(state[name].numel() for name in small) > 0.8 * sum(tensor.numel() for tensor in state.values())
+    for name in small:
+        assert torch.equal(file.read(name).float(), state[name].float())
+        assert torch.equal(file.read(name).float(), loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize("part", STAGES)
+def test_untrained_stages_predict_numbers_of_size_one_that_heed_text_and_time(nano: dict, part: str) -> None:
+    dit = load_dit(nano[part], dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(1, 16, 3, 6, 10, generator=generator)
     text = torch.randn(1, TEXT_TOKENS, NANO_STAGE1.text_dim, generator=generator)
-    extra = {"degradation_step": 675} if stage == 2 else {}
+    extra = {"degradation_step": 675} if dit.config.stage == 2 else {}
     with torch.inference_mode():
         out, no_text, later = (
             dit(latent, torch.tensor([time]), context, **extra)
@@ -164,10 +198,11 @@ def test_untrained_stages_predict_numbers_of_size_one_that_heed_text_and_time(na
     assert (out - later).std() > 1e-2
 
 
-@pytest.mark.parametrize("seed", [NANO_SEED, 1])
-def test_latents_of_a_picture_have_the_size_that_the_official_scale_factors_expect(picture: Tensor, seed: int) -> None:
-    vae = load_vae(build_part("vae", seed), dtype=torch.float32)
-    assert vae.config == NANO_VAE
+@pytest.mark.parametrize(("part", "seed"), [("vae", NANO_SEED), ("vae", 1), ("footage_vae", NANO_SEED)])
+def test_latents_of_a_picture_have_the_size_that_the_official_scale_factors_expect(
+    picture: Tensor, part: str, seed: int
+) -> None:
+    vae = load_vae(build_part(part, seed), dtype=torch.float32)
     with torch.inference_mode():
         latent = vae.encode(picture).mean
         video = vae.decode(latent)

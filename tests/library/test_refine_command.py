@@ -206,10 +206,12 @@ def test_a_picture_goes_to_a_picture(tmp_path: Path) -> None:
 
 
 def test_model_files_give_what_the_built_in_ones_give(clip: Path, tmp_path: Path) -> None:
-    for part in ("stage2", "vae"):
-        save_file(nano_state(part), tmp_path / f"{part}.safetensors")
+    """Those for real footage."""
+    for part in ("footage_stage2", "footage_vae"):
+        state = nano_state(part)
+        save_file(state, tmp_path / f"{part}.safetensors", metadata=state.metadata)
     refine(clip, tmp_path / "built_in.mp4", *FAST)
-    files = ("--model", tmp_path / "stage2.safetensors", "--vae", tmp_path / "vae.safetensors")
+    files = ("--model", tmp_path / "footage_stage2.safetensors", "--vae", tmp_path / "footage_vae.safetensors")
     refine(clip, tmp_path / "files.mp4", *FAST, *files)
     assert (tmp_path / "files.mp4").read_bytes() == (tmp_path / "built_in.mp4").read_bytes()
 

@@ -27,7 +27,7 @@ from ..config import LoopSettings
 from ..data.latents import ScenePieces
 from ..data.sources import SCENES, Clips, Footage
 from ..errors import TrainingError
-from ..loop.checkpointing import BEST, export_weights, load_state
+from ..loop.checkpointing import BEST, as_stored, export_weights, load_state
 from ..loop.metrics import psnr, sheet
 from ..randomness import generator_for, normal_like, randint
 from ..scenes.stream import SceneStream
@@ -115,6 +115,7 @@ class VAESettings:
     validation: tuple[ValidationClip, ...]
     # A file of weights, or a run's folder for its best ones; those of a narrower VAE are widened. Empty: fresh ones.
     start: str = ""
+    eight_bits: bool = False  # the exported file's large weights are stored in 8 bits
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
     clips: Footage = field(default_factory=Footage)  # where clips come from
@@ -287,14 +288,14 @@ class VAETask:
         with torch.no_grad():
             if not (self._exported and self.settings.decoder_only):
                 fold_latent_scale(self.model, self._latent_deviation())
-            self.model.load_state_dict({name: value.half() for name, value in self.model.state_dict().items()})
+            self.model.load_state_dict(as_stored(self.model.state_dict(), eight_bits=self.settings.eight_bits))
             scores = self.validate()
         metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
         metadata[NORM_GROUPS_METADATA] = str(self.model.config.norm_groups)
         metadata |= {f"flashvideo.{name}": f"{value:.3f}" for name, value in scores.items()}
         metadata[PREVIEW_METADATA] = json.dumps([[round(v, 4) for v in row] for row in self._preview().tolist()])
         path = folder / "vae.safetensors"
-        export_weights(path, self.model.state_dict(), metadata)
+        export_weights(path, self.model.state_dict(), metadata, eight_bits=self.settings.eight_bits)
         return {path: scores}
 
     @torch.no_grad()
