@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from .schedule import TRAIN_STEPS, zero_snr_signal
@@ -46,6 +48,23 @@ def auto_strength(
     if latent_frames is not None:
         wanted = wanted * OFFICIAL_LATENT_FRAMES / latent_frames
     return int((ratio - wanted).abs().argmin())
+
+
+@dataclass(frozen=True)
+class AutoStrength:
+    """The strength that does to another size what `official` does to 1920x1072. Raises ValueError beyond 0 to 999."""
+
+    official: int = DEGRADATION_STEP
+
+    def __post_init__(self) -> None:
+        degradation_weights(self.official)
+
+    def __call__(self, height: int, width: int) -> int:
+        """The strength for a picture of this size in pixels; see `auto_strength`."""
+        return auto_strength(height, width, strength=self.official)
+
+    def __str__(self) -> str:
+        return f"auto, from {self.official} at 1080p"
 
 
 def degrade_latent(latent: Tensor, noise: Tensor, step: int = DEGRADATION_STEP) -> Tensor:

@@ -20,7 +20,15 @@ from .inputs import checked
 from .native.long_video import refine_long_video
 from .native.notices import note, warn
 from .native.vae import FlashVideoVAE
-from .stage2 import MAX_WINDOW, FlashVideoLatentDegradation, FlashVideoStage2Refiner, chosen_strength
+from .stage2 import (
+    CUSTOM,
+    MAX_WINDOW,
+    FlashVideoLatentDegradation,
+    FlashVideoStage2Refiner,
+    chosen_preset,
+    chosen_strength,
+    preset_input,
+)
 
 UNFINISHED = "flashvideo-unfinished"  # in the output folder: ComfyUI empties its temp folder when it starts
 
@@ -64,6 +72,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                 ),
                 *_inputs_of(FlashVideoStage2Refiner, "overlap", optional=False),
                 *_inputs_of(FlashVideoFinishFrames, "color_match", "detail_size"),
+                preset_input("in place of strength, steps, cfg and shift"),
             ],
             outputs=[
                 io.Video.Output(
@@ -96,7 +105,11 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             if not isinstance(vae, FlashVideoVAE):
                 raise ValueError("vae must come from Load FlashVideo VAE; this one can't work piece by piece")
             target = TargetSize(size, short_side, scale, width, height)
+            preset = choices.pop("preset", CUSTOM)
             choices["strength"] = chosen_strength(choices["strength"])
+            if (known := chosen_preset(preset)) is not None:
+                choices |= known.choices
+                note(f"{cls.NAME}: preset {preset}: {known}", own_id(cls))
             choices["detail_size"] = choices.get("detail_size", AUTO_DETAIL_SIZE) or None
             settings = RefineSettings(target, **choices)
             try:

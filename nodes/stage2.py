@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from ..flashvideo.degradation import degradation_weights
 from ..flashvideo.guidance import STAGE2_SCALE
+from ..flashvideo.presets import PRESETS, Preset
 from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS, TILE
 from ..flashvideo.refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
@@ -22,6 +23,7 @@ from .native.degradation import (
     degradation_of,
     degrade,
     looks_like_noise,
+    preset_of,
     was_degraded,
 )
 from .native.multidiffusion import with_tiles, with_windows
@@ -40,6 +42,12 @@ STRENGTH_TOOLTIP = (
     "means for this size, such as 298 at 448x256; the number is shown. Lower stays closer to the input, flaws "
     "included; higher invents more and can drift. FlashVideo-Nano is best at 60. Default: -1."
 )
+CUSTOM = "custom"  # the preset widget's choice that is none
+PRESET_TOOLTIP = (
+    "The refiner's numbers in one word, {overrides}. custom: the widgets count. faithful stays closer to the clip, "
+    "rich repairs and invents more, fast takes 3 evaluations of the network in place of 8, balanced has the official "
+    "numbers. The numbers are shown. FlashVideo-Nano: custom, with strength 60. Default: custom."
+)
 SHIFT_TOOLTIP = (
     "How the steps are spaced. Higher takes smaller steps at the start, where the layout is settled; 2 to 3.5 works "
     "well. Default: 2.5."
@@ -57,6 +65,22 @@ def chosen_strength(strength: int) -> int | None:
         return None
     degradation_weights(strength)
     return strength
+
+
+def preset_input(overrides: str) -> io.Combo.Input:
+    """The preset, which three nodes ask for; `overrides` tells what it takes the place of."""
+    return io.Combo.Input(
+        "preset",
+        options=[CUSTOM, *PRESETS],
+        default=CUSTOM,
+        optional=True,
+        tooltip=PRESET_TOOLTIP.format(overrides=overrides),
+    )
+
+
+def chosen_preset(preset: str) -> Preset | None:
+    """The widget's preset; None where the other widgets count."""
+    return None if preset == CUSTOM else PRESETS[preset]
 
 
 def shift_input() -> io.Float.Input:
@@ -116,10 +140,12 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Which noise is used: another seed gives another version of the fine detail. Default: 0.",
                 ),
+                preset_input("in place of strength here and of steps, cfg and shift of the Stage II Refiner after it"),
             ],
             outputs=[
                 io.Latent.Output(
-                    display_name="latent", tooltip="The degraded latent; it carries its strength to the refiner."
+                    display_name="latent",
+                    tooltip="The degraded latent; it carries its strength, and its preset, to the refiner.",
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -127,7 +153,7 @@ class FlashVideoLatentDegradation(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, latent: dict, strength: int, seed: int) -> io.NodeOutput:
+    def execute(cls, latent: dict, strength: int, seed: int, preset: str = CUSTOM) -> io.NodeOutput:
         """Degrade the latent."""
         with named(cls.NAME):
             samples = check_latent(latent)
@@ -140,12 +166,15 @@ class FlashVideoLatentDegradation(io.ComfyNode):
                 )
             if looks_like_noise(samples):
                 warn(NOISE_LIKE, own_id(cls))
-            chosen = chosen_strength(strength)
+            known = chosen_preset(preset)
+            chosen = chosen_strength(strength) if known is None else known.choices["strength"]
+            is_own = isinstance(chosen, int)
+            used = chosen if is_own else auto_latent_strength(samples, chosen)
             noise = latent_noise(samples.shape, seed, check_batch(latent)).to(samples)
-            degraded = degrade(latent, noise, auto_latent_strength(samples) if chosen is None else chosen)
-        if chosen is not None:
+            degraded = degrade(latent, noise, used, None if known is None else preset)
+        if is_own:
             return io.NodeOutput(degraded)
-        text = f"strength {degradation_of(degraded)} (auto)"
+        text = f"strength {used} (auto)" if known is None else f"preset {preset}: strength {used}"
         note(f"{cls.NAME}: {text}", own_id(cls))
         return io.NodeOutput(degraded, ui=ui.PreviewText(text))
 
@@ -153,12 +182,14 @@ class FlashVideoLatentDegradation(io.ComfyNode):
 class FlashVideoStage2Refiner(io.ComfyNode):
     """The official stage-II sampler."""
 
+    NAME = "FlashVideo Stage II Refiner"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
         return io.Schema(
             node_id="FlashVideoStage2Refiner",
-            display_name="FlashVideo Stage II Refiner",
+            display_name=cls.NAME,
             category=CATEGORY,
             **found_as("video upscale", "upscaler", "refine", "enhance", "super resolution", "video to video"),
             description="Gives a degraded, upscaled video real detail in a few steps.",
@@ -207,6 +238,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The refined video, for VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -228,7 +260,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
         """Refine the latent. `later` holds the inputs behind overlap."""
         degraded_strength = later.get("degraded_strength", AS_KNOWN)
         settings = {"steps": steps, "cfg": cfg, "shift": shift, "solver": solver}
-        with named("FlashVideo Stage II Refiner"):
+        with named(cls.NAME):
             check_stage(model, 2)
             samples = check_latent(latent)
             check_unmasked(latent.get("noise_mask"))
@@ -245,22 +277,31 @@ class FlashVideoStage2Refiner(io.ComfyNode):
                     "node. Or it was, but that isn't known here, for example after Load Latent: then give its "
                     "strength as degraded_strength"
                 )
+            preset = preset_of(latent) if degraded_strength == AS_KNOWN else None
+            settings |= {} if preset is None else PRESETS[preset].sampling
             model = with_windows(model, window, overlap)
             how = nullcontext() if degraded_strength == AS_KNOWN else counted_as_degraded(samples, strength)
         with how:
             refined = run_stage2(model, positive, negative, samples, strength=strength, **settings)
-        return io.NodeOutput(batch_of(latent) | {"samples": refined})
+        refined = batch_of(latent) | {"samples": refined}
+        if preset is None:
+            return io.NodeOutput(refined)
+        text = f"preset {preset}: {PRESETS[preset]}"
+        note(f"{cls.NAME}: {text}", own_id(cls))
+        return io.NodeOutput(refined, ui=ui.PreviewText(text))
 
 
 class FlashVideoRefinerSettings(io.ComfyNode):
     """Strength and shift for ComfyUI's own samplers."""
+
+    NAME = "FlashVideo Refiner Settings"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         """The node's inputs and outputs."""
         return io.Schema(
             node_id="FlashVideoRefinerSettings",
-            display_name="FlashVideo Refiner Settings",
+            display_name=cls.NAME,
             category=CATEGORY,
             **found_as("video upscale", "refine with ksampler", "model sampling", "refine strength"),
             description="Sets the refiner up for KSampler, which then degrades the latent itself: connect VAE "
@@ -270,8 +311,10 @@ class FlashVideoRefinerSettings(io.ComfyNode):
                 strength_input(),
                 shift_input(),
                 *window_inputs(),
+                preset_input("in place of strength and shift; the steps and cfg for KSampler are shown"),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The refiner, set up for KSampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -283,12 +326,23 @@ class FlashVideoRefinerSettings(io.ComfyNode):
         shift: float,
         window: int = WINDOW,
         overlap: int = OVERLAP_FRAMES,
+        preset: str = CUSTOM,
     ) -> io.NodeOutput:
         """Patch a clone of the model."""
-        with named("FlashVideo Refiner Settings"):
+        known = chosen_preset(preset)
+        with named(cls.NAME):
             check_stage(model, 2)
-            ready = refiner_settings(model, chosen_strength(strength), shift)
-            return io.NodeOutput(with_windows(ready, window, overlap))
+            if known is None:
+                ready = refiner_settings(model, chosen_strength(strength), shift)
+            else:
+                ready = refiner_settings(model, known.choices["strength"], known.shift)
+            ready = with_windows(ready, window, overlap)
+        if known is None:
+            return io.NodeOutput(ready)
+        text = f"preset {preset}: strength auto from {known.strength}, shift {known.shift:g}. For KSampler: steps "
+        text += f"{known.steps}, cfg {known.cfg:g}"
+        note(f"{cls.NAME}: {text}", own_id(cls))
+        return io.NodeOutput(ready, ui=ui.PreviewText(text))
 
 
 class FlashVideoSpatialTiles(io.ComfyNode):

@@ -16,12 +16,12 @@ from ..config import NANO_STRENGTH, TEMPORAL_FACTOR
 from ..devices import GIB
 from ..errors import CommandError
 from ..frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, TargetSize
-from ..guidance import STAGE2_SCALE
+from ..presets import BALANCED, PRESETS
 from ..refiner.run import RefineSettings
 from ..refiner.tiles import TILE
 from ..refiner.windows import OVERLAP_FRAMES, WINDOW
 from ..samplers import SOLVERS
-from ..schedule import STAGE2_SHIFT, TRAIN_STEPS
+from ..schedule import TRAIN_STEPS
 from ..t5 import MOTIONS, T5Tokens
 
 if TYPE_CHECKING:  # brings PyAV
@@ -120,10 +120,22 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--motion", choices=MOTIONS, default=MOTION, help=f"how much moves; goes before the prompt (default: {MOTION})"
     )
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=BALANCED,
+        help=f"strength, steps, cfg and shift in one word (default: {BALANCED}, the official numbers): faithful stays "
+        "closer to IN, rich invents more, fast takes 3 evaluations in place of 8. Numbers that you give yourself win; "
+        "FlashVideo-Nano keeps its own strength",
+    )
+    numbers = PRESETS[BALANCED]
     for name, kind, default, text in (
-        ("steps", whole, 4, "4 to 6 is enough"),
-        ("cfg", real, STAGE2_SCALE, "how strongly detail follows the prompt; useful: 10 to 13"),
-        ("shift", real, STAGE2_SHIFT, "how the steps are spaced; useful: 2 to 3.5"),
+        ("steps", whole, numbers.steps, "4 to 6 is enough"),
+        ("cfg", real, numbers.cfg, "how strongly detail follows the prompt; useful: 10 to 13"),
+        ("shift", real, numbers.shift, "how the steps are spaced; useful: 2 to 3.5"),
+    ):
+        group.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default:g}, or what --preset says)")
+    for name, kind, default, text in (
         ("seed", whole, 0, "another seed gives another version of the fine detail"),
         ("window", whole, WINDOW, "frames that are refined together, 4n+1; fewer need less memory"),
         ("tile", whole, 0, f"pixels; refine in tiles of this side, such as {TILE}, an approximation; 0: no tiles"),
@@ -140,7 +152,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         type=_or_auto(0, TRAIN_STEPS - 1),
         metavar="N",
         help="how much detail is made new, 0 to 999, or auto: the equivalent of the official 675 at 1080p for the size "
-        f"of the result (default: {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
+        f"of the result (default: what --preset says, {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
     )
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
     group.add_argument(
@@ -311,14 +323,13 @@ def _overlap(window: int) -> int:
 
 def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSettings:
     """The options of `add_refiner_options`, and the size. Raises CommandError for what can't be."""
+    own = {name: getattr(options, name) for name in ("strength", "steps", "cfg", "shift")}
+    own = {name: None if value == AUTO else value for name, value in own.items() if value is not None}
     try:
         settings = RefineSettings(
             size=size,
             resample=options.resample,
-            strength=None if options.strength in (None, AUTO) else options.strength,
-            steps=options.steps,
-            cfg=options.cfg,
-            shift=options.shift,
+            **PRESETS[options.preset].choices | own,
             solver=options.solver,
             seed=options.seed,
             window=options.window,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
 from ..color import DETAIL_SIZE
+from ..degradation import AutoStrength
 from ..devices import GIB, main_memory
 from ..errors import CommandError
 from ..frames import PictureSize, TargetSize, odd_size_notice
@@ -206,7 +207,7 @@ def note_automatic(
     networks: Networks, settings: RefineSettings, size: PictureSize, note: Callable[[str], None]
 ) -> None:
     """Report what was chosen automatically."""
-    if settings.strength is None:
+    if not isinstance(settings.strength, int):
         note(f"strength {settings.strength_for(size)} (auto, for {size})")
     detail_size = settings.detail_size_for(networks.dit.config)
     if settings.detail_size is None and settings.color_match == "wavelet" and detail_size != DETAIL_SIZE:
@@ -240,8 +241,11 @@ def _work_folder(
         "segment": options.segment_chunks,
     }
     facts["pixels"] = str(size)
+    chosen = asdict(settings)
+    if isinstance(settings.strength, AutoStrength):
+        chosen["strength"] = str(settings.strength)
     path = options.work or work_folder_of(target)
-    return WorkFolder(path, {**facts, **asdict(settings), **options.about}, ENCODE, anew=options.anew)
+    return WorkFolder(path, {**facts, **chosen, **options.about}, ENCODE, anew=options.anew)
 
 
 def refine_picture(

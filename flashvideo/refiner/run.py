@@ -27,7 +27,7 @@ from ..color import (
     frame_statistics,
 )
 from ..config import MAX_SEED, STAGE2_LATENT_SCALE, DiTConfig, latent_frames, latent_shape, video_frames
-from ..degradation import DEGRADATION_STEP, auto_strength, degradation_weights, degrade_latent
+from ..degradation import DEGRADATION_STEP, AutoStrength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
 from ..frames import (
     COLOR_MATCHES,
@@ -98,14 +98,14 @@ class TensorClip:
 class RefineSettings:
     """What the user can choose. Raises ValueError for invalid values.
 
-    `strength` None follows from the result's size (`degradation.auto_strength`), `detail_size` None from the model
-    (`color.auto_detail_size`). `window` and `overlap` are in frames, `tile` and `detail_size` in pixels; with tile 0
-    stage II sees whole frames.
+    An AutoStrength follows from the result's size, and so does None, from the official strength; `detail_size` None
+    follows from the model (`color.auto_detail_size`). `window` and `overlap` are in frames, `tile` and `detail_size` in
+    pixels; with tile 0 stage II sees whole frames.
     """
 
     size: TargetSize = field(default_factory=TargetSize)
     resample: str = "bilinear"
-    strength: int | None = DEGRADATION_STEP
+    strength: int | AutoStrength | None = DEGRADATION_STEP
     steps: int = 4
     cfg: float = STAGE2_SCALE
     shift: float = STAGE2_SHIFT
@@ -118,7 +118,7 @@ class RefineSettings:
     detail_size: float | None = None
 
     def __post_init__(self) -> None:
-        if self.strength is not None:
+        if isinstance(self.strength, int):
             degradation_weights(self.strength)
         flow_evaluations(stage2_times(self.steps, self.shift), self.solver)
         plan_windows(1, self.window, self.overlap)
@@ -136,7 +136,8 @@ class RefineSettings:
 
     def strength_for(self, size: PictureSize) -> int:
         """The strength for a result of this size."""
-        return auto_strength(*padded_shape(1, *size)[1:]) if self.strength is None else self.strength
+        strength = AutoStrength() if self.strength is None else self.strength
+        return strength(*padded_shape(1, *size)[1:]) if isinstance(strength, AutoStrength) else strength
 
     def detail_size_for(self, config: DiTConfig) -> float:
         """The detail size for a stage II of this form."""

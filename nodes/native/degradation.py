@@ -24,7 +24,7 @@ from .host import let_go
 from .idle_patches import warn_of_idle_patches
 from .notices import warn
 from .out_of_memory import explained
-from .sampling import AutoRefinerSampling, RefinerSampling, auto_latent_strength
+from .sampling import AutoRefinerSampling, RefinerSampling
 from .schedule_guard import check_conditions, check_spread, running_node
 
 MARK = "flashvideo_degradation"
@@ -49,15 +49,19 @@ NOISE_LIKE = (
 
 @dataclass(frozen=True)
 class _Degraded:
-    """A degraded latent: its strength, and the keys of its positions in each data type; one in `step` is stored."""
+    """A degraded latent: its strength, and the keys of its positions in each data type; one in `step` is stored.
+
+    `preset`: the name of the preset that the strength is of, if any.
+    """
 
     strength: int
     keys: dict[torch.dtype, Tensor]
     step: int
+    preset: str | None = None
 
     def is_same(self, other: _Degraded) -> bool:
-        """Whether it is the same latent, degraded with the same noise and strength."""
-        same = self.strength == other.strength and self.step == other.step
+        """Whether it is the same latent, degraded with the same noise, strength and preset."""
+        same = (self.strength, self.step, self.preset) == (other.strength, other.step, other.preset)
         return same and all(torch.equal(self.keys[dtype], other.keys[dtype]) for dtype in _KEY_DTYPES)
 
 
@@ -76,7 +80,13 @@ def _is_stored(keys: Tensor, step: int) -> Tensor:
     return (mixed & (step - 1)) == 0
 
 
-def _remember(samples: Tensor, strength: int) -> _Degraded:
+def _probes(keys: Tensor, step: int) -> Tensor:
+    """Some of a video's keys, to look up among those that are stored with `step`."""
+    probes = keys if step == 1 else keys[_is_stored(keys, step)]
+    return probes[:: max(1, len(probes) // _PROBES)]
+
+
+def _remember(samples: Tensor, strength: int, preset: str | None = None) -> _Degraded:
     count, step = samples[:, 0].numel(), 1
     while count > step * _MOST_KEYS:
         step *= 2
@@ -84,7 +94,7 @@ def _remember(samples: Tensor, strength: int) -> _Degraded:
     for dtype in _KEY_DTYPES:
         each = _keys(samples, dtype).flatten()
         keys[dtype] = each[_is_stored(each, step)]
-    made = _Degraded(strength, keys, step)
+    made = _Degraded(strength, keys, step, preset)
     made = next((each for each in _remembered if each.is_same(made)), made)
     _recall(made)
     return made
@@ -95,11 +105,14 @@ def _recall(degraded: _Degraded) -> None:
     _remembered[:] = [each for each in _remembered if each is not degraded][1 - _REMEMBERED :] + [degraded]
 
 
-def degrade(latent: dict[str, Any], noise: Tensor, strength: int) -> dict[str, Any]:
-    """A marked LATENT, degraded with `noise` in stage II's scaled space. Raises ValueError beyond 0..999."""
+def degrade(latent: dict[str, Any], noise: Tensor, strength: int, preset: str | None = None) -> dict[str, Any]:
+    """A marked LATENT, degraded with `noise` in stage II's scaled space. Raises ValueError beyond 0..999.
+
+    `preset`: see `preset_of`.
+    """
     samples = latent["samples"] * STAGE2_LATENT_SCALE
     degraded = degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE
-    return {**latent, "samples": degraded, MARK: _remember(degraded, strength)}
+    return {**latent, "samples": degraded, MARK: _remember(degraded, strength, preset)}
 
 
 @contextmanager
@@ -127,6 +140,33 @@ def degradation_of(latent: dict[str, Any]) -> int | None:
     if MARK in latent:
         _recall(latent[MARK])
     return known_strength(latent["samples"])
+
+
+def preset_of(latent: dict[str, Any]) -> str | None:
+    """The preset that a LATENT with a known `degradation_of` was degraded with; None for a strength of one's own.
+
+    Raises ValueError for a batch with several presets: the refiner can't follow them all.
+    """
+    if MARK in latent:
+        _recall(latent[MARK])
+    found = {_video_preset(video[None]) for video in latent["samples"]}
+    if len(found) > 1:
+        names = ", ".join(sorted(name or "custom" for name in found))
+        raise ValueError(f"this latent holds videos with different presets ({names}); refine them one by one")
+    return next(iter(found))
+
+
+def _video_preset(video: Tensor) -> str | None:
+    """The preset of the remembered latent that most of a video [1, C, T, H, W] is of, the newest of equals."""
+    most, preset = 0.0, None
+    for dtype in _KEY_DTYPES:
+        keys = _keys(video, dtype).flatten()
+        for each in reversed(_remembered):
+            probes = _probes(keys, each.step)
+            share = float(torch.isin(probes, each.keys[dtype]).float().mean()) if len(probes) else 0.0
+            if share > most:
+                most, preset = share, each.preset
+    return preset
 
 
 def was_degraded(latent: dict[str, Any]) -> bool:
@@ -163,8 +203,7 @@ def _video_strengths(video: Tensor) -> dict[int, float]:
         shares: dict[int, float] = {}
         keys = _keys(video, dtype).flatten()
         for strength, step in {(each.strength, each.step) for each in _remembered}:
-            probes = keys if step == 1 else keys[_is_stored(keys, step)]
-            probes = probes[:: max(1, len(probes) // _PROBES)]
+            probes = _probes(keys, step)
             known = torch.zeros(len(probes), dtype=torch.bool)
             for each in _remembered:
                 if (each.strength, each.step) == (strength, step):
@@ -236,7 +275,7 @@ def guard_degradation(
         )
     strength = known_strength(latent_image, "FlashVideo stage II: ")
     if isinstance(sampling, AutoRefinerSampling):
-        chosen = auto_latent_strength(latent_image) if strength is None else strength
+        chosen = sampling.strength_for(latent_image) if strength is None else strength
         run = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
         return _at_strength(executor, sampling, chosen, *run, **kwargs)
     adds_noise = bool(torch.count_nonzero(noise))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...flashvideo.config import SPATIAL_FACTOR
-from ...flashvideo.degradation import DEGRADATION_STEP, auto_strength, degradation_weights
+from ...flashvideo.degradation import DEGRADATION_STEP, AutoStrength, degradation_weights
 from ...flashvideo.samplers import v_to_clean
 from ...flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS, Stage1Schedule, stage1_schedule, zero_snr_signal
 
@@ -188,8 +188,13 @@ class AutoRefinerSampling(RefinerSampling):
     can be moved to the sigmas of another strength. `guard_degradation` does that when the latent is there.
     """
 
-    def __init__(self, shift: float = STAGE2_SHIFT) -> None:
+    def __init__(self, shift: float = STAGE2_SHIFT, strength: AutoStrength | None = None) -> None:
         super().__init__(DEGRADATION_STEP, shift)
+        self._strength = strength
+
+    def strength_for(self, latent: Tensor) -> int:
+        """The strength that suits a latent [B, C, T, H, W]."""
+        return auto_latent_strength(latent, self._strength)
 
     def at(self, strength: int) -> RefinerSampling:
         """The sampling for a known strength."""
@@ -201,11 +206,11 @@ class AutoRefinerSampling(RefinerSampling):
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         """The latent degradation outside of a run, as AddNoise does it."""
-        strength = auto_latent_strength(latent_image)
+        strength = self.strength_for(latent_image)
         return self.at(strength).noise_scaling(self.moved(sigma, strength), noise, latent_image, max_denoise)
 
 
-def auto_latent_strength(latent: Tensor) -> int:
-    """`auto_strength` for a latent [B, C, T, H, W]."""
+def auto_latent_strength(latent: Tensor, strength: AutoStrength | None = None) -> int:
+    """The strength for a latent [B, C, T, H, W]; without one of its own the official."""
     height, width = (SPATIAL_FACTOR * side for side in latent.shape[-2:])
-    return auto_strength(height, width)
+    return (strength or AutoStrength())(height, width)

@@ -13,6 +13,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...flashvideo.degradation import AutoStrength
 from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
@@ -204,10 +205,11 @@ def _progress(model: comfy.model_patcher.ModelPatcher, steps: int, latent: Tenso
 
 
 def refiner_settings(
-    model: comfy.model_patcher.ModelPatcher, strength: int | None, shift: float
+    model: comfy.model_patcher.ModelPatcher, strength: int | AutoStrength | None, shift: float
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of a stage-II MODEL that degrades with `strength` (None: auto) and spaces steps by `shift`."""
     clone = model.clone()
-    sampling = AutoRefinerSampling(shift) if strength is None else RefinerSampling(strength, shift)
+    is_known = isinstance(strength, int)
+    sampling = RefinerSampling(strength, shift) if is_known else AutoRefinerSampling(shift, strength)
     clone.add_object_patch("model_sampling", sampling)
     return clone
