@@ -15,8 +15,10 @@ from .checks import check_stage
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.notices import warn
+from .native.slider import slider
 
 AUTO_DETAIL_SIZE = 0  # detail_size: follow from the model
+_DEFAULT_FPS = 24.0
 _DEFAULT_SIZE = TargetSize()
 
 
@@ -199,7 +201,7 @@ class FlashVideoFinishFrames(io.ComfyNode):
 
 
 class FlashVideoCompare(io.ComfyNode):
-    """Shows two clips in one picture."""
+    """Shows two clips in one picture, and in the page with a slider."""
 
     NAME = "FlashVideo Compare"
 
@@ -211,7 +213,9 @@ class FlashVideoCompare(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             **found_as("before after", "side by side", "compare videos", "split screen"),
-            description="Shows a clip before and after refining in one picture, ready to save as a video.",
+            description="Shows a clip before and after refining: in the page with a slider between them, and in one "
+            "picture, ready to save as a video.",
+            is_output_node=True,
             inputs=[
                 io.Image.Input(
                     "before",
@@ -229,16 +233,31 @@ class FlashVideoCompare(io.ComfyNode):
                     "before, right half after. stacked: before on top, twice as high; good for wide clips. "
                     "Default: side by side.",
                 ),
+                io.Float.Input(
+                    "fps",
+                    default=_DEFAULT_FPS,
+                    min=0.01,
+                    max=1000.0,
+                    step=1.0,
+                    optional=True,
+                    tooltip="Frames per second at which the slider in the page plays; the output doesn't depend on it. "
+                    "Useful: fps of Get Video Components. Default: 24.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="Both clips in one; even sides, as h264 wants.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     @checked
-    def execute(cls, before: Tensor, after: Tensor, layout: str) -> io.NodeOutput:
-        """Put the clips together."""
+    def execute(cls, before: Tensor, after: Tensor, layout: str, fps: float = _DEFAULT_FPS) -> io.NodeOutput:
+        """Put the clips together, and give the page a preview of both."""
+        progress = comfy.utils.ProgressBar(1).update_absolute
         with named(cls.NAME):
-            return io.NodeOutput(compare(before, after, layout, progress=comfy.utils.ProgressBar(1).update_absolute))
+            images = compare(before, after, layout, progress=progress)
+        return io.NodeOutput(
+            images, ui=slider(before, after, fps, name=cls.NAME, node_id=own_id(cls), progress=progress)
+        )
 
 
 NODES = [FlashVideoPrepareFrames, FlashVideoFinishFrames, FlashVideoCompare]

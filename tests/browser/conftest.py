@@ -79,7 +79,7 @@ class ComfyPage:
 
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
-        self.problems: list[str] = []
+        self.problems: list[str] = []  # what the console reports as an error, and any warning of the pack's own scripts
         self.loaded: set[str] = set()
         page.set_default_timeout(PATIENCE)
         page.on("console", self._note)
@@ -179,8 +179,9 @@ class ComfyPage:
             self.loaded.add(unquote(urlparse(response.url).path).rpartition("/")[2])
 
     def _note(self, message: Any) -> None:
-        if message.type == "error":
-            self._remember(f"{message.text} ({message.location.get('url', '')})")
+        place = message.location.get("url", "")
+        if message.type == "error" or (message.type == "warning" and f"/extensions/{PACK_NAME}/" in place):
+            self._remember(f"{message.text} ({place})")
 
     def _remember(self, text: str) -> None:
         if not any(words in text for words in NOT_OURS):

@@ -18,7 +18,10 @@ STAYS = (
     *("Makefile", ".gitignore"),
 )
 COMES = ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "nodes/__init__.py", "flashvideo/__main__.py")
-COMES_WITH = ("workflows/*.json", "subgraphs/*.json", "web/docs/*.md", "locales/*/nodeDefs.json", "nodes/**/*.py")
+COMES_WITH = (
+    *("workflows/*.json", "subgraphs/*.json", "web/docs/*.md", "web/js/*.js", "locales/*/nodeDefs.json"),
+    "nodes/**/*.py",
+)
 # In a Python of its own: the download's modules, each by itself, and its command line.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
