@@ -225,11 +225,14 @@ def test_it_plays_in_step_and_a_run_renews_it(comfy_page: Any) -> None:
     slider.stop_at_start()
     slider.page.keyboard.press(" ")
     seen = set()
-    while len(seen) < 4:
+    for _ in range(100):
         slider.page.wait_for_timeout(120)
         left, right = slider.page.evaluate(f"() => [[0.2, 0.5], [0.8, 0.5]].map({_PIXEL})")  # at one moment
         assert near(right[0] - left[0], AFTER - BEFORE)
         seen.add(round((BEFORE - left[0]) / DARKER))
+        if len(seen) == 4:
+            break
+    assert len(seen) == 4, seen
     slider.page.keyboard.press(" ")
     shown = slider.frame()
     slider.page.wait_for_timeout(600)

@@ -75,7 +75,7 @@ export class CompareSlider {
     on(this.stage, "pointerdown", (event) => this.press(event));
     on(this.stage, "pointermove", (event) => this.move(event));
     on(this.stage, "pointerup pointercancel", (event) => this.release(event));
-    on(this.stage, "pointerleave", () => this.giveFocusBack());
+    on(this.root, "pointerleave", () => this.giveFocusBack());
     on(this.stage, "dblclick", () => this.reset());
     on(this.stage, "wheel", (event) => this.wheel(event));
     // The node below must not be dragged, opened or renamed; other buttons than the first are the page's.
@@ -322,14 +322,14 @@ export class CompareSlider {
   }
 
   actionOf(key, event) {
-    const onButton = event.target === this.time || event.target instanceof HTMLButtonElement;
+    const { target } = event;
     const middle = { x: this.canvas.width / 2, y: this.canvas.height / 2 };
     const zoom = (factor) => () => {
       if (this.clip) this.view.zoomAt(factor, middle, this.canvas, this.clip.result);
       this.draw();
     };
     const arrow = (sign) => () => {
-      if (event.shiftKey || event.target === this.line) this.shift(sign, 0);
+      if (event.shiftKey || target === this.line) this.shift(sign, 0);
       else this.step(sign);
     };
     const actions = {
@@ -339,15 +339,15 @@ export class CompareSlider {
       "=": zoom(ZOOM_STEP),
       "-": zoom(1 / ZOOM_STEP),
       0: () => this.reset(),
+      ...(target instanceof HTMLButtonElement ? {} : { " ": () => this.clip?.isVideo && this.togglePlay() }),
     };
-    const unlessButton = {
-      " ": () => this.clip?.isVideo && this.togglePlay(),
+    const arrows = {
       ArrowLeft: arrow(-1),
       ArrowRight: arrow(1),
       ArrowUp: () => this.shift(0, -1),
       ArrowDown: () => this.shift(0, 1),
     };
-    return actions[key] ?? (onButton ? undefined : unlessButton[key]);
+    return actions[key] ?? (target === this.time ? undefined : arrows[key]); // which has arrows of its own
   }
 
   /** Move the line, or what a zoomed stage shows. */
