@@ -4,11 +4,11 @@
   later 600 to 750). Of the strengths in docs/ablations.md, table 10, it has the highest PSNR and the smallest colour
   error. cfg 10, the lower end of what is official, is softer.
 - balanced: the official numbers, which are the defaults everywhere.
-- rich: strength 750, the upper end of what is official. 6 steps, the upper end, too: in table 8 the error of detail
-  falls from 59.5 % with 4 to 56.9 % (real clip: 46.6 to 42.2 %), and hardly any further.
-- fast: 3 steps have most of what 4 add to 1 in table 8 (error of detail 61.6, 59.5 and 78.0 %; real clip: 49.9, 46.6
-  and 70.5 %). With cfg 1 the network is evaluated once a step, 3 times in place of 8; most of the prompt's effect is
-  lost.
+- rich: strength 750, the upper end of what is official. 6 steps, the upper end, too: in table 8 the gradient-energy
+  error falls from 59.5 % with 4 to 56.9 % (real clip: 46.6 to 42.2 %), and hardly any further.
+- fast: 3 steps have most of what 4 add to 1 in table 8 (gradient-energy error 61.6, 59.5 and 78.0 %; real clip: 49.9,
+  46.6 and 70.5 %). With cfg 1 the network is evaluated once a step, 3 times in place of 8; most of the prompt's effect
+  is lost.
 
 The shift is the official 2.5 in all: nothing here measures another one to be better.
 """
