@@ -17,6 +17,7 @@ from flashvideo.training.tasks.losses import (
     drop_captions,
     flow_point,
     flow_step,
+    own_flow_step,
     stage1_loss,
     texture_distance,
     vae_loss,
@@ -91,6 +92,33 @@ def test_flow_loss_of_a_batch_is_the_mean_of_its_samples(golden: dict[str, Tenso
     torch.testing.assert_close(whole, sum(parts) / 2, rtol=1e-5, atol=1e-6)  # float32 sums in another order
     whole.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in dit.parameters())
+
+
+def test_a_networks_own_point_lies_between_the_start_and_its_first_guess() -> None:
+    """And the best that it can do there is to lead to the clean latent, whatever it guessed first."""
+    degraded, clean = drawn(*LATENT), drawn(*LATENT, seed=1)
+    uniform, steps, context = torch.tensor([0.3, 0.8]), torch.tensor([60, 300]), drawn(2, 5, 8)
+    guess, seen = drawn(*LATENT, seed=2), []
+
+    def learner(latent: Tensor, timestep: Tensor, _context: Tensor, **_: Tensor) -> Tensor:
+        seen.append((latent, timestep, torch.is_grad_enabled()))
+        if len(seen) == 1:
+            return guess - degraded
+        rest = (timestep / 1000)[:, None, None, None, None]
+        return ((clean - latent) / rest).requires_grad_()
+
+    step = own_flow_step(learner, degraded, clean, context, uniform, steps)
+    (first, begin, first_learns), (second, later, second_learns) = seen
+    assert torch.equal(first, degraded)
+    assert begin.tolist() == [1000, 1000]
+    times = shift_times(uniform)
+    assert later.tolist() == pytest.approx((1000 - 1000 * times).tolist())
+    along = times[:, None, None, None, None]
+    torch.testing.assert_close(second, (1 - along) * degraded + along * guess)
+    assert (first_learns, second_learns) == (False, True)
+    torch.testing.assert_close(step.clean, clean, rtol=1e-4, atol=1e-4)
+    assert step.loss.item() == pytest.approx(0, abs=1e-8)
+    assert step.loss.requires_grad
 
 
 def test_stage1_loss_is_zero_for_a_network_that_knows_the_noise() -> None:

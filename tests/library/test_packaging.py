@@ -14,7 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 25 * 2**20  # bytes
 STAYS = (
-    *("tests/", "benchmarks/", "scripts/", "docs/", "flashvideo/training/", "models/next/", ".ci/"),
+    *("tests/", "benchmarks/", "scripts/", "docs/", "flashvideo/training/", ".ci/"),
     *("Makefile", ".gitignore"),
 )
 COMES = ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "nodes/__init__.py", "flashvideo/__main__.py")

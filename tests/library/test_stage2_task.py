@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings, ScenePieces
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.metrics import psnr
+from flashvideo.training.tasks import stage2 as stage2_module
+from flashvideo.training.tasks.losses import FlowStep, flow_step, own_flow_step
 from flashvideo.training.tasks.networks import NetworkSettings, make_network
 from flashvideo.training.tasks.pixels import PixelSettings, visible_loss
 from flashvideo.training.tasks.stage2 import (
@@ -197,6 +200,28 @@ def test_with_a_detail_size_only_finer_errors_count(pixel_task: Stage2Task) -> N
     assert detail.item() > 0.05
     with pytest.raises(TrainingError, match=r"\[pixels\] detail_size must be 5 to 1000 pixels; got 2"):
         dataclasses.replace(fine, detail_size=2)
+
+
+def test_some_batches_learn_where_the_network_has_come_to(
+    pixel_task: Stage2Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[bool] = []
+
+    def spy(own: bool) -> Callable[..., FlowStep]:
+        step = own_flow_step if own else flow_step
+        return lambda *arguments, **options: called.append(own) or step(*arguments, **options)
+
+    monkeypatch.setattr(stage2_module, "flow_step", spy(False))
+    monkeypatch.setattr(stage2_module, "own_flow_step", spy(True))
+    batch = pixel_task.data[0]
+    monkeypatch.setattr(pixel_task, "settings", dataclasses.replace(pixel_task.settings, own_steps=0.5))
+    with torch.no_grad():
+        losses = [pixel_task.loss(batch, index)["loss"] for index in range(12)]
+    assert 2 <= sum(called) <= 10
+    assert len(called) == 12
+    assert all(loss.isfinite() for loss in losses)
+    with pytest.raises(TrainingError, match="own_steps must be 0 to 1; got 2"):
+        dataclasses.replace(pixel_task.settings, own_steps=2)
 
 
 def test_a_deeper_network_begins_as_the_one_that_it_deepens() -> None:

@@ -167,6 +167,32 @@ def flow_step(
     return FlowStep(F.mse_loss(v, point.velocity), point.end(v))
 
 
+def own_flow_step(
+    dit: Network,
+    degraded: Tensor,
+    clean: Tensor,
+    context: Tensor,
+    uniform: Tensor,
+    degradation_step: Tensor,
+    *,
+    shift: float = STAGE2_SHIFT,
+) -> FlowStep:
+    """Run stage II's network at a point that it has come to by itself, as a sampler's later steps do.
+
+    From `degraded` it leads straight to a first guess; the point lies on that line, at the shifted time of `uniform`.
+    In `flow_step` a late point shows most of the clean latent, and the network learns to trust the detail there: what
+    it then makes of a guess is sharper than what is true (scheduled sampling, arXiv 1506.03099, is the same for
+    words). The arguments are `flow_step`'s; the loss is the mean squared error of where the velocity leads to.
+    """
+    start = flow_point(degraded, degraded, torch.zeros_like(uniform))
+    with torch.no_grad():
+        guess = start.end(dit(degraded.to(clean.dtype), start.timestep, context, degradation_step=degradation_step))
+    point = flow_point(degraded, guess, uniform, shift)
+    v = dit(point.latent.to(clean.dtype), point.timestep, context, degradation_step=degradation_step).float()
+    end = point.end(v)
+    return FlowStep(F.mse_loss(end, clean.float()), end)
+
+
 def drop_captions(context: Tensor, generator: torch.Generator, probability: float = CAPTION_DROPOUT) -> Tensor:
     """Zero whole captions of [B, tokens, width], each with `probability`: from these the network learns guidance."""
     kept = torch.rand(len(context), generator=generator, device=generator.device) >= probability

@@ -32,7 +32,7 @@ from ..errors import TrainingError
 from ..loop.metrics import psnr, sheet
 from ..randomness import generator_for, normal_like, randint
 from . import networks
-from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step
+from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step, own_flow_step
 from .pixels import PixelSettings, visible_loss, visible_part, weighted_loss
 
 VALIDATION_SEED = 1
@@ -141,6 +141,7 @@ class Stage2Settings:
     tokenizer: str = ""
     shift: float = STAGE2_SHIFT
     caption_dropout: float = CAPTION_DROPOUT
+    own_steps: float = 0.0  # of batches, so many learn where the network has come to by itself: see `own_flow_step`
     short_text: networks.ShortText = field(default_factory=networks.ShortText)
     degradation: DegradationSettings = field(default_factory=DegradationSettings)
     pixels: PixelSettings = field(default_factory=PixelSettings)
@@ -148,7 +149,9 @@ class Stage2Settings:
     sheet: SheetSettings = field(default_factory=SheetSettings)
 
     def __post_init__(self) -> None:
-        """Refuse phases that don't fill the schedule."""
+        """Refuse phases that don't fill the schedule, and what is no probability."""
+        if not 0 <= self.own_steps <= 1:
+            raise TrainingError(f"own_steps must be 0 to 1; got {self.own_steps:g}.")
         ends = [phase.until for phase in self.phases]
         if not ends or ends != sorted(set(ends)) or ends[-1] != self.loop.steps:
             last = self.loop.steps
@@ -275,7 +278,9 @@ class Stage2Task:
         context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
         network = self.called(reference)
         uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
-        step = flow_step(network, degraded, clean, context, uniform, steps, shift=settings.shift)
+        chance = float(torch.rand((), generator=generator_for(settings.seed, "own steps", index)))
+        learn = own_flow_step if chance < settings.own_steps else flow_step
+        step = learn(network, degraded, clean, context, uniform, steps, shift=settings.shift)
         if "video" not in batch:
             return {"loss": step.loss}
         latent = step.clean / STAGE2_LATENT_SCALE
