@@ -3,7 +3,8 @@
     python scripts/node_pictures.py [WORDS ...]
 
 Writes `web/docs/img/NODE.jpg` and puts it into `web/docs/NODE.md` where it isn't yet; WORDS pick the nodes whose name
-contains one of them. Needs a Chromium on the path, or the one that FLASHVIDEO_CHROMIUM names.
+contains one of them. FlashVideo Compare keeps its picture, which shows the node after a run. Needs a Chromium on the
+path, or the one that FLASHVIDEO_CHROMIUM names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from harness.bed import ROOT, TEMPORARY, Bed, say
 DOCS = ROOT / "web" / "docs"
 _VIEW = {"width": 1200, "height": 1000}
 _QUALITY = 82
+_KEPT = "FlashVideoCompare"
 _SECTION = "## When to use it\n"
 _NAMES = """() => Object.keys(window.LiteGraph.registered_node_types)
     .filter(name => name.includes('FlashVideo') && !name.includes('/')).sort()"""
@@ -70,7 +72,7 @@ def _make_all(words: list[str]) -> None:
         page.goto(server.address, wait_until="domcontentloaded")
         page.wait_for_function(READY)
         for name in page.evaluate(_NAMES):
-            if not words or any(word in name.lower() for word in words):
+            if name != _KEPT and (not words or any(word in name.lower() for word in words)):
                 left, top, width, height = page.evaluate(_DRAW, name)
                 _save(name, page.screenshot(clip={"x": left, "y": top, "width": width, "height": height}))
                 say(name)

@@ -54,11 +54,11 @@ def graph(before: str, after: str) -> dict[str, Any]:
     nodes = [
         node(1, "LoadVideo", 0, [], [("VIDEO", "VIDEO", [1])], [before, "image"]),
         node(2, "LoadVideo", 0, [], [("VIDEO", "VIDEO", [2])], [after, "image"]),
-        node(3, "GetVideoComponents", 300, [("video", "VIDEO", 1)], first, []),
-        node(4, "GetVideoComponents", 300, [("video", "VIDEO", 2)], second, []),
+        node(3, "GetVideoComponents", 400, [("video", "VIDEO", 1)], first, []),
+        node(4, "GetVideoComponents", 400, [("video", "VIDEO", 2)], second, []),
         node(COMPARE, "FlashVideoCompare", 600, inputs, [("images", "IMAGE", [])], ["side by side", 24]),
     ]
-    nodes[-1].update(pos=[620, 60], size=[400, 106])
+    nodes[-1].update(pos=[900, 60], size=[400, 106])
     links = [[1, 1, 0, 3, 0], [2, 2, 0, 4, 0], [3, 3, 0, 5, 0], [4, 4, 0, 5, 1], [5, 3, 2, 5, 3]]
     types = ["VIDEO", "VIDEO", "IMAGE", "IMAGE", "FLOAT"]
     return {

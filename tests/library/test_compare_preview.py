@@ -101,6 +101,13 @@ def test_large_and_long_clips_get_a_small_preview(
     assert preview.total == frames
 
 
+def test_the_help_page_says_the_limits() -> None:
+    page = (Path(__file__).resolve().parents[2] / "web" / "docs" / "FlashVideoCompare.md").read_text(encoding="utf-8")
+    limits = (previews.LONG_SIDE, previews.LONG_SIDE_OF_LONG_CLIPS, previews.LONG_CLIP, previews.MAX_FRAMES)
+    said = "at most {} pixels on the long side ({} for more than {} frames) and the first {} frames"
+    assert said.format(*limits) in " ".join(page.split())
+
+
 def test_what_clean_repairs_is_shown_repaired(tmp_path: Path) -> None:
     with_alpha = torch.cat((level(1.5, 2), torch.zeros(2, 32, 48, 1)), 3)
     preview, frames = written(tmp_path, (level(0.5, 2) * 255).byte(), with_alpha.half())

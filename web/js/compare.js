@@ -10,6 +10,7 @@ const NODE = "FlashVideoCompare";
 const KEY = "flashvideo_compare"; // as in nodes/native/slider.py
 const LEAST = 150; // height of the slider, as in compare_style.js
 const BAR = 30, MARGIN = 10, ROOM = 40; // height of the buttons; around the slider; above the title of the next node
+const TALLEST = 1.25; // widths that an upright picture may be high, unless the user makes the node higher
 let count = 0;
 const sliders = new WeakMap(); // by node
 
@@ -44,7 +45,7 @@ function shownOf(output) {
 /** How high the slider should be below the node's other parts: the whole picture, if no other node is in its way. */
 function roomFor(node, result, others) {
   const [left, top] = node.pos, [width, height] = node.size;
-  const wanted = BAR + (width - 2 * MARGIN) * result.height / result.width;
+  const wanted = BAR + (width - 2 * MARGIN) * Math.min(result.height / result.width, TALLEST);
   const below = (node.graph?.nodes ?? [])
     .filter((other) => other !== node && other.pos[1] > top + height
       && other.pos[0] < left + width && other.pos[0] + other.size[0] > left)
