@@ -13,8 +13,10 @@ from flashvideo.devices import GIB
 from flashvideo.planner import Setting, make_plan
 from flashvideo.planner.budget import RESERVED, on_card
 from flashvideo.training.config import LoopSettings, build, load_toml
-from flashvideo.training.tasks.networks import NetworkSettings
-from flashvideo.training.tasks.stage2 import Stage2Settings
+from flashvideo.training.tasks.losses import PixelWeights
+from flashvideo.training.tasks.networks import NetworkSettings, ShortText
+from flashvideo.training.tasks.pixels import PixelSettings
+from flashvideo.training.tasks.stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -25,6 +27,16 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROW = re.compile(r"^\| (text to video|refine a clip), (1080p|2K), (bf16|fp8) \| (.+) \|$", re.M)
 SIZES = {"1080p": (1920, 1080), "2K": (2560, 1440)}
 STEPS = {"text to video": 50, "refine a clip": 0}  # of the draft
+TABLES = {
+    "loop",
+    "phases",
+    "short_text",
+    "degradation",
+    "pixels",
+    "terms",
+    "network",
+    "sheet",
+}  # of a config of stage II
 TOLERANCE = 0.1  # GiB; the table has one decimal
 
 
@@ -79,8 +91,18 @@ def test_readme_shows_every_workflow_in_its_order() -> None:
 def test_training_page_explains_the_keys_and_its_small_config_is_one(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"`(\w+)`", text[text.index("## The keys of a config") :]))
-    for settings in (LoopSettings, NetworkSettings):
-        assert {each.name for each in fields(settings)} <= explained
+    parts = (
+        NetworkSettings,
+        ShortText,
+        Phase,
+        DegradationSettings,
+        PixelSettings,
+        PixelWeights,
+        LoopSettings,
+        SheetSettings,
+    )
+    for settings in (Stage2Settings, *parts):
+        assert {each.name for each in fields(settings)} - TABLES <= explained, settings
     (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.+?)```", text, re.S).group(1), encoding="utf-8")
     settings = build(Stage2Settings, load_toml(tmp_path / "mine.toml"), "mine.toml")
     assert (settings.network.lora_rank, settings.phases[-1].until) == (16, settings.loop.steps)
