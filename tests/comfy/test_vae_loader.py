@@ -78,6 +78,27 @@ def test_two_loaders_give_one_vae_and_nothing_keeps_it(run_prompt: Callable, cap
     assert vae() is None
 
 
+def test_the_networks_for_real_footage_are_others(run_prompt: Callable, captured: dict, submodule: Callable) -> None:
+    config = submodule("flashvideo.config")
+    footage = {"class_type": "FlashVideoVAELoader", "inputs": {"vae_name": FOR_FOOTAGE}}
+    stage2 = {
+        "class_type": "FlashVideoModelLoader",
+        "inputs": {"model_name": "FlashVideo-Nano Stage II for real footage (built-in)", "weight_dtype": "default"},
+    }
+    graph = {"scenes": LOADER, "footage": footage, "again": footage, "stage2": stage2}
+    ends = {
+        f"end {name}": {"class_type": "TestCapture", "inputs": {"value": [name, 0], "name": name}} for name in graph
+    }
+    run_prompt(graph | ends)
+    assert captured["scenes"].first_stage_model.config == config.NANO_VAE
+    assert captured["footage"].first_stage_model.config == config.NANO_FOOTAGE_VAE
+    assert captured["again"] is captured["footage"]
+    assert captured["stage2"].model.diffusion_model.config == config.NANO_FOOTAGE_STAGE2
+    preview = submodule("flashvideo.nano").nano_preview
+    colours = captured["stage2"].model.latent_format.latent_rgb_factors_bias
+    assert colours == preview(config.NANO_FOOTAGE_STAGE2)[-1].tolist() != preview(config.NANO_STAGE2)[-1].tolist()
+
+
 _EMPTY_LATENT = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
 
 
