@@ -65,6 +65,7 @@ def card(submodule: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
     monkeypatch.setattr(degraded, "_remember", lambda *_: None)
     monkeypatch.setattr(degraded, "known_strength", lambda samples, *_: getattr(samples, "strength", None))
     monkeypatch.setattr(stage2, "degradation_of", strength_of)
+    monkeypatch.setattr(stage2, "preset_of", lambda _latent: None)
     for module in (degraded, stage2):
         monkeypatch.setattr(module, "looks_like_noise", lambda *_: False)
     monkeypatch.setattr(degraded, "check_degraded_start", lambda *_, **__: None)
