@@ -17,13 +17,15 @@ import pytest
 import torch
 from patience import finished, wait_until
 from PIL import Image
+from safetensors.torch import load_file
 from small_recipes import CROPS, SMALL_VAE, VALIDATION
 from torch import Tensor, nn
 
 from flashvideo.atomic_files import in_use
 from flashvideo.commands.main import main
 from flashvideo.training.config import LoopSettings, build, load_toml
-from flashvideo.training.loop.checkpointing import LAST, load_state, save_state
+from flashvideo.training.errors import TrainingError
+from flashvideo.training.loop.checkpointing import LAST, export_weights, load_state, save_state
 from flashvideo.training.loop.metrics import MetricsFile, psnr, save_plot
 from flashvideo.training.loop.optimise import RunningMean, learning_rate
 from flashvideo.training.tasks.stage1 import Stage1Settings
@@ -397,3 +399,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         save_state(path, {"step": (lambda: None)})  # can't be pickled
     assert load_state(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_large_weights_may_be_written_in_8_bits(tmp_path: Path) -> None:
+    """To the nearest number of float8; what it can't hold is refused, and the file before stays."""
+    large = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    state, path = {"large": large, "small": torch.ones(8)}, tmp_path / "vae.safetensors"
+    export_weights(path, state, {"flashvideo.stage": "vae"}, eight_bits=True)
+    written = load_file(path)
+    assert {name: tensor.dtype for name, tensor in written.items()} == {
+        "large": torch.float8_e4m3fn,
+        "small": torch.float16,
+    }
+    assert ((written["large"].float() - large).abs() <= large.abs() / 16 + 2**-10).all()
+    with pytest.raises(TrainingError, match="large doesn't fit"):
+        export_weights(path, {**state, "large": 1000 * large}, {}, eight_bits=True)
+    assert torch.equal(load_file(path)["large"].float(), written["large"].float())
+    export_weights(path, state, {})
+    assert load_file(path)["large"].dtype == torch.float16
