@@ -60,15 +60,17 @@ def _make(server: Any, path: Path, text: str) -> float:
     file = committed(path, own_clip=True)
     run = run_workflow(server, file, lambda _line: None, adjust=lambda prompt: _use_scene(prompt, text))
     outputs = {Path(prefix).name: paths[0] for prefix, paths in run.files.items()}
+    if "after" in path.stem:  # the clip stands in for what another model would have made
+        outputs["draft"] = server.input / _CLIP
     _picture(outputs).save(path.with_suffix(".jpg"), quality=_QUALITY, optimize=True)
     return run.seconds
 
 
 def _use_scene(prompt: dict[str, Any], text: str) -> None:
     """Let the workflow's video loaders load the scene, and its prompt say what the scene shows."""
-    loaders = [node for node in prompt.values() if node["class_type"] == "LoadVideo"]
+    loaders = [node for node in prompt.values() if node["class_type"] in ("LoadVideo", "FlashVideoExampleClip")]
     for node in loaders:
-        node["inputs"]["file"] = _CLIP
+        node |= {"class_type": "LoadVideo", "inputs": {"file": _CLIP}}
     for node in prompt.values():
         if loaders and node["class_type"] == "FlashVideoTextEncode":
             node["inputs"]["text"] = text
