@@ -21,14 +21,16 @@ from torch import Tensor
 
 from ..atomic_files import check_space, check_target, sha256, whole_file
 from ..progress import PhaseProgress, Progress, no_phase_progress
+from .catalogue import SOURCE_SHA256
 from .gguf_header import SUFFIX
-from .gguf_writing import WRITTEN, gguf_bytes, gguf_package, write_gguf
+from .gguf_writing import WRITTEN, gguf_package, plan_gguf, write_gguf
 from .keymaps import OWN_PREFIX, Part, Source
 from .packed import Packing
 from .quantised import FORMAT, FORMATS, SCALE, Format, relative_error
 from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
 
+GGUF_ARCHITECTURE = "flashvideo"  # loaders of other models' GGUF files refuse a name that they don't know
 LAYOUT_VERSION = "2"  # of the converted files' names; 1 had no prefix
 WINDOW = 512 * 2**20  # bytes of the source to read before its pages are freed
 DTYPES = {
@@ -89,26 +91,39 @@ def convert_file(
     report = progress or no_phase_progress
     if isinstance(kind, Packing):
         gguf_package()
-        size = gguf_bytes(checkpoint, kind, _is_layers_matrix)
+        plan = plan_gguf(checkpoint.shapes, kind, _is_layers_matrix, lambda _name: torch.bfloat16)
+        entries = {OWN_PREFIX + name: entry for name, entry in plan.items()}
     else:
         entries = _layout(checkpoint, kind)
-        size = sum(entry.nbytes for entry in entries.values())
-    check_space(target.parent, size, target.name)
+    check_space(target.parent, sum(entry.nbytes for entry in entries.values()), target.name)
     metadata = {
         **checkpoint.weights.metadata,
         "format": "pt",
         STAGE_METADATA: checkpoint.stage,
         "flashvideo.version": LAYOUT_VERSION,
-        "flashvideo.source_sha256": sha256(source, partial(report, "checksum")),
+        SOURCE_SHA256: sha256(source, partial(report, "checksum")),
     }
     if isinstance(kind, Packing):
         with whole_file(target, replace=force) as part:
-            write_gguf(part, checkpoint, kind, _is_layers_matrix, metadata, partial(report, "convert"), on_error)
+            tensors, progress = _own_names(checkpoint), partial(report, "convert")
+            write_gguf(part, GGUF_ARCHITECTURE, entries, tensors, metadata, progress, on_error and _by_layer(on_error))
         return checkpoint
     with whole_file(target, replace=force) as part, part.open("wb") as file:
         file.write(_header(checkpoint, entries, metadata))
         _write_tensors(file, checkpoint, kind, entries, partial(report, "convert"), on_error)
     return checkpoint
+
+
+def _own_names(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by a GGUF file's names; each one's pages are freed after it."""
+    for name, tensor in checkpoint.tensors():
+        yield OWN_PREFIX + name, tensor
+        checkpoint.weights.release()
+
+
+def _by_layer(on_error: Callable[[str, float], None]) -> Callable[[str, float], None]:
+    """The same for a GGUF file's names of matrices."""
+    return lambda name, error: on_error(name.removeprefix(OWN_PREFIX).removesuffix(".weight"), error)
 
 
 def check_converted_target(source: Path, target: Path, force: bool, *, is_gguf: bool = False) -> None:

@@ -17,23 +17,30 @@ from .weights import CheckpointError, Weights, open_weights
 
 _FIRST = "encoder.block.0.layer.0.SelfAttention.q.weight"  # every T5 has it
 _GGUF_FIRST = "enc.blk.0.attn_q.weight"
-_GGUF_NAMES = (  # patterns of llama.cpp's names for T5's encoder, and what takes their place
-    (r"^enc\.blk\.", "encoder.block."),
-    (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
-    (r"^token_embd\.", "shared."),
-    (r"\.attn_([qkvo])\.", r".layer.0.SelfAttention.\1."),
-    (r"\.attn_rel_b\.", ".layer.0.SelfAttention.relative_attention_bias."),
-    (r"\.attn_norm\.", ".layer.0.layer_norm."),
-    (r"\.ffn_gate\.", ".layer.1.DenseReluDense.wi_0."),
-    (r"\.ffn_up\.", ".layer.1.DenseReluDense.wi_1."),
-    (r"\.ffn_down\.", ".layer.1.DenseReluDense.wo."),
-    (r"\.ffn_norm\.", ".layer.1.layer_norm."),
+_GGUF_NAMES = (  # parts of llama.cpp's names for T5's encoder, and what stands in their place elsewhere
+    ("enc.blk.", "encoder.block."),
+    ("enc.output_norm.", "encoder.final_layer_norm."),
+    ("token_embd.", "shared."),
+    *((f".attn_{part}.", f".layer.0.SelfAttention.{part}.") for part in "qkvo"),
+    (".attn_rel_b.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (".attn_norm.", ".layer.0.layer_norm."),
+    (".ffn_gate.", ".layer.1.DenseReluDense.wi_0."),
+    (".ffn_up.", ".layer.1.DenseReluDense.wi_1."),
+    (".ffn_down.", ".layer.1.DenseReluDense.wo."),
+    (".ffn_norm.", ".layer.1.layer_norm."),
 )
+GGUF_ARCHITECTURE = "t5encoder"  # llama.cpp's word for it
 T5_VOCABULARY = 32128
 UMT5_VOCABULARY = 256384
 BYT5_VOCABULARIES = (384, 1510)
 TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight
 ADVICE = "Use t5xxl_fp16.safetensors (or an fp8 version of it), which Flux and Stable Diffusion 3 use too"
+
+
+def is_text_encoder(weights: Weights) -> bool:
+    """Whether a file is that of a T5 text encoder, by its names; another network beside it makes it none."""
+    shapes = weights.shapes
+    return _GGUF_FIRST in shapes or (_FIRST in shapes and find_layout(shapes) is None)
 
 
 def open_text_encoder(source: str | Path | Mapping[str, Any]) -> Weights:
@@ -52,8 +59,15 @@ def open_text_encoder(source: str | Path | Mapping[str, Any]) -> Weights:
 
 def _from_gguf(name: str) -> str:
     """The usual name of a tensor that llama.cpp's converter named."""
-    for old, new in _GGUF_NAMES:
-        name = re.sub(old, new, name)
+    for theirs, usual in _GGUF_NAMES:
+        name = name.replace(theirs, usual)
+    return name
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor of the encoder."""
+    for theirs, usual in _GGUF_NAMES:
+        name = name.replace(usual, theirs)
     return name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import signal
 import sys
 from collections import Counter
@@ -13,9 +14,11 @@ from types import FrameType
 
 from ..checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
 from ..checkpoints.convert import DTYPES, convert_file
+from ..checkpoints.convert_text_encoder import convert_text_encoder
 from ..checkpoints.lora import convert_lora, describe_lora, needs_renaming
+from ..checkpoints.text_encoder import is_text_encoder, open_text_encoder, t5_config
 from ..checkpoints.weights import QUANTISATION, Weights, open_weights, some
-from ..config import DiTConfig
+from ..config import DiTConfig, T5Config
 from ..errors import CommandError
 from .terminal import TERMINATED, ProgressBars, say
 
@@ -24,10 +27,10 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "convert",
-        description="Writes a model as safetensors or GGUF with ComfyUI's names, its LoRA merged into it; or a "
-        "CogVideoX LoRA with the names that ComfyUI's LoRA loaders know. IN stays as it is.",
+        description="Writes a model as safetensors or GGUF with ComfyUI's names, its LoRA merged into it; a text "
+        "encoder as GGUF; or a CogVideoX LoRA with the names that ComfyUI's LoRA loaders know. IN stays as it is.",
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, a LoRA, ...")
+    parser.add_argument("source", metavar="IN", type=Path, help="stage1.pt, 3d-vae.pt, t5xxl_fp16.safetensors, a LoRA")
     parser.add_argument("target", metavar="OUT", type=Path, help="the .safetensors or .gguf file to write")
     parser.add_argument(
         *("--dtype", "--to"),
@@ -43,15 +46,17 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, _terminate)
-    if options.source.is_file() and needs_renaming(open_weights(options.source).shapes):
+    weights = open_weights(options.source)
+    if needs_renaming(weights.shapes):
         if options.dtype != "keep":
             raise CommandError("--dtype is for models: a LoRA keeps its data type.")
         layers = convert_lora(options.source, options.target, force=options.force)
         say(f"{options.target}: LoRA of {layers} layers of CogVideoX, converted")
         return
     errors: dict[str, float] = {}
+    convert = convert_text_encoder if is_text_encoder(weights) else convert_file
     with ProgressBars() as bars:
-        checkpoint = convert_file(
+        found = convert(
             options.source,
             options.target,
             dtype=options.dtype,
@@ -59,7 +64,8 @@ def _convert(options: argparse.Namespace) -> None:
             progress=bars,
             on_error=errors.__setitem__,
         )
-    say(f"{options.target}: {describe(checkpoint)}, converted")
+    what = _describe_text_encoder(found) if isinstance(found, T5Config) else describe(found)
+    say(f"{options.target}: {what}, converted")
     if errors:
         _report_errors(errors)
 
@@ -68,7 +74,7 @@ def _report_errors(errors: dict[str, float]) -> None:
     """Print how far the quantised weights are off: root mean square, relative to the weights'."""
     kinds: dict[str, list[str]] = {}
     for layer in errors:
-        kinds.setdefault(layer.split(".", 2)[2], []).append(layer)
+        kinds.setdefault(re.split(r"\.\d+\.", layer)[-1], []).append(layer)
     say("  error of the quantised weights (root mean square, relative):")
     for kind, layers in kinds.items():
         mean, worst = sum(errors[layer] for layer in layers) / len(layers), max(layers, key=errors.__getitem__)
@@ -91,24 +97,48 @@ def add_info(commands: argparse._SubParsersAction) -> None:
 
 
 def _info(path: Path) -> None:
-    if path.is_file() and (lora := describe_lora(weights := open_weights(path))):
+    weights = open_weights(path)
+    if lora := describe_lora(weights):
         say(f"{weights.label}: {lora}")
         _say_facts(("stored as", weights.container), ("metadata", _metadata(weights)))
         return
+    if is_text_encoder(weights):
+        _info_of_text_encoder(open_text_encoder(path))
+        return
     checkpoint = open_checkpoint(path)
-    weights, plan = checkpoint.weights, checkpoint.plan
+    plan = checkpoint.plan
     say(f"{weights.label}: {describe(checkpoint)}")
     _say_facts(
         ("stored as", weights.container),
         ("architecture", _architecture(checkpoint)),
         ("parameters", _parameters(checkpoint)),
-        ("data types", _dtypes(checkpoint)),
+        ("data types", _dtypes(weights)),
         ("quantised", _quantised(checkpoint)),
         ("packed", _counted(packing.name for packing in checkpoint.packings.values())),
         ("metadata", _metadata(weights)),
         ("not used", some(plan.unused)),
         ("of other models", some(plan.foreign)),
     )
+
+
+def _info_of_text_encoder(weights: Weights) -> None:
+    config = t5_config(weights)
+    architecture = (
+        f"{config.num_layers} blocks, width {config.d_model}, {config.num_heads} heads of {config.d_kv}, feed-forward "
+        f"{config.d_ff}, {config.vocab_size:,} words"
+    )
+    say(f"{weights.label}: {_describe_text_encoder(config)}")
+    _say_facts(
+        ("stored as", weights.container),
+        ("architecture", architecture),
+        ("data types", _dtypes(weights)),
+        ("packed", _counted(packing.name for packing in weights.packings.values())),
+        ("metadata", _metadata(weights)),
+    )
+
+
+def _describe_text_encoder(config: T5Config) -> str:
+    return f"T5 v1.1 text encoder ({config.num_layers} blocks of {config.d_model})"
 
 
 def _metadata(weights: Weights) -> str:
@@ -157,7 +187,7 @@ def _counted(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({count} layers)" for name, count in Counter(names).items())
 
 
-def _dtypes(checkpoint: Checkpoint) -> str:
-    dtypes = checkpoint.weights.dtypes.values()
-    counts = Counter("unknown" if dtype is None else str(dtype).removeprefix("torch.") for dtype in dtypes)
+def _dtypes(weights: Weights) -> str:
+    names = ("unknown" if dtype is None else str(dtype).removeprefix("torch.") for dtype in weights.dtypes.values())
+    counts = Counter(names)
     return ", ".join(f"{name} ({count} tensors)" for name, count in counts.most_common())

@@ -45,6 +45,7 @@ class ComfyServer:
         with_pack: link this pack into custom_nodes.
         device_options: how ComfyUI picks its device; None means `--cpu` if torch finds no GPU.
         options: further command-line options of ComfyUI.
+        packages: a folder of Python packages that ComfyUI's own Python lacks, for other packs' nodes.
 
     Attributes: `address`, `log` (file), `input`, `output` (folders), `import_failures` (log lines of other nodes that
     could not be imported).
@@ -58,6 +59,7 @@ class ComfyServer:
         with_pack: bool = True,
         device_options: Sequence[str] | None = None,
         options: Sequence[str] = (),
+        packages: Path | None = None,
     ) -> None:
         self.bed = bed
         self.base = base
@@ -69,6 +71,7 @@ class ComfyServer:
         self.import_failures: list[str] = []
         self._device_options = _device_options(bed) if device_options is None else device_options
         self._options = options
+        self._packages = packages
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ComfyServer:
@@ -122,6 +125,9 @@ class ComfyServer:
         environment = self.bed.environment()
         if "--cpu" in self._device_options:
             environment = {**_KEEP_PAGES, **environment}
+        if self._packages is not None:
+            path = environment.get("PYTHONPATH"), str(self._packages)  # last: ComfyUI's own versions win
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

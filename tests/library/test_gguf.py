@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flashvideo.checkpoints import CheckpointError, load_dit, open_checkpoint, read_dit, read_stored_dit
 from flashvideo.checkpoints.convert import convert_file
+from flashvideo.checkpoints.convert_text_encoder import convert_text_encoder
 from flashvideo.checkpoints.gguf_writing import WRITTEN
 from flashvideo.checkpoints.packed import PACKINGS, Packing
 from flashvideo.checkpoints.text_encoder import open_text_encoder, t5_config
 from flashvideo.checkpoints.weights import open_weights
 from flashvideo.commands.main import main
+from flashvideo.config import T5Config
 from flashvideo.nano import nano_state
+from flashvideo.t5 import t5_shapes
 
 gguf = pytest.importorskip("gguf", reason="the package gguf, which writes such files, isn't installed")
 
@@ -162,38 +167,92 @@ def test_fused_matrices_of_other_layouts_are_taken_apart_while_packed(stage2: Pa
         assert (plain[name].float() - tensor.float()).norm() <= 0.02 * tensor.float().norm() + 1e-6
 
 
-def test_the_text_encoder_is_read_by_llama_cpps_names(tmp_path: Path) -> None:
-    state, kinds = nano_state("text_encoder"), gguf.GGMLQuantizationType
-    names = {
-        "shared.weight": "token_embd.weight",
-        "encoder.final_layer_norm.weight": "enc.output_norm.weight",
-        "SelfAttention.relative_attention_bias": "attn_rel_b",
-        "layer.0.layer_norm": "attn_norm",
-        "layer.1.layer_norm": "ffn_norm",
-        "DenseReluDense.wi_0": "ffn_gate",
-        "DenseReluDense.wi_1": "ffn_up",
-        "DenseReluDense.wo": "ffn_down",
-        **{f"SelfAttention.{part}.": f"attn_{part}." for part in "qkvo"},
-        "layer.0.": "",
-        "layer.1.": "",
-        "encoder.block.": "enc.blk.",
-    }
+LLAMA_CPPS_NAMES = {
+    "shared.weight": "token_embd.weight",
+    "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+    "SelfAttention.relative_attention_bias": "attn_rel_b",
+    "layer.0.layer_norm": "attn_norm",
+    "layer.1.layer_norm": "ffn_norm",
+    "DenseReluDense.wi_0": "ffn_gate",
+    "DenseReluDense.wi_1": "ffn_up",
+    "DenseReluDense.wo": "ffn_down",
+    **{f"SelfAttention.{part}.": f"attn_{part}." for part in "qkvo"},
+    "layer.0.": "",
+    "layer.1.": "",
+    "encoder.block.": "enc.blk.",
+}
+
+
+def llama_cpps_name(name: str) -> str:
+    """How llama.cpp's converter names a tensor of T5's encoder."""
+    for usual, other in LLAMA_CPPS_NAMES.items():
+        name = name.replace(usual, other)
+    return name
+
+
+@pytest.fixture()
+def text_encoder() -> dict[str, Tensor]:
+    """A T5 of 2 blocks whose every matrix can be packed, in the 16 bits of the official file."""
+    config = T5Config(num_layers=2, d_model=64, d_kv=16, num_heads=4, d_ff=128)
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(shape, generator=generator).half() for name, shape in t5_shapes(config).items()}
+
+
+def test_the_text_encoder_is_read_by_llama_cpps_names(tmp_path: Path, text_encoder: dict[str, Tensor]) -> None:
     tensors = {}
-    for name, tensor in state.items():
-        if name == "encoder.embed_tokens.weight":
-            continue
-        new = name
-        for usual, other in names.items():
-            new = new.replace(usual, other)
+    for name, tensor in text_encoder.items():
         matrix = tensor.float().numpy()
         packs = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
-        tensors[new] = (gguf.quants.quantize(matrix, kinds.Q8_0), WRITTEN["gguf_q8_0"]) if packs else matrix
+        if packs:
+            matrix = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType.Q8_0), WRITTEN["gguf_q8_0"]
+        tensors[llama_cpps_name(name)] = matrix
     weights = open_text_encoder(write(tmp_path / "t5.gguf", tensors, "t5encoder"))
-    assert t5_config(weights) == t5_config(open_text_encoder(state))
+    assert t5_config(weights) == t5_config(open_text_encoder(text_encoder))
     assert weights.packings
     for name, shape in weights.shapes.items():
-        assert tuple(weights.read(name).shape) == shape == tuple(state[name].shape)
-        assert (weights.read(name).float() - state[name].float()).norm() <= 0.02 * state[name].float().norm()
+        expected = text_encoder[name].float()
+        assert tuple(weights.read(name).shape) == shape == tuple(expected.shape)
+        assert (weights.read(name).float() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(("name", "error"), [("gguf_q8_0", 0.01), ("gguf_q4_0", 0.12)])
+def test_a_text_encoder_is_packed_for_other_loaders_too(
+    name: str, error: float, tmp_path: Path, text_encoder: dict[str, Tensor]
+) -> None:
+    source, target, errors = tmp_path / "t5.safetensors", tmp_path / "t5.gguf", {}
+    twice = {"encoder.embed_tokens.weight": text_encoder["shared.weight"].clone()}  # as ComfyUI's own file has it
+    save_file(text_encoder | twice, source)
+    config = convert_text_encoder(source, target, dtype=name, on_error=errors.__setitem__)
+    file = gguf.GGUFReader(target)
+    assert file.fields["general.architecture"].contents() == "t5encoder"
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
+    matrices = {each for each in text_encoder if text_encoder[each].ndim == 2 and ".layer." in each}
+    packed = {llama_cpps_name(each) for each in matrices if "relative_attention_bias" not in each}
+    assert {each for each, kind in kinds.items() if kind == WRITTEN[name].name} == packed
+    assert kinds.keys() == {llama_cpps_name(each) for each in text_encoder}
+    assert kinds["token_embd.weight"] == "F16"
+    assert errors.keys() == {each.removesuffix(".weight") for each in packed}
+    assert 0 < max(errors.values()) < error
+    weights = open_text_encoder(target)
+    assert t5_config(weights) == config == t5_config(open_text_encoder(text_encoder))
+    for each, tensor in text_encoder.items():
+        found = weights.read(each).float()
+        assert (found - tensor.float()).norm() <= (error if llama_cpps_name(each) in packed else 0) * tensor.norm()
+
+
+def test_what_a_text_encoder_is_not_made_into(tmp_path: Path, text_encoder: dict[str, Tensor]) -> None:
+    source, target = tmp_path / "t5.safetensors", tmp_path / "t5.gguf"
+    save_file(text_encoder, source)
+    with pytest.raises(CheckpointError, match="only GGUF files are made"):
+        convert_text_encoder(source, tmp_path / "int8.safetensors", dtype="int8")
+    convert_text_encoder(source, target, dtype="gguf_q8_0")
+    with pytest.raises(CheckpointError, match="quantised already"):
+        convert_text_encoder(target, tmp_path / "again.gguf", dtype="gguf_q4_0")
+    text_encoder["shared.weight"][7, 7] = math.nan
+    save_file(text_encoder, source)
+    with pytest.raises(CheckpointError, match=r"damaged: shared\.weight"):
+        convert_text_encoder(source, tmp_path / "broken.gguf", dtype="gguf_q8_0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t5.gguf", "t5.safetensors"]
 
 
 def test_a_kept_shape_counts(tmp_path: Path) -> None:
