@@ -10,4 +10,6 @@ import rank_checks  # noqa: F401
 import torch._dynamo  # noqa: F401 (counting operations needs it)
 
 import flashvideo.commands.generate
-import flashvideo.commands.refine  # noqa: F401
+import flashvideo.commands.refine
+import flashvideo.training.tasks.stage2
+import flashvideo.training.tasks.vae  # noqa: F401

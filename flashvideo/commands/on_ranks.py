@@ -20,7 +20,8 @@ from ..parallel.launch import Meeting, own_device
 
 SECONDS_FOR_RANK_0 = 10.0  # to report a mistake that all ranks find
 SECONDS_FOR_OTHERS = 3.0  # to notice that somebody has reported
-ONLY = "Only refine and generate run on several processes: start this command without torchrun."
+ONLY = "Only refine, generate and train run on several processes: start this command without torchrun."
+CANCELLED = "Cancelled. The same command resumes the run."
 
 
 def silence_other_ranks() -> None:
@@ -43,7 +44,7 @@ def run_on_ranks(options: argparse.Namespace, explain: Callable[[BaseException],
         options.ranks = meeting.join(options.device)
         code = options.ranks.share(options.run(options) or 0)
     except KeyboardInterrupt:
-        _report("Cancelled. The same command resumes the run.", meeting)
+        _report(getattr(options, "when_cancelled", CANCELLED), meeting)
         _end(exit_code(signal.SIGINT), meeting)
     except BaseException as error:
         message = explain(error)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 # Kinds of messages.
 KEYS_VALUES, PATCHES, GUIDANCE = "keys and values", "patches", "guidance"
-STATISTICS, PICTURES, STATE = "statistics", "pictures", "state"
+STATISTICS, PICTURES, STATE, GRADIENTS = "statistics", "pictures", "state", "gradients"
 
 
 @dataclass

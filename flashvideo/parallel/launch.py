@@ -18,9 +18,10 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# Ranks wait for each other that long: on CPUs one layer's attention of a large video takes minutes, and rank 0 writes
-# the result alone. A process that ends is noticed at once, without this.
-PATIENCE = timedelta(hours=2)
+# Ranks wait for each other that long: on CPUs one layer's attention of a large video takes minutes, rank 0 writes the
+# result alone, and before preference tuning one of them may refine a file of clips while the others have none left. A
+# process that ends is noticed at once, without this.
+PATIENCE = timedelta(hours=12)
 LONGEST_RUN = timedelta(days=365)
 SECONDS_TO_WAKE = 30.0  # a thread that is told to end; far more than it takes
 _REPORTED = "reported"  # how many processes had an error to report

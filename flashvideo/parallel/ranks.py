@@ -22,8 +22,8 @@ Value = TypeVar("Value")
 class RankEndedError(CommandError):
     """A process of this run has ended, or can't be reached any more."""
 
-    def __init__(self) -> None:
-        super().__init__("The run has ended because one of its processes did.", "The same command resumes it.")
+    def __init__(self, hint: str = "The same command resumes it.") -> None:
+        super().__init__("The run has ended because one of its processes did.", hint)
 
 
 class RefusedError(CommandError):
@@ -89,6 +89,15 @@ class Ranks:
             return out
 
         return finish
+
+    def sum(self, x: Tensor, kind: str) -> None:
+        """Replace a contiguous tensor, of one shape and type on all ranks, by the sum of all of them."""
+        import torch.distributed as dist
+
+        with _noticed():
+            dist.all_reduce(x, group=self._group)
+        # What a rank of a ring receives: the parts of its own sum, then the sums of the others.
+        self.traffic.count(kind, 2 * (self.size - 1) * x.nbytes // self.size)
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank; anything that can be pickled, of small size."""

@@ -13,15 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..arguments import duration, positive
 from ..devices import open_device
 from ..errors import cancelled, exit_code
 from .errors import TrainingError
 
+if TYPE_CHECKING:
+    from ..parallel import Ranks
+
 WHOLE = "nano"  # all four, each with its config
 FETCH = "fetch"  # not a training: fetches clips
+STOPPED = (
+    "Stopped at once. Stored clips and checkpoints stay, and the same command resumes from them; add --resume if there "
+    "was a checkpoint."
+)
 # What can be trained: its module, its settings class, its task class. Imported only when asked for.
 KINDS = {
     "vae": ("vae", "VAESettings", "VAETask"),
@@ -37,7 +44,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
         description="Trains one network by a TOML file (--config), or FlashVideo-Nano's four from nothing. Interrupted "
-        "runs resume with --resume. docs/training.md explains the files' keys.",
+        "runs resume with --resume, and torchrun spreads a training over several cards. docs/training.md explains both "
+        "and the files' keys.",
     )  # fmt: skip
     parser.add_argument(
         "kind", choices=(*KINDS, WHOLE, FETCH),
@@ -59,7 +67,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         help="don't train: write the best weights so far to this folder; of nano, all four when they are done",
     )  # fmt: skip
     _add_fetch_options(parser.add_argument_group("train fetch"))
-    parser.set_defaults(run=_run)
+    # `ranks`: the processes that torchrun has started, if any.
+    parser.set_defaults(run=_run, ranks=None, when_cancelled=STOPPED)
 
 
 def _add_fetch_options(group: argparse._ArgumentGroup) -> None:
@@ -86,9 +95,12 @@ class TrainOptions:
     export: Path | None
     device: str | None
     tokenizer: str | None
+    ranks: Ranks | None
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.ranks is not None and options.kind in (WHOLE, FETCH):
+        raise TrainingError(f"train {options.kind} runs in one process: start it without torchrun.")
     if options.kind == FETCH:
         return _fetch(options.source, options.to, options.caption)
     for name, value in (("--source", options.source), ("--to", options.to), ("--caption", options.caption)):
@@ -118,6 +130,7 @@ def _fetch(sources: Sequence[str], folder: Path | None, captions: Path | None) -
 
 def _train(kind: str, options: TrainOptions) -> int:
     """Train one network, or export it."""
+    from ..parallel import agree
     from .loop.trainer import Limits, Trainer
     from .nano import export
 
@@ -125,17 +138,18 @@ def _train(kind: str, options: TrainOptions) -> int:
         raise TrainingError(f"train {kind} needs a config: add --config FILE.")
     settings = _settings(kind, options.config, options.tokenizer)
     folder = options.out or settings.out
-    if options.export is not None:
-        export(_task(kind, settings, options.device), folder, options.export)
+    ranks, target = options.ranks, options.export
+    if target is not None:
+        task = _task(kind, settings, options.device, ranks)
+        agree(ranks, lambda: export(task, folder, target))
         return 0
     try:
-        trainer = Trainer(_task(kind, settings, options.device), settings.loop, folder)
+        trainer = Trainer(_task(kind, settings, options.device, ranks), settings.loop, folder, ranks)
         ended_by = trainer.train(Limits(options.steps, options.minutes), resume=options.resume)
     except KeyboardInterrupt:  # while clips were encoded, or Ctrl+C twice
-        return cancelled(
-            "Stopped at once. Stored clips and checkpoints stay, and the same command resumes from them; add "
-            "--resume if there was a checkpoint."
-        )
+        if ranks is not None:  # all of them end
+            raise
+        return cancelled(STOPPED)
     done = trainer.step == settings.loop.steps
     rest = "done" if done else "--resume continues"
     sys.stdout.write(f"{folder}: step {trainer.step} of {settings.loop.steps}; {rest}\n")
@@ -185,14 +199,14 @@ def _settings(kind: str, config: Path, tokenizer: str | None) -> Any:
     return settings
 
 
-def _task(kind: str, settings: Any, device: str | None) -> Any:
-    """The task that the loop trains, on the device of the options."""
+def _task(kind: str, settings: Any, device: str | None, ranks: Ranks | None = None) -> Any:
+    """The task that the loop trains, on the device of the options; `ranks` prepare its clips together."""
     import torch
 
     module_name, _, task_name = KINDS[kind]
     if settings.loop.threads:
         torch.set_num_threads(settings.loop.threads)
-    return getattr(_module(module_name), task_name)(settings, open_device(device))
+    return getattr(_module(module_name), task_name)(settings, open_device(device), ranks)
 
 
 def _module(name: str) -> ModuleType:

@@ -22,6 +22,11 @@ def randint(generator: torch.Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
+def spread_uniform(places: Tensor, of: int, generator: torch.Generator) -> Tensor:
+    """A number from each of the intervals `places` [n], of `of` equal ones of [0, 1]: each uniform, together even."""
+    return (torch.rand(len(places), generator=generator) + places) / of
+
+
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Draw standard normal noise of x's shape on the CPU, and move it to x: the same on every device."""
     return torch.randn(x.shape, generator=generator).to(x)

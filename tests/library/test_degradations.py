@@ -361,14 +361,16 @@ def test_latents_are_degraded_each_at_its_own_step() -> None:
 
 
 def test_latent_degradation_draws_steps_evenly_from_its_range() -> None:
-    _, steps = LatentDegradation()(torch.zeros(20000, 1, 1, 1, 1), seeded())
+    latent = torch.zeros(20000, 1, 1, 1, 1)
+    _, steps = LatentDegradation()(latent, torch.rand(20000, generator=seeded()), latent)
     counts = torch.bincount(steps)
     assert (int(steps.min()), int(steps.max())) == (600, 750)
     assert counts[600:].min() > 80 and counts.max() < 190  # 132 each, 4.5 standard deviations
 
 
 def test_latent_degradation_draws_weak_noise_more_often_with_a_power() -> None:
-    _, steps = LatentDegradation((100, 499), power=2.0)(torch.zeros(20000, 1, 1, 1, 1), seeded())
+    latent = torch.zeros(20000, 1, 1, 1, 1)
+    _, steps = LatentDegradation((100, 499), power=2.0)(latent, torch.rand(20000, generator=seeded()), latent)
     quarters = torch.bincount((steps - 100) // 100, minlength=4) / len(steps)
     expected = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).sqrt().diff()
     assert (int(steps.min()), int(steps.max())) == (100, 499)
@@ -376,9 +378,8 @@ def test_latent_degradation_draws_weak_noise_more_often_with_a_power() -> None:
 
 
 def test_latent_degradation_keeps_a_standard_normal_standard() -> None:
-    latent = torch.randn(4, 16, 4, 16, 16, generator=seeded(5))
-    degraded, steps = LatentDegradation((650, 650))(latent, seeded())
+    latent, noise = (torch.randn(4, 16, 4, 16, 16, generator=seeded(seed)) for seed in (5, 6))
+    degraded, steps = LatentDegradation((650, 650))(latent, torch.tensor([0.0, 0.3, 0.6, 1.0]), noise)
     assert steps.tolist() == [650] * 4
     assert float(degraded.std()) == pytest.approx(1, rel=0.01)
-    again, _ = LatentDegradation((650, 650))(latent, seeded())
-    assert torch.equal(again, degraded)
+    assert torch.equal(degraded, degrade_latents(latent, noise, steps))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,7 +13,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("av")
-from forked import Pipe, fork, fork_program
+from forked import Pipe, fork
+from on_ranks import Run, free_port
 from patience import finished, joined
 from small_videos import make_video, read
 
@@ -29,12 +27,6 @@ PATIENCE = 600  # seconds; far beyond what it takes, even on a busy machine
 REFINE = ("--scale", "2", "--steps", "2", "--device", "cpu", "--crf", "0", "--prompt", "a red circle")
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def torchrun(folder: Path, size: int, *words: str | Path) -> str:
     """Run a command as users start it; returns what it wrote to standard output."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={free_port()}"]
@@ -44,34 +36,6 @@ def torchrun(folder: Path, size: int, *words: str | Path) -> str:
         output, errors = finished(process)
     assert process.returncode == 0, errors
     return output
-
-
-class Run:
-    """A command on several processes, with the environment that torchrun gives them."""
-
-    def __init__(self, folder: Path, size: int, *words: str | Path) -> None:
-        self.error = folder / "stderr.txt"
-        self.error.unlink(missing_ok=True)
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(size)}
-        self.processes = [
-            fork_program(["-m", "flashvideo", *words], folder, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(size)
-        ]
-
-    def wait(self) -> list[int]:
-        """Exit codes."""
-        return [joined(process) for process in self.processes]
-
-    def wait_for(self, condition: Callable[[str], bool]) -> None:
-        """Wait until what is on the terminal fulfils a condition."""
-        end = time.monotonic() + PATIENCE
-        while not self.error.exists() or not condition(self.error.read_text()):
-            assert time.monotonic() < end and any(process.is_alive() for process in self.processes)
-            time.sleep(0.1)
-
-    def sentences(self) -> list[str]:
-        """The lines on standard error without progress bars."""
-        return [line for line in self.error.read_text().splitlines() if line.strip() and "%|" not in line]
 
 
 GENERATE = ("--frames", "5", "--draft-size", "64x48", "--draft-steps", "3", *REFINE[:-2])
@@ -122,7 +86,7 @@ def test_a_mistake_is_reported_once_before_the_work(tmp_path: Path) -> None:
     target.write_bytes(b"mine")
     for words, sentence in (
         (("refine", source, target, *REFINE), "out.mkv"),
-        (("models",), "Only refine and generate run on several processes"),
+        (("models",), "Only refine, generate and train run on several processes"),
     ):
         run = Run(tmp_path, 2, *words)
         assert 1 in run.wait()

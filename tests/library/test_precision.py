@@ -13,6 +13,7 @@ from torch import nn
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.loop import precision
 from flashvideo.training.loop.trainer import Trainer
+from flashvideo.training.rows import Batches, Rows
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,16 @@ def test_both_data_types_can_be_timed() -> None:
     assert min(precision._seconds(dtype) for dtype in (torch.bfloat16, torch.float32)) > 0
 
 
+class Nothing(Batches):
+    """Batches of one row, with nothing in it."""
+
+    def count(self, _index: int) -> int:
+        return 1
+
+    def part(self, _rows: Rows) -> int:
+        return 0
+
+
 @pytest.mark.parametrize(
     ("setting", "processor", "used"), [(True, True, True), (True, False, False), (False, True, False)]
 )
@@ -59,12 +70,12 @@ def test_training_uses_it_if_it_helps_and_is_not_forbidden(
     model = nn.Linear(2, 2)
     seen = []
 
-    def loss(_batch: object, _index: int) -> dict[str, torch.Tensor]:
+    def loss(_batch: object, _rows: Rows) -> dict[str, torch.Tensor]:
         out = model(torch.ones(1, 2))
         seen.append(out.dtype)
         return {"loss": out.float().square().sum()}
 
-    task = SimpleNamespace(model=model, data=[0, 1], description={}, loss=loss, prepare=lambda: None)
+    task = SimpleNamespace(model=model, data=Nothing(), description={}, loss=loss, prepare=lambda: None)
     settings = LoopSettings(steps=2, learning_rate=1e-3, bf16_cpu=setting, validate_every=9, checkpoint_every=9)
     trainer = Trainer(task, settings, tmp_path)
     trainer._optimise(trainer._batches(1))

@@ -17,6 +17,7 @@ from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings, ScenePieces
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.metrics import psnr
+from flashvideo.training.rows import Rows
 from flashvideo.training.tasks import stage2 as stage2_module
 from flashvideo.training.tasks.losses import FlowStep, flow_step, own_flow_step
 from flashvideo.training.tasks.networks import NetworkSettings, make_network
@@ -176,7 +177,7 @@ def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pi
     touched = guess.grad.abs().sum((0, 1, 2)) > 0
     assert touched[row : row + 6, column : column + 6].all()
     assert int(touched.sum()) == 36
-    terms = pixel_task.loss(batch, 0)
+    terms = pixel_task.loss(batch, Rows.whole(0, 2))
     assert terms["loss"].item() == pytest.approx((terms["velocity"] + terms["pixels"]).item())
     assert "score" in pixel_task.validate()
 
@@ -216,7 +217,7 @@ def test_some_batches_learn_where_the_network_has_come_to(
     batch = pixel_task.data[0]
     monkeypatch.setattr(pixel_task, "settings", dataclasses.replace(pixel_task.settings, own_steps=0.5))
     with torch.no_grad():
-        losses = [pixel_task.loss(batch, index)["loss"] for index in range(12)]
+        losses = [pixel_task.loss(batch, Rows.whole(index, 2))["loss"] for index in range(12)]
     assert 2 <= sum(called) <= 10
     assert len(called) == 12
     assert all(loss.isfinite() for loss in losses)

@@ -28,6 +28,7 @@ from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.checkpointing import LAST, export_weights, load_state, save_state
 from flashvideo.training.loop.metrics import MetricsFile, psnr, save_plot
 from flashvideo.training.loop.optimise import RunningMean, learning_rate
+from flashvideo.training.rows import Rows
 from flashvideo.training.tasks.stage1 import Stage1Settings
 from flashvideo.training.tasks.stage2 import Stage2Settings
 from flashvideo.training.tasks.text import TextSettings
@@ -109,10 +110,10 @@ def at_batch(number: int, action: Callable[[], object], monkeypatch: pytest.Monk
     """Do something when batch `number` is learnt from; two make a step."""
     loss = VAETask.loss
 
-    def noted(task: VAETask, batch: Tensor, index: int) -> dict[str, Tensor]:
-        if index == number:
+    def noted(task: VAETask, batch: Tensor, rows: Rows) -> dict[str, Tensor]:
+        if rows.index == number:
             action()
-        return loss(task, batch, index)
+        return loss(task, batch, rows)
 
     monkeypatch.setattr(VAETask, "loss", noted)
 
@@ -168,7 +169,7 @@ from flashvideo.commands.main import main
 from flashvideo.training.tasks.vae import VAETask
 
 loss = VAETask.loss
-VAETask.loss = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if given[-1] == 7 else loss(*given)
+VAETask.loss = lambda *given: os.kill(os.getpid(), signal.SIGKILL) if given[-1].index == 7 else loss(*given)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -28,6 +28,7 @@ from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.checkpointing import BEST, LAST, load_state
 from flashvideo.training.loop.metrics import MetricsFile
 from flashvideo.training.randomness import generator_for
+from flashvideo.training.rows import Rows
 from flashvideo.training.tasks.lora import add_lora, lora_state, merged_state
 from flashvideo.training.tasks.losses import Network, stage1_loss
 from flashvideo.training.tasks.networks import NetworkSettings, as_called, attention_products, make_network
@@ -158,7 +159,8 @@ def test_the_text_encoder_must_tell_each_token_and_its_neighbours_within_the_tex
     assert targets.tolist() == [
         place.get(token, outside) for token in (-1, -1, -1, 5, 7, 1, -1, -1, 5, 7, 1, 0, -1, 5, 7, 1, 0, 0)
     ]
-    assert task.loss({"tokens": tokens}, 0)["loss"].item() == pytest.approx(math.log(task.description["tokens"]))
+    loss = task.loss({"tokens": tokens}, Rows.whole(0, 1))["loss"]
+    assert loss.item() == pytest.approx(math.log(task.description["tokens"]))
 
 
 @pytest.mark.parametrize("power", [1.0, 0.6])

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...degradation import degrade_latent
-from ..randomness import normal_like, randint
+from ..randomness import randint
 from .video_compression import compress_h264, compress_jpeg, compress_mpeg4
 
 KERNEL_REACH = 3  # a Gaussian's kernel ends at so many standard deviations
@@ -343,12 +343,14 @@ class LatentDegradation:
     steps: tuple[int, int] = (600, 750)  # both included; the official code's later range
     power: float = 1.0  # of the uniform number that picks the step; above 1, weak noise is drawn more often
 
-    def __call__(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """[B, C, T, H, W] in the model's scaled space -> the degraded latents, and the steps of each, [B] int64."""
+    def __call__(self, latent: Tensor, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, T, H, W] in the model's scaled space -> the degraded latents, and the steps of each, [B] int64.
+
+        `uniform` [B] on the CPU, drawn evenly from [0, 1], picks the steps; `noise` has the latent's shape.
+        """
         low, high = self.steps
-        uniform = torch.rand(len(latent), generator=generator)
         steps = (low + (high + 1 - low) * uniform**self.power).long().clamp(max=high)
-        return degrade_latents(latent, normal_like(latent, generator), steps), steps.to(latent.device)
+        return degrade_latents(latent, noise, steps), steps.to(latent.device)
 
 
 def degrade_latents(latent: Tensor, noise: Tensor, steps: Tensor) -> Tensor:

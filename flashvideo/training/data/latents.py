@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ...checkpoints import read_vae
 from ...config import PIXEL_MULTIPLE, is_video_length
 from ...frames import TargetSize, finish, prepare, resize, to_frames, to_video
+from ...parallel import Ranks, agree
 from ..errors import TrainingError
 from ..loop.checkpointing import whole_file
 from ..randomness import generator_for, randint
@@ -132,9 +133,15 @@ def sample_uncut(source: Clips, index: int) -> tuple[Tensor, str, Callable[[Tens
 
 def layout_of(source: Clips, index: int, cells: int) -> Tensor | None:
     """Where the subjects of clip `index` are, as `SceneStream.layout` says; None if it isn't a whole drawn scene."""
+    scenes = scenes_of(source, index)
+    return None if scenes is None else scenes.layout(index, cells)
+
+
+def scenes_of(source: Clips, index: int) -> SceneStream | None:
+    """The source of clip `index`, if that is a whole drawn scene."""
     if isinstance(source, Mixture):
         source = source.of(index)
-    return source.layout(index, cells) if isinstance(source, SceneStream) else None
+    return source if isinstance(source, SceneStream) else None
 
 
 class LatentCache(Dataset):
@@ -153,11 +160,28 @@ class LatentCache(Dataset):
         """Count the clips."""
         return self.clips
 
-    def fill(self) -> None:
-        """Make the shards that aren't there yet. May be stopped and called again at any time."""
-        starts = [start for start in range(0, self.clips, SHARD) if not self._path(start).is_file()]
-        with torch.inference_mode(), tqdm(total=self.clips, desc="latents", unit="clip", disable=not starts) as bar:
-            bar.update(self.clips - sum(min(SHARD, self.clips - start) for start in starts))
+    def fill(self, ranks: Ranks | None = None) -> None:
+        """Make the shards that aren't there yet, each on one of `ranks`. May be stopped and called again at any time.
+
+        Raises TrainingError if ranks don't see each other's files.
+        """
+        missing = agree(ranks, self._missing)
+        if ranks is None:
+            self._make(missing)
+            return
+        self._make(missing[ranks.rank :: ranks.size])
+        ranks.collect(None)  # now all are done
+        if self._missing():
+            raise TrainingError(f"{self.folder} must be the same folder for all processes, on a disk that they share.")
+
+    def _missing(self) -> list[int]:
+        """The first clips of the shards that aren't there."""
+        return [start for start in range(0, self.clips, SHARD) if not self._path(start).is_file()]
+
+    def _make(self, starts: Sequence[int]) -> None:
+        """Make the shards that begin with these clips."""
+        clips = sum(min(SHARD, self.clips - start) for start in starts)
+        with torch.inference_mode(), tqdm(total=clips, desc="latents", unit="clip", disable=not starts) as bar:
             for start in starts:
                 entries, captions = [], []
                 for index in range(start, min(start + SHARD, self.clips)):

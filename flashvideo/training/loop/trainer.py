@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,17 +13,20 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ...atomic_files import in_use
+from ...parallel import RankEndedError, Ranks, agree
 from ..config import LoopSettings
 from ..errors import TrainingError
+from ..rows import Batches, Rows, rows_of_step
 from .checkpointing import BEST, LAST, load_state, save_state
 from .interrupts import Interrupts
 from .metrics import MetricsFile, save_picture, save_plot
 from .optimise import RunningMean, learning_rate, load_optimiser, make_optimiser, trainable
 from .precision import cpu_has_bf16
+from .summing import sum_over_ranks
 
 METRICS = "metrics.jsonl"
 PLOT = "metrics.png"
@@ -34,7 +37,7 @@ class Task(Protocol):
     """A network and its data, for the loop. All randomness must follow from the given index."""
 
     model: nn.Module  # on its device; what requires a gradient learns
-    data: Dataset  # data[i] is batch i: tensors on the CPU in a dict or list; worker processes may make it
+    data: Batches
     description: dict[str, Any]  # numbers that a checkpoint must agree with, such as the network's sizes
 
     def prepare(self) -> None:
@@ -44,8 +47,11 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self, batch: Any, index: int) -> dict[str, Tensor]:
-        """Scalars of batch `index`; "loss" is minimised, the others are shown."""
+    def loss(self, batch: Any, rows: Rows) -> dict[str, Tensor]:
+        """Scalars of these rows of a batch, as means over the rows; "loss" is minimised, the others are shown.
+
+        Weighted by their shares, those of all its rows must add up to the whole batch's.
+        """
         ...
 
     def validate(self) -> dict[str, float]:
@@ -66,11 +72,15 @@ class Limits:
 
 
 class Trainer:
-    """Trains a task in a folder: last.pt, best.pt, metrics.jsonl, metrics.png and sheets/."""
+    """Trains a task in a folder: last.pt, best.pt, metrics.jsonl, metrics.png and sheets/.
 
-    def __init__(self, task: Task, settings: LoopSettings, folder: Path) -> None:
+    `ranks` share the rows of each step and sum their gradients, so that all of them have the same weights, those that
+    one process would have. All of them call the same methods; rank 0 alone writes and validates.
+    """
+
+    def __init__(self, task: Task, settings: LoopSettings, folder: Path, ranks: Ranks | None = None) -> None:
         """Set up a fresh run; nothing is written yet."""
-        self.task, self.settings, self.folder = task, settings, folder
+        self.task, self.settings, self.folder, self.ranks = task, settings, folder, ranks
         self.optimiser = make_optimiser(task.model, settings)
         self.mean = RunningMean(task.model, settings.ema)
         self.metrics = MetricsFile(folder / METRICS)
@@ -85,9 +95,15 @@ class Trainer:
 
         Returns and raises the same as these, and raises InUseError if another program trains there.
         """
-        if not resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with in_use(self.folder) if self.folder.is_dir() else nullcontext():
+
+        def lock() -> None:
+            if not resume:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            if self.folder.is_dir():
+                locked.enter_context(in_use(self.folder))
+
+        with ExitStack() as locked:
+            agree(self.ranks, lock)
             if resume:
                 self.resume()
             else:
@@ -110,7 +126,7 @@ class Trainer:
         load_optimiser(self.optimiser, state["optimiser"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self._saved = self.step
-        self.metrics.truncate(self.step)
+        agree(self.ranks, lambda: self.metrics.truncate(self.step))
 
     def _check_learning(self, state: dict[str, Any]) -> None:
         """Raise TrainingError unless the same weights learn, with the same optimiser, as in the run so far."""
@@ -125,9 +141,15 @@ class Trainer:
 
     def start(self) -> None:
         """Take an empty folder, and prepare all clips. Raises TrainingError if a run is in it already."""
-        if (self.folder / LAST).exists():
-            raise TrainingError(f"{self.folder} holds a run already: add --resume, or give another folder with --out.")
-        self.metrics.path.unlink(missing_ok=True)
+
+        def take() -> None:
+            if (self.folder / LAST).exists():
+                raise TrainingError(
+                    f"{self.folder} holds a run already: add --resume, or give another folder with --out."
+                )
+            self.metrics.path.unlink(missing_ok=True)
+
+        agree(self.ranks, take)
         self.task.prepare()
 
     def run(self, limits: Limits) -> int | None:
@@ -146,8 +168,9 @@ class Trainer:
             Interrupts() as interrupts,
             tqdm(total=self.settings.steps, initial=self.step, unit="step") as bar,
         ):
+            self._report_idle_ranks()
             batches = self._batches(end)
-            while self.step < end and interrupts.received is None and time.monotonic() < deadline:
+            while self.step < end and not self._must_stop(interrupts, deadline):
                 values = self._optimise(batches)
                 self.step += 1
                 self.seconds = time.monotonic() - started
@@ -159,15 +182,32 @@ class Trainer:
                 self.save(LAST)
         return interrupts.received
 
+    def _report_idle_ranks(self) -> None:
+        """Tell how many processes a step has no rows for."""
+        if self.ranks is not None and (idle := self.ranks.collect(bool(self._rows(self.step))).count(False)):
+            tqdm.write(f"{idle} of {self.ranks.size} processes have nothing to learn: a step has too few rows.")
+
+    def _must_stop(self, interrupts: Interrupts, deadline: float) -> bool:
+        """Whether a signal or the deadline ends the run; all ranks end before the same step."""
+        received, is_late = interrupts.received, time.monotonic() >= deadline
+        if self.ranks is not None:
+            all_received, all_late = zip(*self.ranks.collect((received, is_late)), strict=True)
+            received, is_late = next((number for number in all_received if number is not None), None), any(all_late)
+            if received is not None:
+                interrupts.received = received
+        return received is not None or is_late
+
     @contextmanager
     def _kept_in_messages(self) -> Iterator[None]:
         """Add the checkpoint that training can resume from to the message of an error that ends it."""
         try:
             yield
-        except (TrainingError, OSError) as error:
+        except (TrainingError, OSError, RankEndedError) as error:
             kept = f"{self.folder / LAST} holds step {self._saved}: --resume continues from there."
             if self._saved < 0:
                 kept = "No checkpoint was written yet."
+            if isinstance(error, RankEndedError):
+                raise RankEndedError(kept) from error
             reason = str(error)
             if not isinstance(error, TrainingError):
                 reason = f"{error.filename or self.folder}: {error.strerror}."
@@ -178,22 +218,28 @@ class Trainer:
         if self.step % settings.log_every == 0 or self.step == 1:
             numbers = {name: float(value) for name, value in values.items()}
             bar.set_postfix({name: f"{number:.4g}" for name, number in numbers.items()})
-            self.metrics.add(self.step, {**numbers, "seconds": round(self.seconds, 2)})
+            line = {**numbers, "seconds": round(self.seconds, 2)}
+            agree(self.ranks, lambda: self.metrics.add(self.step, line))
         if self.step % settings.validate_every == 0 or self.step == settings.steps:
             self.validate()
 
     def _batches(self, end: int) -> Iterator[Any]:
         """Batches from the current step to step `end`; worker processes, if any, make them ahead."""
-        per_step, workers = self.settings.accumulate, self.settings.workers
+        workers = self.settings.workers
         loader = DataLoader(
             self.task.data,
             batch_size=None,
-            sampler=range(self.step * per_step, end * per_step),
+            sampler=(rows for step in range(self.step, end) for rows in self._rows(step)),
             num_workers=workers,
             worker_init_fn=_leave_interrupts_to_the_parent if workers else None,
             pin_memory=self.device.type == "cuda",
         )
         return iter(loader)
+
+    def _rows(self, step: int) -> list[Rows]:
+        """What this process learns from in a step."""
+        place = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
+        return rows_of_step(step, self.settings.accumulate, self.task.data.count, *place)
 
     def _optimise(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         """One optimiser step. Returns the loss terms, averaged over its batches, the rate and the gradient's norm."""
@@ -203,13 +249,16 @@ class Trainer:
             group["lr"] = rate
         model.train()
         totals: dict[str, Tensor] = {}
-        for part in range(settings.accumulate):
+        for rows in self._rows(self.step):
             batch = _to_device(next(batches), self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._uses_bf16()):
-                terms = self.task.loss(batch, self.step * settings.accumulate + part)
-            (terms["loss"] / settings.accumulate).backward()
+                terms = self.task.loss(batch, rows)
+            weight = rows.share / settings.accumulate
+            (terms["loss"] * weight).backward()
             for name, term in terms.items():
-                totals[name] = totals.get(name, 0) + term.detach() / settings.accumulate
+                totals[name] = totals.get(name, 0) + term.detach() * weight
+        if self.ranks is not None:
+            totals = sum_over_ranks(self.ranks, list(trainable(model).values()), totals)
         norm = nn.utils.clip_grad_norm_(trainable(model).values(), settings.clip)
         if not torch.isfinite(norm) or not torch.isfinite(totals["loss"]):
             raise TrainingError(
@@ -228,6 +277,9 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Measure the mean weights, draw a sheet, and keep the checkpoint if it is the best so far."""
+        return agree(self.ranks, self._validate)
+
+    def _validate(self) -> dict[str, float]:
         self.task.model.eval()
         with self.mean.applied(), torch.no_grad():
             scores = self.task.validate()
@@ -239,11 +291,16 @@ class Trainer:
         tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         if score > self.best:
             self.best = score
-            self.save(BEST)
+            self._write(BEST)
         return scores
 
     def save(self, name: str) -> None:
         """Write a checkpoint of everything that the next step depends on."""
+        agree(self.ranks, lambda: self._write(name))
+        if name == LAST:
+            self._saved = self.step
+
+    def _write(self, name: str) -> None:
         state = {
             "description": self.task.description,
             "step": self.step,
@@ -254,8 +311,6 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
         }
         save_state(self.folder / name, state)
-        if name == LAST:
-            self._saved = self.step
 
 
 def check_description(state: dict[str, Any], task: Task, path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...schedule import STAGE2_SHIFT, TRAIN_STEPS, shift_times, zero_snr_signal
 from ...vae.network import LOGVAR_RANGE
+from ..rows import Rows
 
 CAPTION_DROPOUT = 0.1  # FlashVideo's training setting
 TEXTURE_PATCH = 8  # pixels, those of one latent pixel
@@ -193,9 +194,15 @@ def own_flow_step(
     return FlowStep(F.mse_loss(end, clean.float()), end)
 
 
-def drop_captions(context: Tensor, generator: torch.Generator, probability: float = CAPTION_DROPOUT) -> Tensor:
-    """Zero whole captions of [B, tokens, width], each with `probability`: from these the network learns guidance."""
-    kept = torch.rand(len(context), generator=generator, device=generator.device) >= probability
+def drop_captions(
+    context: Tensor, generator: torch.Generator, probability: float = CAPTION_DROPOUT, rows: Rows | None = None
+) -> Tensor:
+    """Zero whole captions of [B, tokens, width], each with `probability`: from these the network learns guidance.
+
+    `rows` says which part of its batch `context` is; None: all of it.
+    """
+    rows = rows or Rows.whole(0, len(context))
+    kept = rows.of(torch.rand(rows.count, generator=generator, device=generator.device) >= probability)
     return torch.where(kept.to(context.device)[:, None, None], context, 0)
 
 

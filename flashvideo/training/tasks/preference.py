@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ...atomic_files import sha256
 from ...config import STAGE2_LATENT_SCALE
 from ...degradation import DEGRADATION_STEP, degrade_latent
+from ...parallel import Ranks
 from ...samplers import sample_stage2
 from ..data.latents import LatentCache, cache_folder
 from ..errors import TrainingError
 from ..loop.metrics import psnr
 from ..randomness import generator_for, normal_like
+from ..rows import Batches, Rows
 from .stage2 import Stage2Settings, Stage2Task, choose_reference
 
 # score(candidate, clean) of videos [3, T, H, W] in [-1, 1]: the higher, the better
@@ -92,24 +93,27 @@ class PreferenceSettings(Stage2Settings):
             )
 
 
-class ChosenData(Dataset):
+class ChosenData(Batches):
     """data[i]: references, the samples chosen for them, and contexts of batch i."""
 
     def __init__(self, settings: PreferenceSettings, chosen: LatentCache) -> None:
         self.settings, self.chosen = settings, chosen
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Draw batch `index`."""
-        seed, batch = self.settings.seed, self.settings.phases[0].batch
-        return self.chosen.batch(self.chosen.draw(batch, seed, "clips", index))
+    def count(self, _index: int) -> int:
+        """Every batch is as large."""
+        return self.settings.phases[0].batch
+
+    def part(self, rows: Rows) -> dict[str, Tensor]:
+        """Read clips of a batch."""
+        return self.chosen.batch(rows.of(self.chosen.draw(rows.count, self.settings.seed, "clips", rows.index)))
 
 
 class PreferenceTask(Stage2Task):
     """Preference tuning, for the training loop."""
 
-    def __init__(self, settings: PreferenceSettings, device: torch.device) -> None:
+    def __init__(self, settings: PreferenceSettings, device: torch.device, ranks: Ranks | None = None) -> None:
         """Load the network; nothing is sampled yet."""
-        super().__init__(settings, device)
+        super().__init__(settings, device, ranks)
         self.settings: PreferenceSettings = settings
         self.chosen = self._chosen(self.clips[0])
         self.data = ChosenData(settings, self.chosen)
@@ -118,7 +122,7 @@ class PreferenceTask(Stage2Task):
         """Let the network make the samples that aren't in the cache yet."""
         super().prepare()
         self.model.eval()
-        self.chosen.fill()
+        self.chosen.fill(self.ranks)
 
     def _chosen(self, clips: LatentCache) -> LatentCache:
         """For each clip of the cache its reference, and the best of its samples as "clean"."""

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ...config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR, video_frames
+from ...parallel import Ranks
 from ...samplers import sample_stage1
 from ...schedule import TRAIN_STEPS
 from ...t5 import T5Encoder, T5Tokens, load_encoder
@@ -27,12 +27,14 @@ from ..data.latents import (
     content_of,
     draw_length,
     layout_of,
+    scenes_of,
 )
 from ..data.sources import Clips
 from ..errors import TrainingError
 from ..loop.checkpointing import export_weights
 from ..loop.metrics import sheet
-from ..randomness import generator_for, normal_like
+from ..randomness import generator_for, normal_like, spread_uniform
+from ..rows import Batches, Rows
 from . import networks
 from .losses import CAPTION_DROPOUT, drop_captions, stage1_loss
 from .text import fresh_encoder, text_metadata
@@ -117,10 +119,11 @@ class Layout(nn.Module):
         nn.init.zeros_(self.read.weight)
         nn.init.zeros_(self.read.bias)
 
-    def forward(self, tokens: Tensor, layout: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Tensor, known_share: Tensor | None = None) -> Tensor:
         """Binary cross entropy between tokens [B, T' * rows * columns, hidden] and a layout [B, T, H / 4, W / 4].
 
-        The layout may be of a longer clip. Clips whose layout isn't known (NaN) don't count.
+        The layout may be of a longer clip. Clips whose layout isn't known (NaN) don't count. The mean is over as many
+        numbers as if `known_share` of these clips were known, as in the batch that they are part of; None: over these.
         """
         # The first latent frame is of one frame, the others of four each.
         later = reduce(layout[:, 1:], "b (t frame) y x -> b t y x", "mean", frame=TEMPORAL_FACTOR)
@@ -129,13 +132,15 @@ class Layout(nn.Module):
         wanted = rearrange(frames, squares, y=self.side, x=self.side)[:, : tokens.shape[1]]
         known = ~wanted.isnan()
         losses = F.binary_cross_entropy_with_logits(self.read(tokens).float(), wanted.nan_to_num(), reduction="none")
-        return (losses * known).sum() / known.sum().clamp(min=1)
+        counted = known.sum() if known_share is None else known_share * known.numel()
+        return (losses * known).sum() / counted.clamp(min=1)
 
 
-class DraftData(Dataset):
+class DraftData(Batches):
     """data[i]: latents in raw scale and their captions, as tokens if the text encoder learns, else as contexts.
 
-    With `source`, where the clips come from, the layouts of drawn scenes too; those of other clips are NaN.
+    With `source`, where the clips come from, the layouts of drawn scenes too; those of other clips are NaN, and "known"
+    is the share of the batch's clips that have one.
     """
 
     def __init__(
@@ -143,14 +148,21 @@ class DraftData(Dataset):
     ) -> None:
         self.cache, self.batch, self.seed, self.tokens, self.source = cache, batch, seed, tokens, source
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Draw batch `index`."""
-        clips = self.cache.draw(self.batch, self.seed, "clips", index)
+    def count(self, _index: int) -> int:
+        """Every batch is as large."""
+        return self.batch
+
+    def part(self, rows: Rows) -> dict[str, Tensor]:
+        """Read clips of a batch."""
+        drawn = self.cache.draw(self.batch, self.seed, "clips", rows.index)
+        clips = rows.of(drawn)
         batch = self.cache.batch(clips)
         if self.tokens is not None:
             batch["tokens"] = self.tokens([self.cache.caption(clip) for clip in clips])
         if self.source is not None:
             batch["layout"] = torch.stack([self._layout(clip, batch["latent"]) for clip in clips])
+            known = [scenes_of(self.source, clip) is not None for clip in drawn]
+            batch["known"] = torch.tensor(known).float().mean()
         return batch
 
     def _layout(self, clip: int, latents: Tensor) -> Tensor:
@@ -165,14 +177,14 @@ class DraftData(Dataset):
 class Stage1Task:
     """Training of stage I, for the training loop."""
 
-    def __init__(self, settings: Stage1Settings, device: torch.device) -> None:
-        """Build or load the networks, and encode the held-out clips that aren't in the cache yet."""
-        self.settings, self.device = settings, device
+    def __init__(self, settings: Stage1Settings, device: torch.device, ranks: Ranks | None = None) -> None:
+        """Build or load the networks, and encode the held-out clips that aren't in the cache yet, shared by `ranks`."""
+        self.settings, self.device, self.ranks = settings, device, ranks
         self.vae = FrozenVAE(settings.vae, device)
         frozen = None if settings.train_text else networks.FrozenText(settings.text, settings.tokenizer, device)
         self.frozen, self.tokens = frozen, frozen.tokens if frozen else T5Tokens(settings.tokenizer)
         self.clips, self.held_out = (self._cached(split) for split in ("train", "validation"))
-        self.held_out.fill()
+        self.held_out.fill(ranks)
         self.prompts = list(settings.sheet.prompts) or [
             self.held_out.caption(index) for index in range(min(settings.sheet.count, len(self.held_out)))
         ]
@@ -214,24 +226,27 @@ class Stage1Task:
     def prepare(self) -> None:
         """Encode the clips that aren't in the cache yet."""
         with networks.set_aside(self.model, self.device):
-            self.clips.fill()
+            self.clips.fill(self.ranks)
             if self.frozen is not None:
                 self.frozen.release()
 
     def _context(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model["text"](batch["tokens"]) if "tokens" in batch else batch["context"]
 
-    def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """Mean squared error of v at random timesteps, well spread over the batch; and the layout's loss if wanted."""
-        settings, step = self.settings, index // self.settings.loop.accumulate
+    def loss(self, batch: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+        """Mean squared error of v at random timesteps, well spread over the step; and the layout's loss if wanted."""
+        settings, index, parts = self.settings, rows.index, self.settings.loop.accumulate
+        step, part = divmod(index, parts)
         latent = batch["latent"] * STAGE1_LATENT_SCALE
         lengths = generator_for(settings.seed, "length", step)
         latent = latent[:, :, : settings.short_clips.length(latent.shape[2], step, lengths)]
         context = settings.short_text.cut(self._context(batch), step)
-        context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
-        noise = normal_like(latent, generator_for(settings.seed, "noise", index))
-        places = generator_for(settings.seed, "time", index)
-        timestep = _spread_timesteps(len(latent), places, settings.timestep_power).to(latent.device)
+        dropout = generator_for(settings.seed, "dropout", index)
+        context = drop_captions(context, dropout, settings.caption_dropout, rows)
+        noise = rows.normal_like(latent, generator_for(settings.seed, "noise", index))
+        times = generator_for(settings.seed, "time", index)
+        timestep = _spread_timesteps(rows.count, times, settings.timestep_power, part, parts)
+        timestep = rows.of(timestep).to(latent.device)
         layers: dict[int, Tensor] = {}
         network = networks.as_called(
             self.model["dit"], checkpoint_blocks=settings.network.checkpoint_blocks, watch=layers.__setitem__
@@ -239,7 +254,7 @@ class Stage1Task:
         loss = stage1_loss(network, latent, context, noise, timestep)
         if not settings.layout_weight:
             return {"loss": loss}
-        layout = self.model["layout"](layers[LAYOUT_LAYER][:, context.shape[1] :], batch["layout"])
+        layout = self.model["layout"](layers[LAYOUT_LAYER][:, context.shape[1] :], batch["layout"], batch["known"])
         return {"loss": loss + settings.layout_weight * layout, "v": loss, "layout": layout}
 
     def validate(self) -> dict[str, float]:
@@ -306,10 +321,13 @@ def _nothing(latent: Tensor, *_: Any) -> Tensor:
     return torch.zeros_like(latent)
 
 
-def _spread_timesteps(count: int, generator: torch.Generator, power: float = 1.0) -> Tensor:
-    """[count] timesteps of 0 to 999, one from each of `count` parts that are equally likely, so together even.
+def _spread_timesteps(
+    count: int, generator: torch.Generator, power: float = 1.0, part: int = 0, parts: int = 1
+) -> Tensor:
+    """[count] timesteps of 0 to 999, of batch `part` of the `parts` of a step: even in the batch, and in the step.
 
-    Uniform to the power `power`, in parts of 1000.
+    One from each of count * parts intervals that are equally likely; uniform to the power `power`, in parts of 1000.
     """
-    places = (torch.rand(count, generator=generator) + torch.arange(count)) / count
-    return (places**power * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)
+    whole = count * parts
+    uniform = spread_uniform(torch.arange(whole)[part::parts], whole, generator)
+    return (uniform**power * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ...config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ...degradation import DEGRADATION_STEP, degrade_latent
 from ...dit import FlashVideoDiT
+from ...parallel import Ranks
 from ...samplers import sample_stage2
 from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..config import LoopSettings
@@ -30,7 +30,8 @@ from ..data.latents import (
 )
 from ..errors import TrainingError
 from ..loop.metrics import psnr, sheet
-from ..randomness import generator_for, normal_like, randint
+from ..randomness import generator_for, normal_like, randint, spread_uniform
+from ..rows import Batches, Rows
 from . import networks
 from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step, own_flow_step
 from .pixels import PixelSettings, visible_loss, visible_part, weighted_loss
@@ -165,7 +166,7 @@ class Stage2Settings:
             )
 
 
-class PairData(Dataset):
+class PairData(Batches):
     """data[i]: clean and reference latents in raw scale, and contexts, of the phase that batch i is in.
 
     Where pixels count, and the batch's pieces begin with their clips, also "video", part of each clip [B, 3, F, h, w],
@@ -176,15 +177,23 @@ class PairData(Dataset):
         self.settings, self.caches = settings, caches
         self.sources = [phase.clips.open("train", settings.seed) for phase in settings.phases]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Draw batch `index`."""
-        settings = self.settings
-        step = index // settings.loop.accumulate
-        number = next((i for i, phase in enumerate(settings.phases) if step < phase.until), len(settings.phases) - 1)
+    def _number(self, index: int) -> int:
+        """Which phase batch `index` is in."""
+        step, phases = index // self.settings.loop.accumulate, self.settings.phases
+        return next((i for i, phase in enumerate(phases) if step < phase.until), len(phases) - 1)
+
+    def count(self, index: int) -> int:
+        """Every batch of a phase is as large."""
+        return self.settings.phases[self._number(index)].batch
+
+    def part(self, rows: Rows) -> dict[str, Tensor]:
+        """Read clips of a batch."""
+        settings, index = self.settings, rows.index
+        step, number = index // settings.loop.accumulate, self._number(index)
         cache, phase = self.caches[number], settings.phases[number]
-        clips = cache.draw(phase.batch, settings.seed, "clips", index)
+        clips = rows.of(cache.draw(phase.batch, settings.seed, "clips", index))
         entries = cache.batch(clips)
-        chance = torch.rand(phase.batch, generator=generator_for(settings.seed, "strong", index))
+        chance = rows.of(torch.rand(phase.batch, generator=generator_for(settings.seed, "strong", index)))
         batch = choose_reference(entries, settings.degradation, chance)
         piece = phase.piece(batch["clean"], generator_for(settings.seed, "piece", index))
         batch = {name: latent if name == "context" else latent[piece] for name, latent in batch.items()}
@@ -210,14 +219,14 @@ def choose_reference(entries: dict[str, Tensor], settings: DegradationSettings, 
 class Stage2Task:
     """Training of stage II, for the training loop."""
 
-    def __init__(self, settings: Stage2Settings, device: torch.device) -> None:
-        """Build or load the network, and encode the held-out clips that aren't in the cache yet."""
-        self.settings, self.device = settings, device
+    def __init__(self, settings: Stage2Settings, device: torch.device, ranks: Ranks | None = None) -> None:
+        """Build or load the network, and encode the held-out clips that aren't in the cache yet, shared by `ranks`."""
+        self.settings, self.device, self.ranks = settings, device, ranks
         self.vae = FrozenVAE(settings.vae, device)
         self.text = networks.FrozenText(settings.text, settings.tokenizer, device)
         self.clips = [self._cached(phase.clips, "train") for phase in settings.phases]
         self.held_out = self._cached(settings.phases[-1].clips, "validation")
-        self.held_out.fill()
+        self.held_out.fill(ranks)
         self.text.release()
         self.model = self.network()
         self.data = PairData(settings, self.clips)
@@ -265,19 +274,19 @@ class Stage2Task:
         """Encode the clips that aren't in the cache yet."""
         with networks.set_aside(self.model, self.device):
             for clips in self.clips:
-                clips.fill()
+                clips.fill(self.ranks)
             self.text.release()
 
-    def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    def loss(self, batch: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
         """Mean squared error of the velocity at a random place of the flow, and the pixels' where they count."""
-        settings = self.settings
+        settings, index = self.settings, rows.index
         clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
-        degrade = LatentDegradation(settings.degradation.latent_steps, settings.degradation.latent_power)
-        degraded, steps = degrade(reference, generator_for(settings.seed, "degradation", index))
+        degraded, steps = self._degrade(reference, rows)
         context = settings.short_text.cut(batch["context"], index // settings.loop.accumulate)
-        context = drop_captions(context, generator_for(settings.seed, "dropout", index), settings.caption_dropout)
+        dropout = generator_for(settings.seed, "dropout", index)
+        context = drop_captions(context, dropout, settings.caption_dropout, rows)
         network = self.called(reference)
-        uniform = _spread_uniform(len(clean), generator_for(settings.seed, "time", index)).to(clean.device)
+        uniform = self._uniform(rows, "time", in_order=True).to(clean.device)
         chance = float(torch.rand((), generator=generator_for(settings.seed, "own steps", index)))
         learn = own_flow_step if chance < settings.own_steps else flow_step
         step = learn(network, degraded, clean, context, uniform, steps, shift=settings.shift)
@@ -286,6 +295,26 @@ class Stage2Task:
         latent = step.clean / STAGE2_LATENT_SCALE
         pixels = visible_loss(self.vae.network, latent, batch["video"], batch["place"], settings.pixels)
         return {"loss": step.loss + settings.pixels.weight * pixels, "velocity": step.loss, "pixels": pixels}
+
+    def _degrade(self, reference: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Degraded latents, and their steps, which are spread over the step as the times of the flow are."""
+        settings = self.settings.degradation
+        uniform = self._uniform(rows, "strength", in_order=False)
+        noise = rows.normal_like(reference, generator_for(self.settings.seed, "degradation", rows.index))
+        return LatentDegradation(settings.latent_steps, settings.latent_power)(reference, uniform, noise)
+
+    def _uniform(self, rows: Rows, name: str, *, in_order: bool) -> Tensor:
+        """A number in [0, 1] for each of these rows: each uniform, those of a whole optimiser step together even.
+
+        `in_order`: a batch's rise, and are even too; else shuffled over the step, to have nothing to do with these.
+        """
+        seed, parts = self.settings.seed, self.settings.loop.accumulate
+        step, part = divmod(rows.index, parts)
+        places = torch.arange(rows.count * parts)
+        if not in_order:
+            places = torch.randperm(len(places), generator=generator_for(seed, name, "order", step))
+        drawn = spread_uniform(places[part::parts], len(places), generator_for(seed, name, rows.index))
+        return rows.of(drawn)
 
     def validate(self) -> dict[str, float]:
         """Part of the velocity that is explained on held-out clips; PSNR of refined clips, and of their references.
@@ -368,8 +397,3 @@ class Stage2Task:
         with torch.no_grad():
             scores = self.validate()
         return {networks.export_network(folder, self.model, self.settings.network, step, scores): scores}
-
-
-def _spread_uniform(count: int, generator: torch.Generator) -> Tensor:
-    """[count] numbers, one from each of `count` equal parts of [0, 1]: each uniform, together even."""
-    return (torch.rand(count, generator=generator) + torch.arange(count)) / count

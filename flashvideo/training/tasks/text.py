@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ...config import NANO_TEXT_ENCODER
 from ...nano import NANO_SEED, build_part
+from ...parallel import Ranks
 from ...t5 import T5Encoder, T5Tokens
 from ..config import LoopSettings
 from ..loop.checkpointing import export_weights
 from ..loop.metrics import text_page
+from ..rows import Batches, Rows
 from ..scenes.stream import SceneStream
 from .networks import ShortText
 
@@ -56,8 +57,8 @@ class TextSettings:
     short_text: ShortText = field(default_factory=ShortText)
 
 
-class CaptionData(Dataset):
-    """data[i]: tokens of a batch of captions, [B, 226]."""
+class CaptionData(Batches):
+    """data[i]: tokens of a batch of captions, [B, 226]; of all rows, whose tokens count together."""
 
     def __init__(self, stream: SceneStream, tokens: T5Tokens, batch: int) -> None:
         self.stream, self.tokens, self.batch = stream, tokens, batch
@@ -66,15 +67,19 @@ class CaptionData(Dataset):
         """Write batch `index`."""
         return [self.stream.caption(index * self.batch + row) for row in range(self.batch)]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Batch `index` as tokens."""
-        return {"tokens": self.tokens(self.captions(index))}
+    def count(self, _index: int) -> int:
+        """Every batch is as large."""
+        return self.batch
+
+    def part(self, rows: Rows) -> dict[str, Tensor]:
+        """The batch as tokens."""
+        return {"tokens": self.tokens(self.captions(rows.index))}
 
 
 class TextTask:
     """The text encoder's own training, for the training loop."""
 
-    def __init__(self, settings: TextSettings, device: torch.device) -> None:
+    def __init__(self, settings: TextSettings, device: torch.device, _ranks: Ranks | None = None) -> None:
         """Build the encoder with fresh weights, and a linear layer that reads each token's output."""
         self.settings = settings
         tokens = T5Tokens(settings.tokenizer)
@@ -92,11 +97,12 @@ class TextTask:
     def prepare(self) -> None:
         """Captions are made as they are needed."""
 
-    def loss(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    def loss(self, batch: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
         """Mean cross entropy of all neighbours, in nats."""
-        tokens = self.settings.short_text.cut(batch["tokens"], index // self.settings.loop.accumulate)
-        guesses, targets = self._read(tokens)
-        return {"loss": F.cross_entropy(guesses, targets, ignore_index=_UNKNOWN)}
+        tokens = self.settings.short_text.cut(batch["tokens"], rows.index // self.settings.loop.accumulate)
+        guesses, targets = self._read(rows.of(tokens))
+        counted = (self._targets(tokens) != _UNKNOWN).sum() * rows.share  # as many as if all rows had the same number
+        return {"loss": F.cross_entropy(guesses, targets, ignore_index=_UNKNOWN, reduction="sum") / counted}
 
     def _read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions of the neighbours of each token of [B, N], [K, known], and what the neighbours are, [K].
@@ -105,12 +111,16 @@ class TextTask:
         """
         guesses = self.model["reader"](self.model["encoder"](tokens)).float()
         guesses = rearrange(guesses, "b n (neighbours known) -> b n neighbours known", neighbours=len(NEIGHBOURS))
+        guesses = rearrange(guesses[tokens != _PADDING], "n neighbours known -> (n neighbours) known")
+        return guesses, self._targets(tokens)
+
+    def _targets(self, tokens: Tensor) -> Tensor:
+        """What the neighbours of each token of [B, N] are, [K]."""
         reach = max(map(abs, NEIGHBOURS))
         around = F.pad(self._places.to(tokens.device)[tokens], (reach, reach), value=_UNKNOWN)
         count = tokens.shape[1]
         targets = torch.stack([around[:, reach + place :][:, :count] for place in NEIGHBOURS], -1)
-        written = tokens != _PADDING
-        return rearrange(guesses[written], "n neighbours known -> (n neighbours) known"), targets[written].flatten()
+        return targets[tokens != _PADDING].flatten()
 
     def validate(self) -> dict[str, float]:
         """Of held-out captions: the share of neighbours that are predicted right, and of captions without a mistake."""

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ...checkpoints import STAGE_METADATA, load_vae
 from ...checkpoints.architecture import NORM_GROUPS_METADATA, default_norm_groups
 from ...config import TEMPORAL_FACTOR, VAEConfig
 from ...nano import PREVIEW_METADATA
+from ...parallel import Ranks
 from ...vae import VideoVAE
 from ...vae.layers import SpatialNorm
 from ..config import LoopSettings
@@ -30,6 +30,7 @@ from ..errors import TrainingError
 from ..loop.checkpointing import BEST, as_stored, export_weights, load_state
 from ..loop.metrics import psnr, sheet
 from ..randomness import generator_for, normal_like, randint
+from ..rows import Batches, Rows
 from ..scenes.stream import SceneStream
 from .losses import PixelWeights, vae_loss
 from .widening import widened
@@ -131,7 +132,7 @@ class VAESettings:
             raise TrainingError("latent_noise is for a decoder that learns alone: add decoder_only = true.")
 
 
-class CropData(Dataset):
+class CropData(Batches):
     """data[i] is a batch of crops [B, 3, T, H, W], all of one kind."""
 
     def __init__(self, crops: tuple[Crop, ...], seed: int, footage: Footage | None = None) -> None:
@@ -140,8 +141,8 @@ class CropData(Dataset):
         footage = footage or Footage()
         self.drawn = [(crop.source or footage.source) == SCENES for crop in crops]
         self.streams = [self._open(crop, footage) for crop in crops]
-        pieces = (crop.clips * (1 if drawn else crop.crops) for crop, drawn in zip(crops, self.drawn, strict=True))
-        self.stride = max(pieces)
+        clips = (crop.clips * (1 if drawn else crop.crops) for crop, drawn in zip(crops, self.drawn, strict=True))
+        self.stride = max(clips)
 
     def _open(self, crop: Crop, footage: Footage) -> Clips:
         scenes = SceneStream("train", *crop.render, crop.frames, self.seed)
@@ -150,23 +151,33 @@ class CropData(Dataset):
         pieces = ScenePieces(scenes, *crop.size)
         return footage.open_footage(pieces, "train", *crop.size, crop.frames, self.seed, crop.source)
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Make batch `index`."""
+    def count(self, index: int) -> int:
+        """Pieces of batch `index`."""
+        crop = self.crops[self._kind(index)[0]]
+        return crop.clips * crop.crops
+
+    def _kind(self, index: int) -> tuple[int, torch.Generator]:
+        """Which kind of crop batch `index` is of, and the generator that has drawn it."""
         generator = generator_for(self.seed, "crop", index)
-        kind = int(torch.multinomial(self.weights, 1, generator=generator))
-        crop = self.crops[kind]
+        return int(torch.multinomial(self.weights, 1, generator=generator)), generator
+
+    def part(self, rows: Rows) -> Tensor:
+        """Make pieces of a batch."""
+        kind, generator = self._kind(rows.index)
+        crop, stream, first = self.crops[kind], self.streams[kind], rows.index * self.stride
+        numbers = rows.of(list(range(crop.clips * crop.crops)))
         if not self.drawn[kind]:
-            first = index * self.stride
-            numbers = range(first, first + crop.clips * crop.crops)
-            return torch.stack([self.streams[kind].sample(number)[0] for number in numbers])
+            return torch.stack([stream.sample(first + number)[0] for number in numbers])
+        places = [
+            [randint(generator, 0, whole - part) for whole, part in zip(crop.render, crop.size, strict=True)]
+            for _ in range(rows.count)
+        ]
+        clips = {clip: stream.sample(first + clip)[0] for clip in sorted({number // crop.crops for number in numbers})}
         pieces = []
-        for clip in range(crop.clips):
-            video, _ = self.streams[kind].sample(index * self.stride + clip)
-            for _ in range(crop.crops):
-                top, left = (
-                    randint(generator, 0, whole - part) for whole, part in zip(crop.render, crop.size, strict=True)
-                )
-                pieces.append(video[..., top : top + crop.size[0], left : left + crop.size[1]])
+        for number in numbers:
+            top, left = places[number]
+            piece = clips[number // crop.crops][..., top : top + crop.size[0], left : left + crop.size[1]]
+            pieces.append(piece)
         return torch.stack(pieces)
 
 
@@ -190,7 +201,7 @@ def initialise(vae: VideoVAE, seed: int) -> None:
 class VAETask:
     """Training of the VAE, for the training loop."""
 
-    def __init__(self, settings: VAESettings, device: torch.device) -> None:
+    def __init__(self, settings: VAESettings, device: torch.device, _ranks: Ranks | None = None) -> None:
         """Build the network with fresh weights."""
         self.settings = settings
         self.model = VideoVAE(settings.model.config())
@@ -227,14 +238,14 @@ class VAETask:
     def prepare(self) -> None:
         """Clips are made as they are needed."""
 
-    def loss(self, batch: Tensor, index: int) -> dict[str, Tensor]:
+    def loss(self, batch: Tensor, rows: Rows) -> dict[str, Tensor]:
         """Encode, draw a latent, decode, compare."""
         posterior = self.model.encode(batch)
-        generator = generator_for(self.settings.seed, "latent", index)
-        latent = posterior.sample(normal_like(posterior.mean, generator))
+        generator = generator_for(self.settings.seed, "latent", rows.index)
+        latent = posterior.sample(rows.normal_like(posterior.mean, generator))
         if self._noise is not None:
-            share = torch.rand(len(latent), 1, 1, 1, 1, generator=generator).to(latent)
-            latent = latent + share * self._noise[:, None, None, None] * normal_like(latent, generator)
+            share = rows.of(torch.rand(rows.count, 1, 1, 1, 1, generator=generator)).to(latent)
+            latent = latent + share * self._noise[:, None, None, None] * rows.normal_like(latent, generator)
         video = self.model.decode(latent)
         return vae_loss(video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss))
 
