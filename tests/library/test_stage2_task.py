@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import write_tokenizer
+from torch import Tensor
 
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.nano import NANO_FOLDER
@@ -19,7 +20,7 @@ from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.metrics import psnr
 from flashvideo.training.rows import Rows
 from flashvideo.training.tasks import stage2 as stage2_module
-from flashvideo.training.tasks.losses import FlowStep, flow_step, own_flow_step
+from flashvideo.training.tasks.losses import FlowStep, Network, flow_step, own_flow_step
 from flashvideo.training.tasks.networks import NetworkSettings, make_network
 from flashvideo.training.tasks.pixels import PixelSettings, visible_loss
 from flashvideo.training.tasks.stage2 import (
@@ -239,6 +240,44 @@ def test_a_deeper_network_begins_as_the_one_that_it_deepens() -> None:
     assert all(new)
     with pytest.raises(TrainingError, match="blocks must be 4 or more, as many as the weights have; got 3"):
         make_network(NetworkSettings(str(NANO_FOLDER / "stage2.safetensors"), blocks=3), 2, 1, torch.device("cpu"))
+
+
+def test_times_and_strengths_are_even_over_a_step_whoever_learns_its_rows(
+    pixel_task: Stage2Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of each sixth for the six rows of three batches, in a new order of strengths in each step."""
+    drawn: list[list[float]] = []
+
+    def noted(_: Network, degraded: Tensor, *rest: Tensor, shift: float) -> FlowStep:
+        drawn.extend(zip(*(each.tolist() for each in rest[2:]), strict=True))
+        return FlowStep(torch.zeros(()) * shift, degraded)
+
+    settings = dataclasses.replace(
+        pixel_task.settings,
+        loop=LoopSettings(1, 1e-3, accumulate=3),
+        degradation=DegradationSettings(latent_steps=(0, 599)),
+    )
+    monkeypatch.setattr(stage2_module, "flow_step", noted)
+    monkeypatch.setattr(pixel_task, "settings", settings)
+    batch = {name: value for name, value in pixel_task.data[0].items() if name in ("clean", "reference", "context")}
+    orders = set()
+    for step in range(5):
+        for index in range(3 * step, 3 * step + 3):
+            pixel_task.loss(batch, Rows.whole(index, 2))
+        whole, drawn[:] = list(drawn), []
+        times, strengths = (list(column) for column in zip(*whole, strict=True))
+        assert sorted(int(6 * time) for time in times) == list(range(6))
+        assert [int(2 * time) for time in times] == [0, 1] * 3
+        order = [int(strength / 100) for strength in strengths]
+        assert sorted(order) == list(range(6))
+        orders.add(tuple(order))
+        for index in range(3 * step, 3 * step + 3):
+            for row in range(2):
+                part = {name: value[row : row + 1] for name, value in batch.items()}
+                pixel_task.loss(part, Rows(index, row, row + 1, 2))
+        assert drawn == whole
+        drawn.clear()
+    assert len(orders) > 1
 
 
 def test_pixels_beyond_a_piece_are_refused() -> None:

@@ -190,19 +190,17 @@ CONFIG = f"{SMALL_VAE}{ENDLESS}[loss]{CROPS}{VALIDATION}".replace("clips = 2", "
 @pytest.mark.slow
 def test_a_killed_process_ends_all_with_one_sentence_and_others_resume_and_stop(tmp_path: Path) -> None:
     config, run = tmp_path / "vae.toml", tmp_path / "run"
-    config.write_text(
-        head(run) + CONFIG.replace("clips = 2", "clips = 1").replace("validate_every = 3", "validate_every = 9")
-    )
+    config.write_text(head(run) + CONFIG)
     words = ("train", "vae", "--config", config, "--device", "cpu")
     three = Run(tmp_path, 3, *words)
     three.wait_for(lambda _: (run / LAST).is_file())
     three.processes[2].kill()
     assert three.wait() == [1, 1, -signal.SIGKILL]
-    last = three.sentences()[-1]
+    [sentence] = [line for line in three.sentences() if "has ended" in line]  # PyTorch adds warnings of its own
     step = load_state(run / LAST)["step"]
-    assert last.startswith("The run has ended because one of its processes did. ")
-    assert last.endswith(f"{LAST} holds step {step}: --resume continues from there.")
-    assert "Traceback" not in three.error.read_text() and three.error.read_text().count("has ended") == 1
+    kept = f"{run / LAST} holds step {step}: --resume continues from there."
+    assert sentence == f"The run has ended because one of its processes did. {kept}"
+    assert "Traceback" not in three.error.read_text()
     assert not list(tmp_path.rglob("*.part"))
 
     two = Run(tmp_path, 2, *words, "--resume")

@@ -164,7 +164,7 @@ def test_the_text_encoder_must_tell_each_token_and_its_neighbours_within_the_tex
 
 
 @pytest.mark.parametrize("power", [1.0, 0.6])
-def test_timesteps_are_spread_over_a_batch_by_their_power(power: float) -> None:
+def test_timesteps_are_spread_over_a_batch_and_a_step_by_their_power(power: float) -> None:
     drawn = torch.stack([_spread_timesteps(16, torch.Generator().manual_seed(seed), power) for seed in range(200)])
     assert drawn.min() >= 0
     assert drawn.max() <= 999
@@ -172,6 +172,9 @@ def test_timesteps_are_spread_over_a_batch_by_their_power(power: float) -> None:
     for part in (250, 650):
         wanted = (part / 1000) ** (1 / power)  # of a uniform number to that power
         assert float((drawn < part).float().mean()) == pytest.approx(wanted, abs=0.01)
+    batches = [_spread_timesteps(4, torch.Generator().manual_seed(part), 1.0, part, 3) for part in range(3)]
+    assert all((batch // 250).tolist() == [0, 1, 2, 3] for batch in batches)
+    assert sorted((torch.cat(batches) / 1000 * 12).int().tolist()) == list(range(12))  # even in the step as well
 
 
 def test_all_four_recipes_run_one_after_the_other(tokenizer: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class Trainer:
         return interrupts.received
 
     def _report_idle_ranks(self) -> None:
-        """Tell how many processes a step has no rows for."""
+        """Say how many processes a step has no rows for."""
         if self.ranks is not None and (idle := self.ranks.collect(bool(self._rows(self.step))).count(False)):
             tqdm.write(f"{idle} of {self.ranks.size} processes have nothing to learn: a step has too few rows.")
 
