@@ -25,7 +25,11 @@ from .config import (
     NANO_STAGE2,
     NANO_TEXT_ENCODER,
     NANO_VAE,
+    STAGE1,
+    STAGE2,
+    VAE,
     DiTConfig,
+    VAEConfig,
 )
 from .dit import FlashVideoDiT
 from .t5 import t5_shapes
@@ -35,11 +39,16 @@ NANO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "nano"
 NANO_PARTS = ("stage1", "stage2", "vae", "text_encoder", "footage_stage2", "footage_vae")
 NANO_SEED = 250205179  # FlashVideo's arXiv number; any would do
 NANO_DTYPE = torch.float16
+PART_METADATA = "flashvideo.built_in"  # in a state dict of ours: which of NANO_PARTS it is
 PREVIEW_METADATA = "flashvideo.preview"  # in the VAE's file: the map from latent to colour, as JSON
 NANO_NOTICE = (
     "FlashVideo-Nano is untrained: it shows that the graph runs, and makes coloured noise. "
     "Choose the official FlashVideo model files for real pictures."
 )
+
+# Whose latents a network reads and makes, in words: networks of two families don't belong together.
+DRAWN, FOOTAGE, OFFICIAL = "FlashVideo-Nano for drawn scenes", "FlashVideo-Nano for real footage", "the official models"
+_FAMILIES = {"stage1": DRAWN, "stage2": DRAWN, "vae": DRAWN, "footage_stage2": FOOTAGE, "footage_vae": FOOTAGE}
 
 _STAGES = {"stage1": NANO_STAGE1, "stage2": NANO_STAGE2, "footage_stage2": NANO_FOOTAGE_STAGE2}
 _VAES = {"vae": NANO_VAE, "footage_vae": NANO_FOOTAGE_VAE}
@@ -76,7 +85,33 @@ def nano_state(part: str, folder: Path = NANO_FOLDER) -> StateDict:
         return build_part(part, NANO_SEED)
     weights = open_weights(_file(part, folder))
     state = {name: weights.read(name).to(NANO_DTYPE) for name in weights.shapes}  # some are stored in 8 bits
-    return StateDict(state, weights.metadata)
+    return StateDict(state, {**weights.metadata, PART_METADATA: part})
+
+
+def latent_family(source: object, config: DiTConfig | VAEConfig | None) -> str | None:
+    """Whose latents a DiT or VAE reads and makes: DRAWN, FOOTAGE or OFFICIAL; None where that can't be known.
+
+    `source`: what it was loaded from: one of NANO_PARTS, a state dict of `nano_state`, or a file. A file in Nano's
+    sizes may be anybody's training. `config`: only needed for files.
+    """
+    part = source
+    if isinstance(source, Path):
+        part = source.stem if source.resolve().parent == NANO_FOLDER else None
+    elif isinstance(source, Mapping):
+        part = getattr(source, "metadata", {}).get(PART_METADATA)
+    if isinstance(part, str) and part in _FAMILIES:
+        return _FAMILIES[part]
+    return OFFICIAL if config in (STAGE1, STAGE2, VAE) else None
+
+
+def pair_notice(model: str | None, vae: str | None) -> str | None:
+    """A warning where a model and a VAE, by their `latent_family`, don't belong together."""
+    if model is None or vae is None or model == vae:
+        return None
+    return (
+        f"The model is of {model}, and the VAE of {vae}: they don't belong together, and the picture is worse, or "
+        "noise. Take both of one kind."
+    )
 
 
 def nano_preview(config: DiTConfig, folder: Path = NANO_FOLDER) -> Tensor | None:
@@ -102,6 +137,7 @@ def build_nano(seed: int) -> dict[str, StateDict]:
 def build_part(part: str, seed: int) -> StateDict:
     """Untrained weights of one of NANO_PARTS, as `build_nano` makes them."""
     metadata = {NORM_GROUPS_METADATA: str(_VAES[part].norm_groups)} if part in _VAES else {}
+    metadata[PART_METADATA] = part
     shapes = _shapes(part).items()
     return StateDict({name: _initial(f"{part}.{name}", shape, seed).to(NANO_DTYPE) for name, shape in shapes}, metadata)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, example_clip, frames, long_video, models, planner, stage1, stage2, text, vae
+from . import attention, example_clip, frames, long_video, models, planner, regions, stage1, stage2, text, vae
 
 
 class FlashVideoExtension(ComfyExtension):
@@ -19,6 +19,7 @@ class FlashVideoExtension(ComfyExtension):
             *stage1.NODES,
             *example_clip.NODES,
             *frames.NODES,
+            *regions.NODES,
             *stage2.NODES,
             *attention.NODES,
             *long_video.NODES,

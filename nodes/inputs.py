@@ -85,6 +85,7 @@ def _is_conditioning(value: Any) -> bool:
 # By ComfyUI's name of a type: what it is in words, and how it is recognised.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "IMAGE": ("frames (an IMAGE)", lambda value: isinstance(value, Tensor)),
+    "MASK": ("a MASK", lambda value: isinstance(value, Tensor)),
     "LATENT": ("a LATENT", lambda value: isinstance(value, dict) and "samples" in value),
     "MODEL": ("a MODEL", lambda value: isinstance(value, comfy.model_patcher.ModelPatcher)),
     "CONDITIONING": ("a CONDITIONING, from FlashVideo Prompt", _is_conditioning),

@@ -11,6 +11,7 @@ from comfy_api.latest import InputImpl, io
 from ..flashvideo.config import TEMPORAL_FACTOR
 from ..flashvideo.errors import CommandError
 from ..flashvideo.frames import TargetSize
+from ..flashvideo.nano import pair_notice
 from ..flashvideo.refiner import RefineSettings
 from ..flashvideo.refiner.windows import WINDOW
 from .checks import check_stage, check_text
@@ -104,6 +105,9 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             check_text(model, positive=positive, negative=negative)
             if not isinstance(vae, FlashVideoVAE):
                 raise ValueError("vae must come from Load FlashVideo VAE; this one can't work piece by piece")
+            notice = pair_notice(model.model.latent_family, vae.latent_family)
+            if notice is not None:
+                warn(f"{cls.NAME}: {notice}", own_id(cls))
             target = TargetSize(size, short_side, scale, width, height)
             preset = choices.pop("preset", CUSTOM)
             choices["strength"] = chosen_strength(choices["strength"])

@@ -25,7 +25,7 @@ _QUALITY = 85
 _CLIP, _CLIP_SIZE, _SCALE = "scene.mp4", (112, 64), 4
 _FRAMES, _RATE = 17, 8
 # Seeds of the scenes, by a word of the workflow's name, so that the pictures differ.
-_SCENES = {"Wan": 106, "LTX": 126, "Hunyuan": 168, "Long": 116, "Compare": 129}
+_SCENES = {"Wan": 106, "LTX": 126, "Hunyuan": 168, "Long": 116, "Compare": 129, "Region": 126}
 _OTHER_SCENE = 138
 _LINE = 4  # pixels of the line between before and after
 

@@ -26,7 +26,7 @@ from ..progress import PhaseProgress
 from ..samplers import sample_stage1
 from ..schedule import TRAIN_STEPS
 from ..vae import VideoVAE
-from .loading import BUILT_IN, TextEncoder, dtypes, model_file
+from .loading import BUILT_IN, TextEncoder, dtypes, model_file, warn_of_pair
 from .options import ModelOptions
 from .terminal import ProgressBars, say
 
@@ -151,8 +151,11 @@ def load_draft_networks(options: DraftOptions) -> DraftNetworks:
 
 
 def _load_dit(options: DraftOptions, device: torch.device) -> FlashVideoDiT:
+    """Stage I; warns where the VAE doesn't belong to it."""
     dit_dtype, _ = dtypes(options.models.dtype, device)
-    return load_dit(model_file(options.model, "stage1"), dtype=dit_dtype, stage=1)
+    dit = load_dit(model_file(options.model, "stage1"), dtype=dit_dtype, stage=1)
+    warn_of_pair(options.model or "stage1", dit.config, options.models.vae or "vae")
+    return dit
 
 
 def _load_vae(options: DraftOptions, device: torch.device) -> VideoVAE:

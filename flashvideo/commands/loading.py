@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import load_dit, load_vae
-from ..config import TEXT_TOKENS
+from ..checkpoints import load_dit, load_vae, open_checkpoint
+from ..config import TEXT_TOKENS, DiTConfig
 from ..devices import main_memory, open_device
 from ..errors import CommandError
-from ..nano import NANO_NOTICE, nano_is_trained, nano_state
+from ..nano import NANO_NOTICE, latent_family, nano_is_trained, nano_state, pair_notice
 from ..parallel import Ranks, agree
 from ..parallel.sharding import shard_weights
 from ..refiner.run import Networks
 from ..t5 import T5Encoder, T5Tokens, contexts, load_encoder, with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
 from .options import DTYPES, ModelOptions, existing_file
-from .terminal import say
+from .terminal import say, warn
 
 BUILT_IN = "nano"  # in place of a file's identity
 KEPT_SHARE = 0.3  # of main memory, for a text encoder between prompts: other networks lie there, too
@@ -81,10 +81,22 @@ def load_refiner(models: ModelOptions, prompt: str | None, motion: str, ranks: R
         raise CommandError(f"{models.model} is stage I, which makes drafts; the refiner is stage II.")
     if models.shard_weights:
         shard_weights(dit, dit.blocks, device)
+    warn_of_pair(models.model or models.built_in("stage2"), dit.config, models.vae or models.built_in("vae"))
     vae = load_vae(model_file(models.vae, models.built_in("vae")), dtype=vae_dtype)
     context = encoded_prompt(prompt, motion, TextEncoder(models, device), dit.config.text_dim, ranks)
     store = None if device.type == "cpu" else STORE_SHARE * main_memory()
     return Networks(dit, vae, context, device, _vae_memory(models.vae_memory, device), store, ranks)
+
+
+def warn_of_pair(model: Path | str, config: DiTConfig, vae: Path | str) -> None:
+    """Warn where a model and a VAE, each a file or the name of a built-in part, don't belong together.
+
+    `config` is the model's. Of the VAE's file only the shapes are read. Raises CheckpointError for one that is none.
+    """
+    vae_config = open_checkpoint(existing_file(vae), kind="vae").config if isinstance(vae, Path) else None
+    notice = pair_notice(latent_family(model, config), latent_family(vae, vae_config))
+    if notice is not None:
+        warn(f"{notice} --model, --draft-model and --vae choose files; without them FlashVideo-Nano is used.")
 
 
 def encoded_prompt(prompt: str | None, motion: str, text: TextEncoder, text_dim: int, ranks: Ranks | None) -> Tensor:

@@ -22,6 +22,8 @@ from ...flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
 from ...flashvideo.degradation import degrade_latent
 from .host import let_go
 from .idle_patches import warn_of_idle_patches
+from .latent_keys import KEY_CHANNELS, KEY_DTYPES, keys_of, probes_of, stored_keys
+from .latent_origin import origin_of, remember_origin
 from .notices import warn
 from .out_of_memory import explained
 from .sampling import AutoRefinerSampling, RefinerSampling
@@ -31,10 +33,6 @@ MARK = "flashvideo_degradation"
 SAMPLER_ADVICE = "Use euler with scheduler simple, as the official code does, or more steps."
 # Timesteps: at or above the first a run starts from the fully degraded latent; none starts above the second.
 FULL_NOISE, BEYOND_NOISE = 999, 1001
-_KEY_CHANNELS = 4  # of 16 bits make one whole number, unique among the positions of a video
-_KEY_DTYPES = (torch.float16, torch.bfloat16)  # a latent that was stored in either is recognised
-_PROBES = 4096  # positions of a video that are looked up
-_MOST_KEYS = 2**15  # of one latent; of a larger one, those that a power of two divides, by their own bits
 _REMEMBERED = 64  # latents: at most 32 MB
 _ALL, _NONE = 0.9, 0.1  # shares of a video's positions: known from the first on, not known up to the second
 _NOISE_LIKE = 0.15  # correlation of neighbours below which a latent looks like noise; pictures have 0.5 and more
@@ -62,38 +60,14 @@ class _Degraded:
     def is_same(self, other: _Degraded) -> bool:
         """Whether it is the same latent, degraded with the same noise, strength and preset."""
         same = (self.strength, self.step, self.preset) == (other.strength, other.step, other.preset)
-        return same and all(torch.equal(self.keys[dtype], other.keys[dtype]) for dtype in _KEY_DTYPES)
+        return same and all(torch.equal(self.keys[dtype], other.keys[dtype]) for dtype in KEY_DTYPES)
 
 
 _remembered: list[_Degraded] = []  # the newest last
 
 
-def _keys(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    """One whole number for each position of samples [B, C, ...], [B, N]."""
-    values = samples[:, :_KEY_CHANNELS].movedim(1, -1).to("cpu", torch.float32).to(dtype)
-    return values.contiguous().view(torch.int64).flatten(1)
-
-
-def _is_stored(keys: Tensor, step: int) -> Tensor:
-    """Which keys are stored, one in `step`. Their own bits decide, so that it doesn't depend on their position."""
-    mixed = keys ^ (keys >> 16) ^ (keys >> 32) ^ (keys >> 48)
-    return (mixed & (step - 1)) == 0
-
-
-def _probes(keys: Tensor, step: int) -> Tensor:
-    """Some of a video's keys, to look up among those that are stored with `step`."""
-    probes = keys if step == 1 else keys[_is_stored(keys, step)]
-    return probes[:: max(1, len(probes) // _PROBES)]
-
-
 def _remember(samples: Tensor, strength: int, preset: str | None = None) -> _Degraded:
-    count, step = samples[:, 0].numel(), 1
-    while count > step * _MOST_KEYS:
-        step *= 2
-    keys = {}
-    for dtype in _KEY_DTYPES:
-        each = _keys(samples, dtype).flatten()
-        keys[dtype] = each[_is_stored(each, step)]
+    keys, step = stored_keys(samples)
     made = _Degraded(strength, keys, step, preset)
     made = next((each for each in _remembered if each.is_same(made)), made)
     _recall(made)
@@ -112,6 +86,7 @@ def degrade(latent: dict[str, Any], noise: Tensor, strength: int, preset: str | 
     """
     samples = latent["samples"] * STAGE2_LATENT_SCALE
     degraded = degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE
+    remember_origin(degraded, origin_of(latent["samples"]))
     return {**latent, "samples": degraded, MARK: _remember(degraded, strength, preset)}
 
 
@@ -159,10 +134,10 @@ def preset_of(latent: dict[str, Any]) -> str | None:
 def _video_preset(video: Tensor) -> str | None:
     """The preset of the remembered latent that most of a video [1, C, T, H, W] is of, the newest of equals."""
     most, preset = 0.0, None
-    for dtype in _KEY_DTYPES:
-        keys = _keys(video, dtype).flatten()
+    for dtype in KEY_DTYPES:
+        keys = keys_of(video, dtype).flatten()
         for each in reversed(_remembered):
-            probes = _probes(keys, each.step)
+            probes = probes_of(keys, each.step)
             share = float(torch.isin(probes, each.keys[dtype]).float().mean()) if len(probes) else 0.0
             if share > most:
                 most, preset = share, each.preset
@@ -176,7 +151,7 @@ def was_degraded(latent: dict[str, Any]) -> bool:
 
 def known_strength(samples: Tensor, where: str = "") -> int | None:
     """The strength that samples [B, C, T, H, W] are known to be degraded with; otherwise as `degradation_of`."""
-    if not isinstance(samples, Tensor) or samples.ndim != 5 or samples.shape[1] < _KEY_CHANNELS or not samples.any():
+    if not isinstance(samples, Tensor) or samples.ndim != 5 or samples.shape[1] < KEY_CHANNELS or not samples.any():
         return None
     found = [_video_strengths(video[None]) for video in samples]
     strengths = {strength for shares in found for strength, share in shares.items() if share > _NONE}
@@ -199,11 +174,11 @@ def known_strength(samples: Tensor, where: str = "") -> int | None:
 def _video_strengths(video: Tensor) -> dict[int, float]:
     """The shares of a video's positions that are known, by their strength."""
     found: dict[int, float] = {}
-    for dtype in _KEY_DTYPES:
+    for dtype in KEY_DTYPES:
         shares: dict[int, float] = {}
-        keys = _keys(video, dtype).flatten()
+        keys = keys_of(video, dtype).flatten()
         for strength, step in {(each.strength, each.step) for each in _remembered}:
-            probes = _probes(keys, step)
+            probes = probes_of(keys, step)
             known = torch.zeros(len(probes), dtype=torch.bool)
             for each in _remembered:
                 if (each.strength, each.step) == (strength, step):

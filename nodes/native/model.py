@@ -27,11 +27,12 @@ from ...flashvideo.config import (
 )
 from ...flashvideo.dit import FlashVideoDiT
 from ...flashvideo.memory import dit_bytes
-from ...flashvideo.nano import nano_preview
+from ...flashvideo.nano import latent_family, nano_preview
 from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
 from .host import ModelPatcher, assigned, keep_quantised, patcher_class, remember_loader
+from .latent_origin import watch_sampler
 from .packed import PackedOperations, PackedPatcher, keep_packed, unpacked
 from .sampling import RefinerSampling, Stage1Sampling
 from .schedule_guard import guard_stage1
@@ -169,6 +170,8 @@ def run_replacement(
 class FlashVideoModel(comfy.model_base.BaseModel):
     """What the two stages share as ComfyUI models."""
 
+    latent_family: str | None = None  # see `flashvideo.nano.latent_family`
+
     def __init__(self, model_config: StageConfig, model_type: comfy.model_base.ModelType) -> None:
         super().__init__(model_config, model_type, unet_model=NativeDiT)
 
@@ -261,6 +264,7 @@ def load_model(
     stage.set_inference_dtype(storage, compute)
     stage.optimizations["fp8"] = fp8_matmul
     model = stage.get_model(state).to(offload_device)
+    model.latent_family = latent_family(source, config)
     make_patcher = PackedPatcher if packed else patcher_class(disable_dynamic=disable_dynamic)
     patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(state, "", **assigned(patcher))
@@ -269,5 +273,7 @@ def load_model(
             parameter.data = parameter.data.to(storage)
     remember_loader(patcher, load_model, source, dtype, fp8_matmul)
     guard = guard_degradation if config.stage == 2 else guard_stage1
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "flashvideo_guard", guard)
+    # The guard gives the sampler other latents: what watches them goes first.
+    for key, wrapper in (("flashvideo_origin", watch_sampler), ("flashvideo_guard", guard)):
+        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, key, wrapper)
     return patcher

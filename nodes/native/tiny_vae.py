@@ -20,8 +20,10 @@ from torch import Tensor
 from ...flashvideo.checkpoints import CheckpointError
 from ...flashvideo.checkpoints.tiny_vae import MARK, load_tiny
 from ...flashvideo.config import SPATIAL_FACTOR, TEMPORAL_FACTOR, video_shape
+from ...flashvideo.nano import OFFICIAL
 from ...flashvideo.vae.tiny import LATENT_CHANNELS, TinyDecoder, decode_tiny, tiny_bytes
 from .host import ModelPatcher, remember_loader
+from .latent_origin import check_origin
 from .vae import WORKING_DTYPES, check_video_latent, latent_counts, report_steps, silent_about_weights
 
 APPROXIMATE = "vae_approx"  # the model folder for previews
@@ -61,6 +63,7 @@ class TinyVAE(comfy.sd.VAE):
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """A latent [B, 16, T, h, w] in the VAE's scale to frames [B, 4 (T - 1) + 1, 8h, 8w, 3]."""
         check_video_latent(samples_in, LATENT_CHANNELS)
+        check_origin(samples_in, vae=OFFICIAL)
         needed = self.memory_used_decode(samples_in.shape, self.vae_dtype)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
         video = torch.empty(len(samples_in), 3, *video_shape(samples_in.shape[2:]), device=self.output_device)

@@ -31,11 +31,12 @@ from ...flashvideo.config import (
     video_shape,
 )
 from ...flashvideo.devices import GIB
-from ...flashvideo.nano import nano_state
+from ...flashvideo.nano import latent_family, nano_state
 from ...flashvideo.vae import Decoder, Encoder, OnChunk, VideoVAE
 from ...flashvideo.vae.memory import STORE_SHARE, TilePlan, decode_bytes, encode_bytes, plan_within
 from ...flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 from .host import ModelPatcher, remember_loader, when_on_another_device
+from .latent_origin import check_origin, remember_origin
 
 # The official code decodes in float16, which keeps 8 times finer steps than bfloat16.
 WORKING_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -144,6 +145,8 @@ class FlashVideoVAE(comfy.sd.VAE):
     a seam, so that the overlap of the tiled nodes and their temporal settings do nothing.
     """
 
+    latent_family: str | None = None  # see `flashvideo.nano.latent_family`
+
     def __init__(self, network: NativeVideoVAE, dtype: torch.dtype, device: torch.device) -> None:
         with silent_about_weights():
             super().__init__(sd={})  # the defaults of the installed ComfyUI, and no network
@@ -181,22 +184,28 @@ class FlashVideoVAE(comfy.sd.VAE):
     def encode(self, pixel_samples: Tensor) -> Tensor:
         """Frames [4n + 1, H, W, 3] in [0, 1] to a latent [1, 16, n + 1, H/8, W/8]. Raises ValueError for others."""
         check_length(pixel_samples)
-        return super().encode(pixel_samples)
+        return self._remembered(super().encode(pixel_samples))
 
     def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Latents [B, 16, T, h, w] to frames. Raises ValueError for others, such as an image model's."""
         check_video_latent(samples_in, self.latent_channels)
+        check_origin(samples_in, vae=self.latent_family)
         return super().decode(samples_in, *args, **kwargs)
 
     def decode_tiled(self, samples: Tensor, *args: int | None, **kwargs: int | None) -> Tensor:
         """Decode in spatial tiles; otherwise as `decode`."""
         check_video_latent(samples, self.latent_channels)
+        check_origin(samples, vae=self.latent_family)
         return super().decode_tiled(samples, *args, **kwargs)
 
     def encode_tiled(self, pixel_samples: Tensor, *args: int | None, **kwargs: int | None) -> Tensor:
         """Encode in spatial tiles; otherwise as `encode`."""
         check_length(pixel_samples)
-        return super().encode_tiled(pixel_samples, *args, **kwargs)
+        return self._remembered(super().encode_tiled(pixel_samples, *args, **kwargs))
+
+    def _remembered(self, latent: Tensor) -> Tensor:
+        remember_origin(latent, self.latent_family)
+        return latent
 
     def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
         """Crop to multiples of 8 pixels as every ComfyUI VAE does, but say so."""
@@ -290,6 +299,7 @@ def load_vae_native(source: Path | str, budget: float | None = None) -> FlashVid
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     network.load_state_dict(weights, assign=True)
     vae = FlashVideoVAE(network.eval().requires_grad_(False), dtype, device)
+    vae.latent_family = latent_family(source, config)
     remember_loader(vae.patcher, _load_patcher, source, budget)
     return vae
 

@@ -18,7 +18,7 @@ from flashvideo.commands import generate as generate_command
 from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
 from flashvideo.frames import to_bytes, to_frames
-from flashvideo.nano import nano_state
+from flashvideo.nano import NANO_FOLDER, nano_state
 from flashvideo.samplers import sample_stage1
 from flashvideo.t5 import T5Tokens, contexts, load_encoder
 
@@ -43,6 +43,13 @@ def frames_of(path: Path) -> np.ndarray:
     """All frames of a video, [T, H, W, 3] uint8."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_a_vae_that_does_not_belong_to_the_drafts_is_named(
+    generate: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    assert generate("--draft-only", "--vae", str(NANO_FOLDER / "footage_vae.safetensors")) == 0
+    assert "drawn scenes, and the VAE of FlashVideo-Nano for real footage" in capsys.readouterr().err
 
 
 def test_a_video_is_drafted_and_refined(generate: Callable[..., int], tokenizer: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ from flashvideo.config import (
     NANO_STAGE2,
     NANO_TEXT_ENCODER,
     NANO_VAE,
+    STAGE1,
+    STAGE2,
     TEXT_TOKENS,
+    VAE,
     DiTConfig,
     VAEConfig,
 )
@@ -29,9 +33,11 @@ from flashvideo.nano import (
     NANO_SEED,
     build_nano,
     build_part,
+    latent_family,
     nano_is_trained,
     nano_preview,
     nano_state,
+    pair_notice,
 )
 from flashvideo.t5 import t5_shapes
 from flashvideo.training.loop.metrics import psnr
@@ -227,3 +233,31 @@ def test_text_encoder_has_the_names_and_shapes_of_t5(nano: dict) -> None:
     theirs.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     assert t5_shapes(numbers) == theirs
     assert {name: tuple(tensor.shape) for name, tensor in nano["text_encoder"].items()} == theirs
+
+
+@pytest.mark.parametrize("read", [str, nano_state, lambda part: NANO_FOLDER / f"{part}.safetensors"])
+def test_a_model_and_a_vae_of_two_families_are_named(read: Callable[[str], object]) -> None:
+    """However they are read: by name, as weights, or from the pack's own files."""
+    stages = {"stage1": NANO_STAGE1, "stage2": NANO_STAGE2, "footage_stage2": NANO_FOOTAGE_STAGE2}
+    models = {part: latent_family(read(part), config) for part, config in stages.items()}
+    vaes = {
+        "vae": latent_family(read("vae"), NANO_VAE),
+        "footage_vae": latent_family(read("footage_vae"), NANO_FOOTAGE_VAE),
+    }
+    models["official"], vaes["official"] = (
+        latent_family(Path("stage2.pt"), STAGE2),
+        latent_family(Path("3d-vae.pt"), VAE),
+    )
+    assert latent_family(Path("stage1.pt"), STAGE1) == models["official"]
+    good = {(model, vae) for model in models for vae in vaes if pair_notice(models[model], vaes[vae]) is None}
+    assert good == {
+        ("stage1", "vae"), ("stage2", "vae"), ("footage_stage2", "footage_vae"), ("official", "official")
+    }  # fmt: skip
+    notice = pair_notice(models["footage_stage2"], vaes["vae"])
+    assert "FlashVideo-Nano for real footage, and the VAE of FlashVideo-Nano for drawn scenes" in notice
+
+
+def test_nothing_is_said_of_trainings_of_one_s_own(tmp_path: Path) -> None:
+    assert latent_family(tmp_path / "stage2.safetensors", NANO_STAGE2) is None
+    assert latent_family(dict(nano_state("stage2")), NANO_STAGE2) is None
+    assert pair_notice(None, latent_family("vae", None)) is None

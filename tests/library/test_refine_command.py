@@ -22,7 +22,7 @@ from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, DAMAGED, REFUSED
 from flashvideo.config import NANO_STRENGTH
 from flashvideo.errors import CommandError
-from flashvideo.nano import nano_state
+from flashvideo.nano import NANO_FOLDER, nano_state
 from flashvideo.refiner import files as refine_files
 from flashvideo.refiner import outputs, work_folder
 from flashvideo.refiner.files import WORK_ENDING
@@ -78,6 +78,15 @@ def test_every_way_to_say_the_size(size: list[str], shape: tuple[int, int, int],
     assert refine(clip, tmp_path / "out.mp4", *size, "--steps", "1", "--device", "cpu") == 0
     assert shape_of(tmp_path / "out.mp4") == shape
     assert not (tmp_path / "out.mp4.unfinished").exists()
+
+
+@pytest.mark.parametrize(("part", "warns"), [("vae", True), ("footage_vae", False)])
+def test_a_vae_that_does_not_belong_to_the_model_is_named(
+    part: str, warns: bool, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Built-in networks refine real footage; the other VAE of the pack, given as a file, is for drawn scenes."""
+    assert refine(clip, tmp_path / "out.mp4", *FAST, "--vae", NANO_FOLDER / f"{part}.safetensors") == 0
+    assert ("and the VAE of FlashVideo-Nano for drawn scenes" in capsys.readouterr().err) == warns
 
 
 def test_bars_count_windows_and_frames(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

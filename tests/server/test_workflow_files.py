@@ -27,6 +27,7 @@ NAMES = (  # in the order in which one learns them
     "10 Compare Strengths and Steps",
     "11 LoRA and Torch Compile",
     "12 Stage I in Full Control",
+    "13 Refine a Region",
 )
 FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 ON_THE_PAGE_ONLY = {"MarkdownNote"}
@@ -42,7 +43,8 @@ LOADERS = {
     "VAELoader": "vae",
     "CheckpointLoaderSimple": "checkpoints",
 }
-FILE_CHOICES = {"file", "lora_name", "unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name"}
+FILE_CHOICES = {"file", "image"} | {f"{kind}_name" for kind in ("lora", "unet", "clip", "vae", "ckpt")}
+FILE_CHOICES |= {"clip_name1", "clip_name2"}
 
 Node = dict[str, Any]
 
@@ -89,7 +91,7 @@ def box(node: Node) -> tuple[float, float, float, float]:
     return left, top - TITLE_HEIGHT, left + width, top + height
 
 
-def test_the_twelve_workflows_are_there_in_learning_order() -> None:
+def test_the_workflows_are_there_in_learning_order() -> None:
     assert [path.stem for path in shipped()] == [f"FlashVideo {name}" for name in NAMES]
 
 
@@ -180,7 +182,7 @@ def test_files_and_downloads_are_named_where_the_page_looks_for_them(path: Path)
 @FILES
 def test_only_what_needs_a_file_of_the_user_is_off(path: Path) -> None:
     nodes = read_workflow(path)["nodes"]
-    assert all(node["mode"] == MUTED for node in nodes if node["type"] == "LoadVideo")
+    assert all(node["mode"] == MUTED for node in nodes if node["type"] in {"LoadVideo", "LoadImage"})
     bypassed = {node["type"] for node in nodes if node["mode"] == BYPASSED}
     assert bypassed <= {"FlashVideoLoraLoader", "TorchCompileModel"}
     assert not [node["type"] for node in nodes if node["type"].startswith("FlashVideo") and node["mode"] == MUTED]

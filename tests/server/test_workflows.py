@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from harness.comfy_client import ComfyClient, Executing, Failure, Interrupted, Preview, Progress, Success, saved_files
 from harness.comfy_server import ComfyServer
 from harness.workflow_api import read_workflow, set_inputs, to_api
-from harness.workflow_files import COMMIT, OWN_CLIP, WORKFLOWS, shipped, switch_on, titles
+from harness.workflow_files import BYPASSED, COMMIT, OWN_CLIP, WORKFLOWS, shipped, switch_on, titles
+from PIL import Image
 
 TEXT_TO_VIDEO = WORKFLOWS / "FlashVideo 02 Text to Video 1080p.json"
+REGION = WORKFLOWS / "FlashVideo 13 Refine a Region.json"
 REFINE = WORKFLOWS / "FlashVideo 03 Refine Any Video.json"
 SMALL = ("Empty FlashVideo Latent.width=64", "Empty FlashVideo Latent.height=32", "Empty FlashVideo Latent.length=9")
 
@@ -168,6 +171,39 @@ def test_refining_a_clip_keeps_frames_size_ratio_rate_and_sound(
     outputs = client.history(prompt_id)["outputs"]
     told = "\n".join(outputs[node_id(prompt, "FlashVideoPrepareFrames")]["text"])
     assert "padded to 21 frames" in told
+
+
+def test_the_shipped_region_graph_keeps_all_beyond_the_border_to_the_bit(
+    client: ComfyClient, server: ComfyServer, prompt_of: Callable[..., dict[str, Any]], clip: Path
+) -> None:
+    """The clip keeps its size (the enlarging node is bypassed); its mask is a picture with a transparent hole."""
+    hole = np.full((44, 70), 255, np.uint8)
+    hole[14:30, 24:44] = 0  # rows, columns
+    Image.merge("RGBA", [Image.new("L", (70, 44))] * 3 + [Image.fromarray(hole)]).save(server.input / "mask.png")
+    workflow = switch_on(switch_on(read_workflow(REGION), OWN_CLIP), "Load Image: the mask")
+    (enlarge,) = [node for node in workflow["nodes"] if node["type"] == "ImageScaleBy"]
+    enlarge["mode"] = BYPASSED
+    prompt = to_api(workflow, client.object_info())
+    set_inputs(prompt, (f"Load Video.file={clip.name}", "Load Image: the mask.image=mask.png"))
+    prompt[node_id(prompt, "FlashVideoCropRegion")]["inputs"] |= {"border": 4, "context": 2}
+    composite = node_id(prompt, "ImageCompositeMasked")
+    destination = prompt[composite]["inputs"]["destination"]
+    for name, images in (("before", destination), ("after", [composite, 0])):
+        prompt[name] = {"class_type": "SaveImage", "inputs": {"images": images, "filename_prefix": name}}
+    prompt_id = client.queue(prompt)
+    events = list(client.events(prompt_id))
+    assert isinstance(events[-1], Success), events[-1]
+
+    outputs = client.history(prompt_id)["outputs"]
+    before, after = (
+        np.stack([np.asarray(Image.open(path)) for path in saved_files(outputs[name], server.output)])
+        for name in ("before", "after")
+    )
+    assert before.shape == after.shape == (20, 44, 70, 3)
+    changed = (before != after).any(-1)
+    assert changed[:, 14:30, 24:44].mean() > 0.5
+    changed[:, 10:34, 20:48] = False  # the mask and its border
+    assert not changed.any()
 
 
 @pytest.mark.parametrize("class_type", ["FlashVideoStage1Sampler", "FlashVideoStage2Refiner"])
