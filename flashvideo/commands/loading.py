@@ -96,7 +96,7 @@ def warn_of_pair(model: Path | str, config: DiTConfig, vae: Path | str) -> None:
     vae_config = open_checkpoint(existing_file(vae), kind="vae").config if isinstance(vae, Path) else None
     notice = pair_notice(latent_family(model, config), latent_family(vae, vae_config))
     if notice is not None:
-        warn(f"{notice} --model, --draft-model and --vae choose files; without them FlashVideo-Nano is used.")
+        warn(notice)
 
 
 def encoded_prompt(prompt: str | None, motion: str, text: TextEncoder, text_dim: int, ranks: Ranks | None) -> Tensor:

@@ -48,7 +48,9 @@ def frames_of(path: Path) -> np.ndarray:
 def test_a_vae_that_does_not_belong_to_the_drafts_is_named(
     generate: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    assert generate("--draft-only", "--vae", str(NANO_FOLDER / "footage_vae.safetensors")) == 0
+    parts = {"draft-model": "stage1", "model": "stage2", "text-encoder": "text_encoder", "vae": "footage_vae"}
+    files = [word for name, part in parts.items() for word in (f"--{name}", str(NANO_FOLDER / f"{part}.safetensors"))]
+    assert generate("--draft-only", *files) == 0
     assert "drawn scenes, and the VAE of FlashVideo-Nano for real footage" in capsys.readouterr().err
 
 

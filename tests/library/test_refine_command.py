@@ -84,8 +84,9 @@ def test_every_way_to_say_the_size(size: list[str], shape: tuple[int, int, int],
 def test_a_vae_that_does_not_belong_to_the_model_is_named(
     part: str, warns: bool, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Built-in networks refine real footage; the other VAE of the pack, given as a file, is for drawn scenes."""
-    assert refine(clip, tmp_path / "out.mp4", *FAST, "--vae", NANO_FOLDER / f"{part}.safetensors") == 0
+    """The refiner for real footage, with each VAE of the pack, as files."""
+    files = ("--model", NANO_FOLDER / "footage_stage2.safetensors", "--vae", NANO_FOLDER / f"{part}.safetensors")
+    assert refine(clip, tmp_path / "out.mp4", *FAST, *files) == 0
     assert ("and the VAE of FlashVideo-Nano for drawn scenes" in capsys.readouterr().err) == warns
 
 
