@@ -53,14 +53,14 @@ def add_farm_options(group: argparse._ArgumentGroup) -> None:
         const="",
         type=_address,
         metavar="HOST:PORT",
-        help="spread the clips over the Ray cluster with its head there, from one of its machines; without an "
-        "address over this machine's cards. Needs pip install 'comfyui-flashvideo[ray]'",
+        help="spread clips, and the windows of long ones, over the Ray cluster with its head there, from one of its "
+        "machines; without an address over this machine's cards. Needs pip install 'comfyui-flashvideo[ray]'",
     )
     group.add_argument(
         "--workers",
         type=positive,
         metavar="N",
-        help="with --ray: how many clips at once (default: one a card; without cards one for every 4 cores)",
+        help="with --ray: how many of them (default: one a card; without cards one for every 4 cores)",
     )
 
 
@@ -88,11 +88,15 @@ def farm_options(options: argparse.Namespace) -> FarmOptions | None:
 
 @dataclass(frozen=True)
 class Clip:
-    """A task: `name` is what the user calls it, `target` the result's file as the user gave it."""
+    """A task: `name` is what the user calls it, `target` the result's file as the user gave it.
+
+    `parts`: how many workers can work at it together.
+    """
 
     name: str
     target: Path
     task: Any
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ def _drive(
 def _do_clips(cluster: Farm, prepare: Prepare, clips: Sequence[Clip], display: _Display) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # Ray has put its own
     with cluster, _watched(cluster.heartbeat), display:
-        cluster.run(prepare, clips, display)
+        cluster.run(prepare, clips, display, parts=lambda clip: clip.parts)
     return display.sum_up()
 
 

@@ -17,11 +17,13 @@ from ..atomic_files import check_target
 from ..devices import return_memory
 from ..errors import CommandError, cancelled
 from ..nano import NANO_NOTICE, nano_is_trained
+from ..parallel.team import Team
 from ..progress import PhaseProgress
 from .drafts import MADE, DraftNetworks, DraftOptions, draft_path, has_draft, load_draft_networks, write_draft
+from .jobs import Job, RefineOptions, reason
 from .on_workers import Clip, Outcome, run_on_workers
 from .options import absolute_models
-from .refine import Job, RefineOptions, reason, refine_jobs
+from .refine import refine_jobs
 from .terminal import REFUSED, ProgressBars, say, warn
 
 KEYS = {"prompt": str, "seed": int, "size": str, "draft_size": str, "frames": int}
@@ -173,6 +175,7 @@ def _draft_clip(
     clip: Clip,
     report: PhaseProgress,
     _note: Callable[[str], None],
+    _team: Team,
 ) -> Outcome:
     video: Video = clip.task
     own = replace(video.draft, models=options.models, model=options.model)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
 from ..color import DETAIL_SIZE
+from ..config import latent_frames
 from ..degradation import AutoStrength
 from ..devices import GIB, main_memory
 from ..errors import CommandError
-from ..frames import PictureSize, TargetSize, odd_size_notice
+from ..frames import PictureSize, odd_size_notice, padded_shape
 from ..progress import PhaseProgress, no_phase_progress
 from ..video_files import (
     CONTAINERS,
@@ -26,8 +27,10 @@ from ..video_files import (
     is_animated,
     is_pattern,
     open_container,
+    picture_name,
     picture_track,
     sequence_identity,
+    sequence_numbers,
 )
 from .alpha import AlphaLayer, enlarge_alpha
 from .file_options import FileOptions
@@ -35,6 +38,7 @@ from .outputs import check_patterns, open_source, output_of
 from .pictures import keeps_alpha, note_picture_losses, read_picture, write_picture
 from .ranks import SharedWork, following, leading
 from .run import ENCODE, Networks, RefineRun, RefineSettings, refine_frames
+from .windows import plan_windows
 from .work_folder import WorkFolder, discard, is_result_of
 
 READ = "read"  # the phase before the others: the video is read to its end once
@@ -63,20 +67,31 @@ def _is_video(path: Path) -> bool:
     return ending in VIDEO_ENDINGS or (ending in PICTURE_ENDINGS and is_animated(path))
 
 
-def expected_work(source: Path, size: TargetSize) -> float:
-    """Pixels of a video's result, roughly, from its header alone; 0 for what has no readable one."""
+def expected_work(source: Path, settings: RefineSettings) -> tuple[float, int]:
+    """Pixels of a video's result and its windows, roughly, from its header alone; 0 and 1 without a readable one."""
     try:
-        with open_container(source) as container:
-            track = picture_track(container)
-            if track is None or track.codec_context is None:
-                return 0.0
-            frames = track.frames
-            if not frames and container.duration:
-                frames = float(container.duration / av.time_base * (track.average_rate or 0))
-            height, width = size.resolve(track.codec_context.height, track.codec_context.width)
-            return max(1.0, frames) * height * width
+        frames, height, width = _header(source)
+        height, width = settings.size.resolve(height, width)
+        latents = latent_frames(padded_shape(frames, height, width)[0])
+        windows = plan_windows(latents, settings.window, settings.overlap).starts
+        return float(frames * height * width), len(windows)
     except (CommandError, ValueError, OSError, av.FFmpegError):
-        return 0.0
+        return 0.0, 1
+
+
+def _header(source: Path) -> tuple[int, int, int]:
+    """Frames, height and width of a video or of numbered pictures, as far as its header tells."""
+    numbers = sequence_numbers(source) if is_pattern(source) else None
+    with open_container(source if numbers is None else picture_name(source, numbers[0])) as container:
+        track = picture_track(container)
+        if track is None or track.codec_context is None:
+            raise ValueError
+        frames = track.frames
+        if not frames and container.duration:
+            frames = int(container.duration / av.time_base * (track.average_rate or 0))
+        if numbers is not None:
+            frames = len(numbers)
+        return max(1, frames), track.codec_context.height, track.codec_context.width
 
 
 def check_paths(source: Path, target: Path, *, force: bool = False) -> None:

@@ -42,13 +42,14 @@ from ..frames import (
 )
 from ..guidance import MAX_SCALE, STAGE2_SCALE
 from ..parallel import Ranks
+from ..parallel.team import Team
 from ..progress import PhaseProgress, no_phase_progress
-from ..samplers import guided_velocity
 from ..schedule import STAGE2_SHIFT, stage2_times
 from ..vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from ..vae.stream import VAEStream, latent_of, plan_stream, stream_within
+from .helpers import Conditions, window_helpers
 from .ranks import SharedWork
-from .tiles import plan_tiles, tiled_velocity
+from .tiles import plan_tiles
 from .windows import OVERLAP_FRAMES, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, WorkFolder, WorkProgress
 
@@ -150,8 +151,8 @@ class Networks:
 
     `vae_memory` is the VAE's limit there in bytes: where it would need more, it works in spatial tiles. None sets no
     limit. `vae_store`, bytes, limits what the tiles store in main memory (see `vae.stream.plan_stream`). `ranks`: this
-    process and others run the same clip together, each a part of every network. `stored`: in what precision latents
-    rest between the phases.
+    process and others run the same clip together, each a part of every network. `team`: workers that evaluate some of
+    its windows. `stored`: in what precision latents rest between the phases.
     """
 
     dit: FlashVideoDiT
@@ -161,6 +162,7 @@ class Networks:
     vae_memory: float | None = None
     vae_store: float | None = None
     ranks: Ranks | None = None
+    team: Team | None = None
     stored: torch.dtype = torch.float16
 
 
@@ -284,15 +286,11 @@ class RefineRun:
                 self._report(ENCODE, min(sum(stream.sizes[: stream.done]), count), count)
 
     def _refine(self, progress: WorkProgress) -> None:
-        settings, device = self.settings, self.networks.device
-        with _resident(self.networks.dit, device) as dit:
-            context = self.networks.context.to(device, _dtype(dit))
-            nothing = torch.zeros_like(context)
-            velocity = guided_velocity(dit, context, nothing, settings.cfg, self.strength, self.networks.ranks)
-            if settings.tile:
-                velocity = tiled_velocity(velocity, settings.tile)
-            evaluations = self._evaluations()
-            front = Wavefront(velocity, evaluations, self.plan)
+        networks, settings, device = self.networks, self.settings, self.networks.device
+        conditions = Conditions(networks.context, settings.cfg, self.strength, settings.tile)
+        helped = window_helpers(networks.team, len(self.plan.starts), conditions, device)
+        with _resident(networks.dit, device) as dit, helped as helpers:
+            front = Wavefront(conditions.velocity(dit, device, networks.ranks), self._evaluations(), self.plan, helpers)
             if progress.tensors:
                 front.restore(progress.tensors, device)
             dropped = 0
@@ -316,6 +314,8 @@ class RefineRun:
 
     def _decode(self, progress: WorkProgress, deliver: Callable[[int, Iterator[Tensor]], None]) -> None:
         phase, device = progress.phase, self.networks.device
+        if self.networks.team is not None:
+            self.networks.team.wanted = 0
         with _resident(self.networks.vae, device) as vae:
             stream = self._stream(vae.decoder, decode_chunks(self.latents))
             stream.restore(sum(map(len, self._segments[: progress.done])), progress.tensors, device)

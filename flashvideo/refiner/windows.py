@@ -9,16 +9,21 @@ Two implementations give the same numbers. `windowed_velocity` makes one velocit
 `Wavefront` takes the frames in order and returns the finished ones in order: a frame advances as soon as no later
 window covers it, so that the last evaluation's windows follow the first one's at a short distance. It holds a few
 windows, however long the video is, and its state can be saved and restored between any two evaluations.
+
+A window's velocity depends on nothing but its frames and the time, so that others may evaluate windows meanwhile
+(`Helpers`). What overlaps is added in the order of the windows whoever is done first, and the numbers stay the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +35,7 @@ from ..schedule import STAGE2_SHIFT, shift_times
 WINDOW = 49  # frames: what the refiner was trained on
 OVERLAP_FRAMES = 16  # frames
 PLACES = 8  # offsets of the windows at different times of the flow, within one step from window to window
+LEAD = 2  # windows begun before the next one is blended, for each that helpers take at a time
 MANY = 8  # windows; with so many, one more costs little
 
 
@@ -166,20 +172,58 @@ def _correct(span: Tensor) -> Callable[[State, Tensor], State]:
     return advance
 
 
+class Helpers(Protocol):
+    """Others that evaluate windows while this process does. An order stands for a window that one of them has.
+
+    `places`: how many windows all of them take at a time.
+    """
+
+    places: int
+
+    @property
+    def idle(self) -> bool:
+        """Whether one of them has nothing to do."""
+
+    @property
+    def room(self) -> bool:
+        """Whether one of them takes a window, perhaps to begin with it after another."""
+
+    def order(self, latent: Tensor, time: Tensor) -> Any:
+        """Hand over a window [B, C, t, H, W]."""
+
+    def finished(self, orders: Sequence[Any], *, wait: bool) -> Any | None:
+        """The first of some orders that is done, or None; with `wait` one that is done within a moment."""
+
+    def velocity(self, order: Any) -> Tensor | None:
+        """Of a finished order; None if whoever had it has ended."""
+
+
+class _Alone:
+    """No helpers."""
+
+    places, idle, room = 0, False, False
+
+    def finished(self, orders: Sequence[Any], *, wait: bool) -> None:
+        """Nothing is ordered."""
+
+
 class Wavefront:
     """The frames of a video in all evaluations at once. Frames are fed and finished in order.
 
     Call `feed` while it is not `ready`, and `step` while it is.
     """
 
-    def __init__(self, velocity: Velocity, evaluations: Iterable[Evaluation], plan: WindowPlan) -> None:
-        self._passes = [_Pass(velocity, evaluation, plan.at(evaluation.time)) for evaluation in evaluations]
+    def __init__(
+        self, velocity: Velocity, evaluations: Iterable[Evaluation], plan: WindowPlan, helpers: Helpers | None = None
+    ) -> None:
+        self._velocity, self._helpers, self._frames = velocity, helpers or _Alone(), plan.frames
+        self._passes = [_Pass(evaluation, plan.at(evaluation.time)) for evaluation in evaluations]
         self.fed = 0  # frames
         self.finished = 0  # frames
 
     @property
     def evaluated(self) -> int:
-        """Number of windows evaluated so far, over all evaluations."""
+        """Number of windows evaluated and blended so far, over all evaluations."""
         return sum(each.window for each in self._passes)
 
     @property
@@ -189,8 +233,10 @@ class Wavefront:
 
     @property
     def ready(self) -> bool:
-        """Whether some window can be evaluated."""
-        return any(each.ready for each in self._passes)
+        """Whether there is something to do: a window for this process, and one for helpers that take it."""
+        if self._feeds:
+            return self._waiting > self._helpers.room
+        return self._waiting > 0 or any(each.answers for each in self._passes)
 
     def feed(self, latent: Tensor) -> None:
         """Add the next frames [B, C, t, H, W] of the degraded latent, in the model's scaled space, float32."""
@@ -198,17 +244,23 @@ class Wavefront:
         self.fed += latent.shape[2]
 
     def step(self) -> Tensor | None:
-        """Evaluate one window of the latest evaluation that is ready; returns the frames that it finishes, if any."""
-        place = max(index for index, each in enumerate(self._passes) if each.ready)
-        moved = self._passes[place].run()
-        if place + 1 < len(self._passes):
-            self._passes[place + 1].push(moved)
-            return None
-        self.finished += moved[0].shape[2]
-        return moved[0]
+        """Evaluate one window, of the latest evaluation that has one; returns the frames that are finished, if any.
+
+        With helpers, hand windows over first; what one of them has evaluated counts as the step, and where there is
+        nothing else to do this waits a moment for it.
+        """
+        self._hand_over()
+        place = self._answered(wait=False)
+        if place is None:
+            mine = self._latest_waiting() if self._goes_on else None
+            if mine is not None:
+                each = self._passes[mine]
+                each.answers.append(self._velocity(each.next_window(), each.evaluation.time))
+            place = self._answered(wait=mine is None and not (self._feeds and self._helpers.room))
+        return None if place is None else self._advance(place)
 
     def state(self) -> dict[str, Tensor]:
-        """The state as tensors, for `restore`."""
+        """The state as tensors, for `restore`. Windows that helpers have are evaluated again after it."""
         tensors = {"counts": torch.tensor([self.fed, self.finished, *(each.window for each in self._passes)])}
         for place, each in enumerate(self._passes):
             tensors |= {f"{place}.state.{index}": tensor for index, tensor in enumerate(each.held)}
@@ -226,29 +278,101 @@ class Wavefront:
             carried = tensors.get(f"{place}.carried")
             each.carried = None if carried is None else carried.to(device)
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether more windows may begin: one that is late must not let the others pile up."""
+        return sum(len(each.answers) for each in self._passes) <= LEAD * self._helpers.places
+
+    @property
+    def _feeds(self) -> bool:
+        return self.fed < self._frames and self._goes_on
+
+    @property
+    def _waiting(self) -> int:
+        return sum(each.waiting for each in self._passes)
+
+    def _latest_waiting(self) -> int | None:
+        return max((place for place, each in enumerate(self._passes) if each.waiting), default=None)
+
+    def _hand_over(self) -> None:
+        """Give each helper a window, and a second one where enough are left for this process."""
+        helpers = self._helpers
+        while self._goes_on and helpers.room and (place := self._latest_waiting()) is not None:
+            if not helpers.idle and self._waiting == 1:
+                return
+            each = self._passes[place]
+            each.answers.append(_Order(helpers.order(each.next_window(), each.evaluation.time)))
+
+    def _answered(self, *, wait: bool) -> int | None:
+        """The latest evaluation whose next window can be blended."""
+        firsts = {place: each.answers[0] for place, each in reversed([*enumerate(self._passes)]) if each.answers}
+        for place, answer in firsts.items():
+            if isinstance(answer, Tensor):
+                return place
+        orders = [answer.order for answer in firsts.values()]
+        found = self._helpers.finished(orders, wait=wait) if orders else None
+        return None if found is None else [*firsts][orders.index(found)]
+
+    def _advance(self, place: int) -> Tensor | None:
+        """Blend the next window of an evaluation; returns the frames that finish."""
+        each = self._passes[place]
+        answer = each.answers.popleft()
+        if not isinstance(answer, Tensor):
+            answer = self._helpers.velocity(answer.order)
+        if answer is None:
+            answer = self._velocity(each.first_window(), each.evaluation.time)
+        moved = each.blend(answer)
+        if place + 1 < len(self._passes):
+            self._passes[place + 1].push(moved)
+            return None
+        self.finished += moved[0].shape[2]
+        return moved[0]
+
+
+class _Order(NamedTuple):
+    """A window that a helper has."""
+
+    order: Any
+
 
 class _Pass:
     """One evaluation of the wavefront, and the frames that wait for it."""
 
-    def __init__(self, velocity: Velocity, evaluation: Evaluation, plan: WindowPlan) -> None:
-        self.velocity, self.evaluation, self.plan = velocity, evaluation, plan
-        self.window = 0  # the next one; what is held starts at its first frame
+    def __init__(self, evaluation: Evaluation, plan: WindowPlan) -> None:
+        self.evaluation, self.plan = evaluation, plan
+        self.window = 0  # the next one to blend; what is held starts at its first frame
+        self.answers: deque[Tensor | _Order] = deque()  # velocities of the windows from there on
         self.held: State = ()
         self.carried: Tensor | None = None  # what earlier windows add to the first of these frames' velocity
 
     @property
-    def ready(self) -> bool:
-        return self.window < len(self.plan.starts) and bool(self.held) and self.held[0].shape[2] >= self.plan.length
+    def waiting(self) -> int:
+        """Number of windows whose frames are here, and which nobody evaluates."""
+        if not self.held or self.window == len(self.plan.starts):
+            return 0
+        last = self.plan.starts[self.window] + self.held[0].shape[2] - self.plan.length
+        return bisect_right(self.plan.starts, last) - self.window - len(self.answers)
 
     def push(self, state: State) -> None:
         if self.held:
             state = tuple(torch.cat(pair, dim=2) for pair in zip(self.held, state, strict=True))
         self.held = state
 
-    def run(self) -> State:
-        """Evaluate the next window; returns the frames that advance to the next evaluation."""
+    def next_window(self) -> Tensor:
+        """The latent of the first window that waits."""
+        return self._latent(self.window + len(self.answers))
+
+    def first_window(self) -> Tensor:
+        """The latent of the next window to blend."""
+        return self._latent(self.window)
+
+    def _latent(self, number: int) -> Tensor:
+        first = self.plan.starts[number] - self.plan.starts[self.window]
+        return self.held[0][:, :, first : first + self.plan.length].contiguous()  # as it arrives at a helper
+
+    def blend(self, slope: Tensor) -> State:
+        """Add the next window's velocity; returns the frames that advance to the next evaluation."""
         plan, length = self.plan, self.plan.length
-        slope = self.velocity(self.held[0][:, :, :length], self.evaluation.time)
         slope = slope * plan.weights[self.window].to(slope).view(-1, 1, 1)
         if self.carried is not None:
             slope[:, :, : self.carried.shape[2]] += self.carried

@@ -19,6 +19,7 @@ from .sequences import (
     open_sequence,
     picture_name,
     sequence_identity,
+    sequence_numbers,
 )
 from .writing import CONTAINERS, SOUNDS, check_codec, check_container, write_video
 
@@ -52,6 +53,7 @@ __all__ = [
     "picture_track",
     "read_comment",
     "sequence_identity",
+    "sequence_numbers",
     "split_alpha",
     "texts",
     "upright_pixels",

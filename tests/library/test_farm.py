@@ -6,13 +6,10 @@ import argparse
 import os
 import random
 import re
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch
 pytest.importorskip("av")
 from forked import fork
 from patience import joined
+from ray_head import PATIENCE, Head, started_head
 from small_videos import make_video
 
 from flashvideo.arguments import Parser
@@ -35,7 +33,6 @@ from flashvideo.errors import CommandError
 from flashvideo.parallel.farm import FarmOptions, shared_out
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 600  # seconds; far beyond what it takes, even on a busy machine
 FAST = ("--scale", "2", "--steps", "1", "--device", "cpu")
 DAMAGED = "damaged.mp4"
 
@@ -101,72 +98,9 @@ class Command:
         return [Path(line.partition(": refined")[0]).name for line in self.output.read_text().splitlines()]
 
 
-class Head:
-    """A cluster of one machine, as a user starts it."""
-
-    def __init__(self, cores: int) -> None:
-        self.cores, self.process = cores, None
-        self.folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # names of sockets must be short
-        with socket.socket() as found:
-            found.bind(("", 0))
-            self.port = found.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        """Start it on its port, with a token that stays here; again if Ray gives up, as it does on a busy machine."""
-        options = {"--port": self.port, "--num-cpus": self.cores, "--temp-dir": self.folder}
-        options |= {"--include-dashboard": "false", "--object-store-memory": 80 * 2**20}
-        words = [f"{name}={value}" for name, value in options.items()]
-        log = Path(self.folder) / "start.txt"
-        for _ in range(3):
-            with log.open("w") as output:
-                self.process = psutil.Popen(
-                    [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
-                    stdout=output, stderr=output, cwd=ROOT,
-                )  # fmt: skip
-            while self.process.poll() is None:
-                if "Ray runtime started" in log.read_text():
-                    return
-                time.sleep(0.1)
-            self.kill()
-        pytest.fail(log.read_text())
-
-    def workers(self) -> list[psutil.Process]:
-        """The actors' processes that are at work."""
-        found = []
-        for process in self.process.children(recursive=True):
-            try:
-                found += [process] if process.cmdline()[:1] == ["ray::Worker.do"] else []
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-        return found
-
-    def kill(self) -> None:
-        """End all of its processes at once."""
-        family = [each for each in psutil.process_iter(["cmdline"]) if self.folder in str(each.info["cmdline"])]
-        if self.process.poll() is None:
-            family += self.process.children(recursive=True)
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family, timeout=PATIENCE)
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
-    pytest.importorskip("ray")
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**environment, "OMP_NUM_THREADS": "1"}.items():
-            patch.setenv(name, value)
-        cluster = Head(request.config.getoption("--farm-workers"))
-        yield cluster
-        cluster.kill()
-        shutil.rmtree(cluster.folder)
+    yield from started_head(request.config.getoption("--farm-workers"))
 
 
 def kill_one(head: Head, draw: random.Random) -> bool:
@@ -205,6 +139,36 @@ def test_every_clip_is_done_once_though_workers_and_the_head_are_killed(
     assert told.rstrip().splitlines()[-1].startswith(f"  {DAMAGED}: ")
     for word in ("raylet", "Traceback", "WARNING"):
         assert word not in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="kills processes as Linux names them")
+def test_workers_without_a_clip_evaluate_windows_of_a_long_one(head: Head, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    make_video(source / "long.mp4", 49, size=(32, 32))
+    make_video(source / "short.mp4", 5, size=(32, 32))
+    words = ["--keep-size", "--steps", "4", "--device", "cpu", "--window", "9", "--overlap", "4"]
+    expected = results_of_one_process(tmp_path / "alone", "refine", source, tmp_path / "alone", *words)
+    words += ["--ray", head.address, "--workers", "2"]
+
+    target = tmp_path / "one" / "long.mp4"
+    target.parent.mkdir()
+    run = Command(tmp_path, "refine", source / "long.mp4", target, *words)
+    helpers: list[psutil.Process] = []
+    run.wait_for(lambda: helpers.extend(head.workers(".assist")) or helpers)
+    (owner,) = (each for each in head.workers("") if each not in helpers)
+    helpers[0].kill()
+    run.wait_for(lambda: "A worker that helped has ended" in run.error.read_text())
+    owner.kill()
+    assert run.wait() == 0, run.error.read_text()
+    assert "its worker has ended; a new one resumes it" in run.error.read_text()
+    assert contents(target.parent) == {"long.mp4": expected["long.mp4"]}
+
+    run = Command(tmp_path, "refine", source, tmp_path / "both", *words)
+    run.wait_for(lambda: head.workers(".assist"))
+    assert run.wait() == 0, run.error.read_text()
+    assert contents(tmp_path / "both") == expected
 
 
 @pytest.mark.slow
@@ -269,7 +233,7 @@ def run_without_ray(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--ray"], r"^--ray needs the package ray: pip install 'comfyui-flashvideo\[ray\]'\.$"),
+        (["--ray"], r"^A Ray cluster needs the package ray: pip install 'comfyui-flashvideo\[ray\]'\.$"),
         (["--workers", "2"], "^--workers goes with --ray"),
         (["--ray", "--device", "cuda:1"], "each worker takes a card"),
         (["--ray", "--crf", "99"], "--crf must be"),
@@ -296,8 +260,8 @@ def test_a_cluster_that_is_not_there_and_a_folder_without_videos_are_told_at_onc
             refine(tmp_path / "in", tmp_path / "out", *FAST, "--ray", address)
     with pytest.raises(CommandError, match="holds no videos"):
         refine(tmp_path / "empty", tmp_path / "out", *FAST, "--ray")
-    with pytest.raises(CommandError, match="give a folder as IN"):
-        refine(tmp_path / "in" / "clip00.mp4", tmp_path / "out.mp4", *FAST, "--ray")
+    with pytest.raises(CommandError, match="a picture is refined in one piece"):
+        refine(tmp_path / "in" / "still.png", tmp_path / "out.png", *FAST, "--ray")
     assert not (tmp_path / "out").exists()
 
 
