@@ -6,6 +6,7 @@ Whatever ends one process ends all of them, with one sentence from whoever notic
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
@@ -74,6 +75,8 @@ def _end(code: int, meeting: Meeting) -> NoReturn:
     """End at once: the group's threads may still wait for a process that has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     meeting.leave(SECONDS_FOR_OTHERS)
+    for worker in multiprocessing.active_children():  # which make training's batches, and would wait for more
+        worker.terminate()
     for stream in (sys.stdout, sys.stderr, sys.__stderr__):
         stream.flush()
     os._exit(code)
