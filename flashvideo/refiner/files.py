@@ -294,7 +294,7 @@ def refine_picture(
         if keeps_alpha(picture, target):
             alpha = enlarge_alpha(picture.alpha, picture.pixels, refined)
             refined = torch.cat([refined, alpha[..., None]], dim=2)
-        write_picture(target, refined, picture.profile, force=force)
+        write_picture(target, refined, picture, force=force)
 
 
 def file_identity(path: Path) -> list[str | int]:

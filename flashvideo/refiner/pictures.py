@@ -14,26 +14,27 @@ from torch import Tensor
 from ..atomic_files import whole_file
 from ..errors import CommandError
 from ..frames import to_bytes
-from ..video_files import split_alpha
+from ..video_files import DEEP_ENDINGS, deep_file, is_premultiplied, read_deep, split_alpha
 
 _JPEG_QUALITY = 95
 _OPAQUE_ENDINGS = (".jpg", ".jpeg", ".bmp")
-_WHITE = 255
-_DEEP_STEP = 257  # 65535 / 255
+_WHITE, _DEEP_WHITE = 255, 65535
+_ORIENTATION = 274  # EXIF's tag
 _ALPHA_MODES = ("RGBA", "LA", "PA")
 _RGB_MODES = ("RGB", "RGBA", "P")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture upright: pixels [height, width, 3], uint8 or on black in [0, 1] with `alpha` [height, width].
+    """A picture upright: pixels [height, width, 3], uint8 or float in [0, 1]; with `alpha` [height, width] on black.
 
-    `profile`: its ICC profile where it is one of RGB.
+    `profile`: its ICC profile where it is one of RGB. `deep`: it has 16 bits a colour.
     """
 
     pixels: Tensor
     alpha: Tensor | None
     profile: bytes | None
+    deep: bool = False
 
 
 def read_picture(path: Path) -> Picture:
@@ -41,14 +42,17 @@ def read_picture(path: Path) -> Picture:
     try:
         with Image.open(path) as image:
             mode, profile = image.mode, image.info.get("icc_profile")
-            deep = mode.startswith("I;16") or (mode == "I" and image.format == "PNG")  # by Pillow's version
+            orientation = image.getexif().get(_ORIENTATION, 1)
             upright = ImageOps.exif_transpose(image)
-            if deep:  # Pillow would cut off at 255
-                grey = (np.asarray(upright).astype(np.float32) / _DEEP_STEP).round().astype(np.uint8)
-                upright = Image.fromarray(grey)
-            elif mode in ("I", "F"):
+            if mode.startswith("I;16") or (mode == "I" and image.format == "PNG"):  # by Pillow's version
+                grey = torch.from_numpy(np.asarray(upright).astype(np.float32)) / _DEEP_WHITE
+                return Picture(grey[..., None].expand(-1, -1, 3).contiguous(), None, None, deep=True)
+            if mode in ("I", "F"):
                 raise CommandError(f"{path} has 32 bits a pixel: save it with 8 or 16.")
             profile = profile if mode in _RGB_MODES else None
+            fine = read_deep(path, image.format, orientation)
+            if fine is not None:
+                return _deep_picture(torch.from_numpy(fine), profile, premultiplied=is_premultiplied(path))
             is_transparent = upright.mode in _ALPHA_MODES or "transparency" in upright.info
             stored = torch.from_numpy(np.array(upright.convert("RGBA" if is_transparent else "RGB")))
             if stored.shape[2] == len("RGB") or int(stored[..., 3].min()) == _WHITE:
@@ -57,6 +61,13 @@ def read_picture(path: Path) -> Picture:
             return Picture(shown[..., :3] * shown[..., 3:], shown[..., 3], profile)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise CommandError(f"{path} can't be read as a picture: {error}.") from error
+
+
+def _deep_picture(stored: Tensor, profile: bytes | None, *, premultiplied: bool) -> Picture:
+    colours, alpha = stored[..., :3], stored[..., 3:]
+    if not alpha.numel() or float(alpha.min()) == 1:
+        return Picture(colours.contiguous(), None, profile, deep=True)
+    return Picture(colours.contiguous() if premultiplied else colours * alpha, alpha[..., 0], profile, deep=True)
 
 
 def keeps_alpha(picture: Picture, target: Path) -> bool:
@@ -69,15 +80,26 @@ def note_picture_losses(picture: Picture, target: Path, note: Callable[[str], No
     if picture.alpha is not None and not keeps_alpha(picture, target):
         ending = target.suffix.lower()
         note(f"Its transparency gets lost: a {ending} file stands on black, .png and .webp keep it.")
+    if picture.deep and target.suffix.lower() not in DEEP_ENDINGS:
+        note("Its 16 bits a colour become 8: .png and .tif keep them.")
 
 
-def write_picture(target: Path, refined: Tensor, profile: bytes | None, *, force: bool) -> None:
-    """Write a refined picture [H, W, 3 or premultiplied 4] in [0, 1]; `force` allows to replace."""
-    if refined.shape[2] == len("RGB"):
-        pixels = to_bytes(refined).numpy()
-    else:
-        colours, alpha = split_alpha(refined, _WHITE)
-        pixels = np.dstack([to_bytes(colours).numpy(), alpha.astype(np.uint8)])
-    kind = Image.registered_extensions()[target.suffix.lower()]
+def write_picture(target: Path, refined: Tensor, picture: Picture, *, force: bool) -> None:
+    """Write a refined picture [H, W, 3 or premultiplied 4] in [0, 1], as deep as its source where the ending can be.
+
+    `force` allows to replace.
+    """
+    ending = target.suffix.lower()
+    deep = picture.deep and ending in DEEP_ENDINGS
+    white = _DEEP_WHITE if deep else _WHITE
+    colours, alpha = (refined, None) if refined.shape[2] == len("RGB") else split_alpha(refined, white)
+    pixels = (colours.double() * white).round().numpy() if deep else to_bytes(colours).numpy()
+    pixels = pixels.astype(np.uint16 if deep else np.uint8)
+    if alpha is not None:
+        pixels = np.dstack([pixels, alpha.astype(pixels.dtype)])
     with whole_file(target, replace=force) as part:
-        Image.fromarray(pixels).save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=profile)
+        if deep:
+            part.write_bytes(deep_file(pixels, ending, picture.profile))
+        else:
+            kind = Image.registered_extensions()[ending]
+            Image.fromarray(pixels).save(part, format=kind, quality=_JPEG_QUALITY, icc_profile=picture.profile)

@@ -286,7 +286,7 @@ def _try_picture(task: _Task) -> Trial:
     plan.run([picture.pixels], 1, refined.extend)
     if keeps_alpha(picture, task.path):
         refined = list(plan.with_alpha(refined, iter([(picture.pixels, picture.alpha)])))
-    write_picture(task.path, refined[0][0], picture.profile, force=True)
+    write_picture(task.path, refined[0][0], picture, force=True)
     return Trial(plan.size, 1, plan.crop, 1, plan.settings, {}, 0.0)
 
 

@@ -7,7 +7,7 @@ from .alpha import split_alpha
 from .encoding import AUTO, BITS, CODECS, CRF, VideoFormat, encode_segment, read_comment, write_lossless
 from .opening import VIDEO_ENDINGS, open_container, picture_track, texts
 from .orientation import UPRIGHT, Orientation, orientation_of
-from .picture_metadata import with_metadata
+from .picture_metadata import is_premultiplied, with_metadata
 from .pixels import colour_matrix, upright_pixels
 from .reading import VideoClip, is_animated, open_clip
 from .sequences import (
@@ -21,6 +21,7 @@ from .sequences import (
     sequence_identity,
     sequence_numbers,
 )
+from .stills import DEEP_ENDINGS, deep_file, read_deep
 from .writing import CONTAINERS, SOUNDS, check_codec, check_container, write_video
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "CODECS",
     "CONTAINERS",
     "CRF",
+    "DEEP_ENDINGS",
     "SEQUENCES",
     "SOUNDS",
     "UPRIGHT",
@@ -41,10 +43,12 @@ __all__ = [
     "check_codec",
     "check_container",
     "colour_matrix",
+    "deep_file",
     "encode_pictures",
     "encode_segment",
     "is_animated",
     "is_pattern",
+    "is_premultiplied",
     "open_clip",
     "open_container",
     "open_sequence",
@@ -52,6 +56,7 @@ __all__ = [
     "picture_name",
     "picture_track",
     "read_comment",
+    "read_deep",
     "sequence_identity",
     "sequence_numbers",
     "split_alpha",

@@ -27,6 +27,7 @@ _BLOCK_ROWS = {0: 1, 1: 1, 2: 1, 3: 16}  # rows that are compressed together: no
 EXR_HALF, EXR_FLOAT = 16, 32  # bits a colour
 _FLOAT = 2  # OpenEXR's number of this kind of pixels
 _TIFF, _EXTRA_SAMPLES, _ASSOCIATED = (".tif", ".tiff"), 338, 1  # TIFF 6.0
+_ICC_PROFILE, _UNDEFINED = 34675, 7  # TIFF's tag and type
 
 
 def with_metadata(content: bytes, source: Path) -> bytes:
@@ -34,6 +35,23 @@ def with_metadata(content: bytes, source: Path) -> bytes:
     if content.startswith(_PNG):
         return _with_chunks(content, source)
     return _with_attributes(content, source) if content.startswith(_EXR) else content
+
+
+def with_profile(content: bytes, profile: bytes) -> bytes:
+    """The bytes of a PNG or little-endian TIFF with an ICC profile; one that is there already is replaced in a PNG."""
+    if content.startswith(_PNG):
+        chunks = [(kind, body) for kind, body in _chunks(content) if kind not in (b"iCCP", b"sRGB")]
+        named = (b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile))
+        return _PNG + b"".join(_chunk(*each) for each in [chunks[0], named, *chunks[1:]])
+    (at,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, at)
+    entries = [content[at + 2 + 12 * index : at + 14 + 12 * index] for index in range(count)]
+    even = content + bytes(len(content) % 2)  # directories begin at even places
+    entries.append(struct.pack("<HHII", _ICC_PROFILE, _UNDEFINED, len(profile), len(even)))
+    entries.sort(key=lambda entry: struct.unpack_from("<H", entry))
+    body = profile + bytes(len(profile) % 2)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return even[:4] + struct.pack("<I", len(even) + len(body)) + even[8:] + body + directory
 
 
 def is_premultiplied(path: Path) -> bool:

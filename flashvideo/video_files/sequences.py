@@ -93,7 +93,7 @@ class PictureSequence(VideoClip):
                 yield torch.from_numpy(upright_pixels(frame, colour_matrix(frame), orientation, deep=deep, **kind))
 
     def _pictures(self, start: int) -> Iterator[av.VideoFrame]:
-        return (_decode(picture_name(self.path, number)) for number in self.numbers[start:])
+        return (decode_picture(picture_name(self.path, number)) for number in self.numbers[start:])
 
 
 def open_sequence(
@@ -109,7 +109,7 @@ def open_sequence(
     good, bad, first, size, peak, transparent, negative = [], [], None, (0, 0), 0.0, False, False
     for number in numbers:
         try:
-            frame = _decode(picture_name(pattern, number))
+            frame = decode_picture(picture_name(pattern, number))
         except CommandError:
             bad.append(number)
             continue
@@ -187,10 +187,10 @@ def _codec(path: Path) -> str:
     return _DECODERS[path.suffix.lower()]
 
 
-def _decode(path: Path) -> av.VideoFrame:
-    """The first picture of a file. Raises CommandError."""
+def decode_picture(path: Path, codec: str | None = None) -> av.VideoFrame:
+    """The first picture of a file, by FFmpeg's decoder of that name or of the file's ending. Raises CommandError."""
     try:
-        context = av.CodecContext.create(_codec(path), "r")
+        context = av.CodecContext.create(codec or _codec(path), "r")
         context.thread_count = 1
         return [*context.decode(av.Packet(path.read_bytes() + _PADDING)), *context.decode(None)][0]
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:

@@ -383,7 +383,7 @@ def test_deep_grey_keeps_its_levels(ending: str, tmp_path: Path) -> None:
     levels = np.linspace(0, 65535, 48).astype(np.uint16)[None].repeat(32, 0)
     Image.fromarray(levels).save(tmp_path / f"in{ending}")
     pixels = read_picture(tmp_path / f"in{ending}").pixels.numpy()
-    assert np.abs(pixels - (levels / 257)[..., None]).max() <= 0.5
+    assert np.array_equal((pixels * 65535).round(), np.repeat(levels[..., None], 3, axis=2))
 
 
 def test_pictures_of_32_bits_are_refused(tiny_networks: Networks, tmp_path: Path) -> None:
