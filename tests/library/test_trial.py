@@ -16,6 +16,7 @@ from PIL import Image
 from small_videos import make_video, ramps, read
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashvideo.commands import jobs
 from flashvideo.commands import main as command_line
 from flashvideo.commands import refine as refine_command
 from flashvideo.commands.refine import add_refine
@@ -280,7 +281,7 @@ def test_a_video_stays_transparent(tmp_path: Path) -> None:
 @pytest.fixture
 def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refusals come before the networks are loaded."""
-    monkeypatch.setattr(refine_command, "load_refiner", None)
+    monkeypatch.setattr(jobs, "load_refiner", None)
     monkeypatch.setattr(refiner_run, "RefineRun", None)
 
 
