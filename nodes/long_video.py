@@ -18,6 +18,7 @@ from .checks import check_stage, check_text
 from .common import CATEGORY, found_as, named, own_id
 from .frames import AUTO_DETAIL_SIZE, FlashVideoFinishFrames, FlashVideoPrepareFrames
 from .inputs import checked
+from .native.cluster import carried, checked_cluster, refine_on_cluster
 from .native.long_video import refine_long_video
 from .native.notices import note, warn
 from .native.vae import FlashVideoVAE
@@ -74,6 +75,16 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                 *_inputs_of(FlashVideoStage2Refiner, "overlap", optional=False),
                 *_inputs_of(FlashVideoFinishFrames, "color_match", "detail_size"),
                 preset_input("in place of strength, steps, cfg and shift"),
+                io.String.Input(
+                    "cluster",
+                    default="",
+                    optional=True,
+                    tooltip="Lets the workers of a Ray cluster refine the video: the address of its head, such as "
+                    "10.0.0.1:6379; auto, for the cluster that this machine belongs to; or local, for all cards of "
+                    "this machine. All machines need the pack, the models, the video and ComfyUI's output and temp "
+                    "folders under the same path. Needs pip install 'comfyui-flashvideo[ray]'. Empty: here. Default: "
+                    "empty.",
+                ),
             ],
             outputs=[
                 io.Video.Output(
@@ -109,26 +120,26 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             if notice is not None:
                 warn(f"{cls.NAME}: {notice}", own_id(cls))
             target = TargetSize(size, short_side, scale, width, height)
-            preset = choices.pop("preset", CUSTOM)
+            cluster, preset = choices.pop("cluster", ""), choices.pop("preset", CUSTOM)
             choices["strength"] = chosen_strength(choices["strength"])
             if (known := chosen_preset(preset)) is not None:
                 choices |= known.choices
                 note(f"{cls.NAME}: preset {preset}: {known}", own_id(cls))
             choices["detail_size"] = choices.get("detail_size", AUTO_DETAIL_SIZE) or None
             settings = RefineSettings(target, **choices)
+            places = {
+                "unfinished": Path(folder_paths.get_output_directory()) / UNFINISHED,
+                "finished": Path(folder_paths.get_temp_directory()),
+                "warn": lambda text: warn(f"{cls.NAME}: {text}", own_id(cls)),
+                "note": lambda text: note(f"{cls.NAME}: {text}", own_id(cls)),
+            }
             try:
-                path = refine_long_video(
-                    model,
-                    vae,
-                    positive,
-                    negative,
-                    video,
-                    settings,
-                    unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
-                    finished=Path(folder_paths.get_temp_directory()),
-                    warn=lambda text: warn(f"{cls.NAME}: {text}", own_id(cls)),
-                    note=lambda text: note(f"{cls.NAME}: {text}", own_id(cls)),
-                )
+                if cluster.strip():
+                    address = checked_cluster(cluster)
+                    carry = carried(model, vae, positive, negative)
+                    path = refine_on_cluster(address, carry, video, settings, **places)
+                else:
+                    path = refine_long_video(model, vae, positive, negative, video, settings, **places)
             except CommandError as error:
                 raise ValueError(str(error)) from None
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)))

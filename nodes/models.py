@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
@@ -13,6 +14,7 @@ from .checks import check_model
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.files import check_file, file_fingerprint, notice, options, resolve, shared
+from .native.loaded_from import LoadedFrom, remember_file
 from .native.lora import add_lora
 from .native.model import load_model
 
@@ -85,15 +87,19 @@ class FlashVideoModelLoader(io.ComfyNode):
             path = resolve(FOLDER, model_name, tuple(BUILT_IN))
             model = shared(
                 path,
-                lambda: load_model(
-                    nano_state(BUILT_IN[model_name]) if path is None else path,
-                    WEIGHT_DTYPES[weight_dtype],
-                    fp8_matmul=weight_dtype.endswith("_fast"),
-                ),
+                lambda: _load(path, BUILT_IN.get(model_name), weight_dtype),
                 model_name if path is None else None,
                 weight_dtype,
             )
         return io.NodeOutput(model, ui=notice(path, own_id(cls)))
+
+
+def _load(path: Path | None, built_in: str | None, weight_dtype: str) -> comfy.model_patcher.ModelPatcher:
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    source = nano_state(built_in) if path is None else path
+    model = load_model(source, dtype, fp8_matmul=weight_dtype.endswith("_fast"))
+    remember_file(model.model, LoadedFrom(path or built_in, as_it_is=dtype is None))
+    return model
 
 
 class FlashVideoLoraLoader(io.ComfyNode):

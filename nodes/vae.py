@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,8 +13,9 @@ from ..flashvideo.devices import GIB
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
 from .native.files import BUILT_IN, check_file, file_fingerprint, notice, options, resolve, shared
+from .native.loaded_from import LoadedFrom, remember_file
 from .native.tiny_vae import load_tiny_vae
-from .native.vae import load_vae_native
+from .native.vae import FlashVideoVAE, load_vae_native
 
 FOLDER = "vae"
 # Saved workflows hold these names: they never change.
@@ -90,8 +92,14 @@ class FlashVideoVAELoader(io.ComfyNode):
                 vae = shared(path, lambda: load_tiny_vae(path))
             else:
                 source = path or VAES[vae_name]
-                vae = shared(path, lambda: load_vae_native(source, budget), vae_name if path is None else None, budget)
+                vae = shared(path, lambda: _load(source, budget), vae_name if path is None else None, budget)
         return io.NodeOutput(vae, ui=notice(path, own_id(cls)))
+
+
+def _load(source: Path | str, budget: float | None) -> FlashVideoVAE:
+    vae = load_vae_native(source, budget)
+    remember_file(vae.first_stage_model, LoadedFrom(source))
+    return vae
 
 
 NODES = [FlashVideoVAELoader]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config import NANO_REFINERS, NANO_STRENGTH
 from ..devices import is_out_of_memory
 from ..errors import CommandError
@@ -24,7 +26,7 @@ class RefineOptions:
     """The command's options.
 
     `source` and `target` are both files, or both folders. `own_strength`: the user chose a strength or `auto`;
-    otherwise the model decides. `farm`: where the clips of a folder are spread to.
+    otherwise the model decides. `farm`: where clips are spread to. `context`: an encoded prompt in place of `prompt`.
     """
 
     source: Path
@@ -37,6 +39,7 @@ class RefineOptions:
     output: OutputOptions
     ranks: Ranks | None = None
     farm: FarmOptions | None = None
+    context: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ def work_of(target: Path, options: RefineOptions) -> Path | None:
 
 def refiner_networks(options: RefineOptions) -> Networks:
     """The networks that the options name. Raises CommandError and CheckpointError."""
-    return load_refiner(options.models, options.prompt, options.motion, options.ranks)
+    networks = load_refiner(options.models, options.prompt, options.motion, options.ranks)
+    return networks if options.context is None else replace(networks, context=options.context)
 
 
 def _about(options: RefineOptions, networks: Networks) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..arguments import positive, shown
 from ..errors import CommandError, cancelled
 from ..parallel import processes
-from ..parallel.farm import Farm, FarmOptions, NoClusterError, Prepare, answers, cluster_folder
+from ..parallel.farm import AUTO, Farm, FarmOptions, NoClusterError, Prepare, answers, cluster_folder
 from .terminal import CANCELLED, DAMAGED, REFUSED, TERMINATED, warn
 
 OURS = 100  # plus the exit code is that of the process that talks to Ray; Ray ends it with others
@@ -42,6 +42,7 @@ LOSSES = 3  # of runs as short as that, one after another
 SHOWN_CLIPS = 12  # bars below the one of the whole
 SECONDS_A_LINE = 10.0  # about one clip, where there are no bars
 _WHOLE_BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
+Show = Callable[[int, TextIO, TextIO, Any], Any]  # clips, standard output and error, whether one is damaged -> watcher
 _ADDRESS = re.compile(r"[^\s:/]+:[0-9]{1,5}")
 
 
@@ -65,10 +66,10 @@ def add_farm_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _address(text: str) -> str:
-    if text and not _ADDRESS.fullmatch(text):
+    if text not in ("", AUTO) and not _ADDRESS.fullmatch(text):
         raise argparse.ArgumentTypeError(
-            "takes the address of a cluster's head, such as 10.0.0.1:6379, or nothing if it is the last option; "
-            f"got {shown(text)}"
+            "takes the address of a cluster's head, such as 10.0.0.1:6379, or auto, or nothing if it is the last "
+            f"option; got {shown(text)}"
         )
     return text
 
@@ -113,26 +114,26 @@ class Outcome:
     damaged: bool = False
 
 
-def run_on_workers(farm: FarmOptions, prepare: Prepare, clips: Sequence[Clip]) -> int:
+def run_on_workers(farm: FarmOptions, prepare: Prepare, clips: Sequence[Clip], show: Show | None = None) -> int:
     """Do clips, which begin in this order, on a cluster; returns the exit code. Call `check_farm` before.
 
-    `prepare` gives what returns a Clip's Outcome; it is a function that other processes can import. Raises
-    CommandError.
+    `prepare` gives what returns a Clip's Outcome; it is a function that other processes can import, and so is `show`,
+    the class of what is shown (default: `Display`). Raises CommandError.
     """
     try:
         with cluster_folder() if farm.address is None else nullcontext("") as folder:
-            return _run_drivers(farm, folder, prepare, clips)
+            return _run_drivers(farm, folder, prepare, clips, show or Display)
     except KeyboardInterrupt:
         return cancelled(CANCELLED_MESSAGE)
 
 
-def _run_drivers(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip]) -> int:
+def _run_drivers(farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], show: Show) -> int:
     first = time.time()
     runs = losses = 0
     damaged = multiprocessing.RawValue("b", False)  # whether a source is, also one of a driver that has ended
     while clips:
         began = time.monotonic()
-        code = _run_driver(farm, folder, prepare, clips, damaged, again=runs > 0)
+        code = _run_driver(farm, folder, prepare, clips, damaged, show, again=runs > 0)
         runs += 1
         if code != LOST:
             return code
@@ -161,10 +162,17 @@ def _is_back(address: str) -> bool:
 
 
 def _run_driver(
-    farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], damaged: ctypes.c_byte, *, again: bool
+    farm: FarmOptions,
+    folder: str,
+    prepare: Prepare,
+    clips: Sequence[Clip],
+    damaged: ctypes.c_byte,
+    show: Show,
+    *,
+    again: bool,
 ) -> int:
     """The exit code of a process that does the clips; LOST if it ended of itself, or can't meet the cluster `again`."""
-    words = (farm, folder, prepare, clips, damaged, again)
+    words = (farm, folder, prepare, clips, damaged, show, again)
     child = multiprocessing.get_context("spawn").Process(target=_drive, args=words, daemon=True)
     child.start()
     while True:
@@ -183,10 +191,16 @@ def _run_driver(
 
 
 def _drive(
-    farm: FarmOptions, folder: str, prepare: Prepare, clips: Sequence[Clip], damaged: ctypes.c_byte, again: bool
+    farm: FarmOptions,
+    folder: str,
+    prepare: Prepare,
+    clips: Sequence[Clip],
+    damaged: ctypes.c_byte,
+    show: Show,
+    again: bool,
 ) -> NoReturn:
     out, err = _own_terminal()
-    display = _Display(len(clips), out, err, damaged)
+    display = show(len(clips), out, err, damaged)
     signal.signal(signal.SIGINT, _interrupt_once)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -210,7 +224,7 @@ def _drive(
     os._exit(OURS + code)
 
 
-def _do_clips(cluster: Farm, prepare: Prepare, clips: Sequence[Clip], display: _Display) -> int:
+def _do_clips(cluster: Farm, prepare: Prepare, clips: Sequence[Clip], display: Display) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # Ray has put its own
     with cluster, _watched(cluster.heartbeat), display:
         cluster.run(prepare, clips, display, parts=lambda clip: clip.parts)
@@ -267,7 +281,7 @@ def _watched(heartbeat: Callable[[], None]) -> Iterator[None]:
 
 
 @dataclass
-class _Display:
+class Display:
     """A `Watcher`: bars on a terminal, lines in a log, and what to sum up."""
 
     total: int
@@ -280,7 +294,7 @@ class _Display:
     lines: dict[str, float] = field(default_factory=dict)  # when a clip's last line was written
     bars: dict[str, tqdm] = field(default_factory=dict)
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Display:
         tqdm.set_lock(threading.RLock())  # its own is for several processes, and would have to be given back
         self.whole = tqdm(total=self.total, desc="clips", unit="clip", bar_format=_WHOLE_BAR, position=0, file=self.err)
         return self

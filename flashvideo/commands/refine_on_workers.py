@@ -18,12 +18,12 @@ from ..progress import PhaseProgress
 from ..refiner.helpers import Conditions, Part, evaluate_window
 from .jobs import Job, RefineOptions, is_done, reason, refine_job, refiner_networks
 from .loading import TextEncoder
-from .on_workers import Clip, Outcome, run_on_workers
+from .on_workers import Clip, Display, Outcome, Show, run_on_workers
 from .options import absolute_models
 from .terminal import say
 
 
-def refine_on_workers(jobs: list[Job], options: RefineOptions) -> int:
+def refine_on_workers(jobs: list[Job], options: RefineOptions, show: Show = Display) -> int:
     """Refine files whose paths are checked; returns the exit code. Raises CommandError."""
     if options.models.model is None and not nano_is_trained():
         say(NANO_NOTICE)
@@ -35,7 +35,7 @@ def refine_on_workers(jobs: list[Job], options: RefineOptions) -> int:
         output=replace(output, work=output.work and output.work.absolute()),
     )
     clips = sorted((_clip(job, options) for job in jobs), key=lambda clip: clip.task.expected, reverse=True)
-    return run_on_workers(options.farm, partial(_RefineWork, absolute), clips)
+    return run_on_workers(options.farm, partial(_RefineWork, absolute), clips, show)
 
 
 @dataclass(frozen=True)

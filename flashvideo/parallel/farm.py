@@ -107,7 +107,7 @@ class Farm:
             ray.shutdown()
             if not isinstance(error, Exception):
                 raise
-            where = "here" if options.address is None else f"at {options.address}"
+            where = {None: "here", AUTO: "of this machine"}.get(options.address, f"at {options.address}")
             raise NoClusterError(f"The Ray cluster {where} can't be used: {first_line(error)}") from error
 
     def _place(self) -> dict[str, Any]:

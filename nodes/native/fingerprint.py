@@ -47,11 +47,19 @@ def weights_fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
         name: getattr(patcher.backup.get(name), "weight", tensor)  # a backup is the weight before LoRAs went in
         for name, tensor in network.state_dict(prefix=prefix).items()
     }
+    return _digest((weights, *_changes(patcher)), _Pieces(patcher.model.named_modules()))
+
+
+def patches_fingerprint(patcher: comfy.model_patcher.ModelPatcher) -> str:
+    """The same without the weights: what nodes behind the loader have changed."""
+    return _digest(_changes(patcher), _Pieces(patcher.model.named_modules()))
+
+
+def _changes(patcher: comfy.model_patcher.ModelPatcher) -> tuple[Any, ...]:
     replaced = {name: each for name, each in patcher.object_patches.items() if name != "model_sampling"}
     hooks = list(getattr(patcher, "hook_patches", {}).values())
     wrappers = [{key: each for key, each in of.items() if key != _COMPILING} for of in patcher.wrappers.values()]
-    state = (weights, patcher.patches, patcher.model_options, replaced, hooks, wrappers)
-    return _digest(state, _Pieces(patcher.model.named_modules()))
+    return patcher.patches, patcher.model_options, replaced, hooks, wrappers
 
 
 def _digest(values: Iterable[object], pieces: _Pieces) -> str:

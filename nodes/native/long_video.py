@@ -7,6 +7,7 @@ run of its own, so that guidance, LoRAs, hooks and every other patch work as in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from .stages import refiner_settings
 from .vae import FlashVideoVAE
 from .video_source import SAVED_AS_IT_IS, sound_suffix, source_file
 
-_BITS = 8  # a colour: browsers show previews of H.264
+BITS = 8  # a colour: browsers show previews of H.264
 CHUNKS = 33, 9  # frames and latent frames: two chunks, more than the VAE has in hand
 _SHARES = {READ: 2, ENCODE: 18, REFINE: 55, MEASURE: 10, DECODE: 15}  # of the time, roughly
 _BAR_STEPS = 1000
@@ -158,9 +159,6 @@ def refine_long_video(
     another process, too. `warn` gets what a user should know before the work starts, `note` the strength if it is
     auto. Raises CommandError for what can't be done, and ValueError for an invalid size.
     """
-    for folder in (unfinished, finished):
-        folder.mkdir(parents=True, exist_ok=True)
-    source, copied = source_file(video, unfinished)
     budget, store = vae_budget(vae), vae_store(vae)
     about = {
         "model": weights_fingerprint(model),
@@ -172,6 +170,35 @@ def refine_long_video(
         "vae_memory": budget,
         "vae_store": store,
     }
+    with long_files(video, unfinished, finished, settings, about, warn) as (source, target, key):
+        if target.is_file():
+            return target
+        guided = GuidedRefiner(model, positive, negative, settings, vae.device)
+        loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
+        networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
+        options = FileOptions(bits=BITS, work=unfinished / key, about=about, warn=warn, note=note)
+        # The network is guided already: with cfg 1 the library evaluates it once a step.
+        refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
+    return target
+
+
+@contextmanager
+def long_files(
+    video: Any,
+    unfinished: Path,
+    finished: Path,
+    settings: RefineSettings,
+    about: dict[str, Any],
+    warn: Callable[[str], None],
+) -> Iterator[tuple[Path, Path, str]]:
+    """A VIDEO's file, that of its result in the folder `finished`, and a name for the run.
+
+    The name changes with `settings` and `about`.
+    A file that had to be written for the video is deleted at the end, unless there is an error.
+    """
+    for folder in (unfinished, finished):
+        folder.mkdir(parents=True, exist_ok=True)
+    source, copied = source_file(video, unfinished)
     suffix = sound_suffix(source)
     key = fingerprint(repr(settings), [source.name] if copied else file_identity(source), about)
     target = finished / f"flashvideo-{key}{suffix}"
@@ -181,16 +208,9 @@ def refine_long_video(
             "Video fails with it unless its format is mp4, and compresses it a second time then. Copy the file from "
             "there instead, or stop here and give the clip another kind of sound, such as AAC."
         )
-    if not target.is_file():
-        guided = GuidedRefiner(model, positive, negative, settings, vae.device)
-        loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
-        networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
-        options = FileOptions(bits=_BITS, work=unfinished / key, about=about, warn=warn, note=note)
-        # The network is guided already: with cfg 1 the library evaluates it once a step.
-        refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
+    yield source, target, key
     if copied:
         source.unlink(missing_ok=True)
-    return target
 
 
 def vae_budget(vae: FlashVideoVAE) -> float | None:

@@ -272,7 +272,12 @@ def load_model(
         for parameter in model.diffusion_model.parameters():
             parameter.data = parameter.data.to(storage)
     remember_loader(patcher, load_model, source, dtype, fp8_matmul)
-    guard = guard_degradation if config.stage == 2 else guard_stage1
+    return guarded(patcher)
+
+
+def guarded(patcher: ModelPatcher) -> ModelPatcher:
+    """The MODEL itself, with the check of its stage's samplers and latents."""
+    guard = guard_degradation if patcher.model.diffusion_model.config.stage == 2 else guard_stage1
     # The guard gives the sampler other latents: what watches them goes first.
     for key, wrapper in (("flashvideo_origin", watch_sampler), ("flashvideo_guard", guard)):
         patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, key, wrapper)

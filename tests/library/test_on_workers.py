@@ -28,7 +28,9 @@ def test_a_damaged_source_is_remembered_beyond_the_driver(
     clips = [Clip(f"{index}.mp4", tmp_path / f"{index}.mp4", None) for index in range(1 + left)]
     given = []
 
-    def drive(_farm: Any, _folder: str, _prepare: Any, clips: list[Clip], damaged: Any, *, again: bool) -> int:
+    def drive(
+        _farm: Any, _folder: str, _prepare: Any, clips: list[Clip], damaged: Any, _show: Any, *, again: bool
+    ) -> int:
         given.append(len(clips))
         if again:
             return DAMAGED if damaged.value else 0  # as `_Display.sum_up` does
@@ -39,6 +41,6 @@ def test_a_damaged_source_is_remembered_beyond_the_driver(
 
     monkeypatch.setattr(on_workers, "_run_driver", drive)
     farm = on_workers.FarmOptions(None, None, cards=False)
-    assert on_workers._run_drivers(farm, "", lambda: None, clips) == DAMAGED
+    assert on_workers._run_drivers(farm, "", lambda: None, clips, on_workers.Display) == DAMAGED
     assert given == ([2, 1] if left else [1])
     assert "has ended. The run goes on" in capsys.readouterr().err
