@@ -11,6 +11,7 @@ import pytest
 from harness.comfy_server import ComfyServer
 from harness.workflow_api import read_workflow
 from harness.workflow_files import ALWAYS, COMMIT, OWN_CLIP, shipped
+from PIL import Image
 
 FRAMES, WIDTH, HEIGHT = 9, 112, 48
 FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
@@ -26,7 +27,8 @@ SMALLER = {  # for all others, which differ from these two by what else they hol
 
 @pytest.fixture(scope="session", autouse=True)  # before the page asks what there is
 def clip(server: ComfyServer) -> None:
-    """A clip where Load Video looks for one: with nothing to choose, the page asks for the preview of no file."""
+    """A clip and a picture where loaders look: with nothing to choose, the page asks for the preview of no file."""
+    Image.new("RGB", (WIDTH, HEIGHT), (70, 110, 60)).save(server.input / "picture.png")
     with av.open(str(server.input / "clip.mp4"), "w") as file:
         video = file.add_stream("libx264", rate=12)
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
