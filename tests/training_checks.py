@@ -35,10 +35,7 @@ RECIPES = {
         f"{SMALL_VAE}{_loop(accumulate=4)}[loss]\ntexture = 0.1\n{CROPS}{MIXED_SIZES}"
         f"{VALIDATION.replace('clips = 2', 'clips = 1')}"
     ),
-    "stage1": (
-        f"batch = 5\nlayout_weight = 0.5\n[clips]\n{TWO_FILES}{_loop()}"
-        "[sheet]\ncount = 1\nsteps = 2\n"
-    ),
+    "stage1": (f"batch = 5\nlayout_weight = 0.5\n[clips]\n{TWO_FILES}{_loop()}[sheet]\ncount = 1\nsteps = 2\n"),
     "stage2": (
         f"{_loop(accumulate=5)}[network]\nweights = 'MODELS/stage2.safetensors'\nlora_rank = 4\n"
         "[pixels]\nweight = 0.5\nwindow = 2\nedge = 0\n"
