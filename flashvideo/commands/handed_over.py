@@ -1,12 +1,13 @@
-"""`python -m flashvideo.commands.handed_over`: a video that another program hands to a Ray cluster, such as ComfyUI.
+"""A process of its own, for a video that another program hands to a Ray cluster, such as ComfyUI.
 
-One line of JSON on standard input is the job, see `Job`. Lines of JSON on standard output say how far it is, what there
-is to say, and how it ended (`Line`). The program that started this one cancels it by closing standard input, or by
-ending.
+One line of JSON on standard input is the job, see `HandedOver`. Lines of JSON on standard output say how far it is,
+what there is to say, and how it ended (`Lines`). The program that started this one cancels it by closing standard
+input, or by ending.
 """
 
 from __future__ import annotations
 
+import _thread
 import base64
 import json
 import os
@@ -158,8 +159,12 @@ def write_line(out: TextIO, kind: str, value: Any) -> None:
     out.flush()
 
 
-def main() -> int:
-    """Do the job on standard input; returns the exit code."""
+def main() -> None:
+    """Do the job on standard input, and exit."""
+    sys.exit(_run())
+
+
+def _run() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     job = HandedOver.read(sys.stdin.readline())
     threading.Thread(target=_cancel_at_end, daemon=True).start()
@@ -173,8 +178,7 @@ def main() -> int:
 def _cancel_at_end() -> None:
     """Cancel when nobody holds the other end of standard input."""
     sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if os.name == "nt":  # there os.kill ends the process at once
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)

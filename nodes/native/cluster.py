@@ -42,6 +42,9 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = 60.0  # of a cancelled job: its workers finish their step
 _ADDRESS = re.compile(r"[^\s:/]+:[0-9]{1,5}")
 _PACK = Path(__file__).resolve().parents[2]
+# Not by `-m`: the Python of ComfyUI's portable build looks for no modules in the current folder.
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from flashvideo.commands import handed_over as job; job.main()"
+COMMAND = (sys.executable, "-c", _START, str(_PACK))
 _LAST_WORDS = 5  # lines of an error that nobody expected
 
 
@@ -143,7 +146,7 @@ def hand_over(job: HandedOver, report: PhaseProgress, note: Callable[[str], None
     comfy.model_management.unload_all_models()  # a worker may take this machine's card
     comfy.model_management.soft_empty_cache()
     process = subprocess.Popen(
-        [sys.executable, "-m", "flashvideo.commands.handed_over"], cwd=_PACK, text=True, encoding="utf-8",
+        COMMAND, cwd=_PACK, text=True, encoding="utf-8",
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,  # a Ctrl+C in the terminal is ComfyUI's; what it started ends with its input
     )  # fmt: skip
