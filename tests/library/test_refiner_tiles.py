@@ -12,7 +12,7 @@ from torch import Tensor
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.dit import FlashVideoDiT
 from flashvideo.nano import nano_state
-from flashvideo.refiner import Networks, RefineSettings
+from flashvideo.refiner import Networks, RefineSettings, helpers
 from flashvideo.refiner import run as refine
 from flashvideo.refiner.tiles import plan_tiles, tiled_velocity
 from flashvideo.samplers import guided_velocity, solve_flow
@@ -104,7 +104,7 @@ def test_tiles_differ_from_the_whole_picture_no_more_at_their_borders_than_insid
 def test_the_refiner_takes_a_tile(dit: FlashVideoDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     networks = Networks(dit, load_vae(nano_state("vae"), dtype=torch.float32), normal(1, 8, dit.config.text_dim))
     seen = []
-    plain = refine.guided_velocity
+    plain = helpers.guided_velocity
 
     def watched(*arguments: object) -> object:
         velocity = plain(*arguments)
@@ -115,7 +115,7 @@ def test_the_refiner_takes_a_tile(dit: FlashVideoDiT, monkeypatch: pytest.Monkey
 
         return watch
 
-    monkeypatch.setattr(refine, "guided_velocity", watched)
+    monkeypatch.setattr(helpers, "guided_velocity", watched)
     frames = torch.rand(5, 144, 160, 3, generator=torch.Generator().manual_seed(0))
     settings = RefineSettings(refine.TargetSize("keep"), steps=1, cfg=1.0, tile=128)
     refined = refine.refine_frames(networks, frames, settings)
