@@ -107,7 +107,7 @@ def _soften(mask: Tensor, border: int) -> Tensor:
     for half in ((faded + 1) // 2, faded // 2):
         mask = F.avg_pool2d(F.pad(mask, (half, half, 0, 0), mode="replicate"), (1, 2 * half + 1), stride=1)
         mask = F.avg_pool2d(F.pad(mask, (0, 0, half, half), mode="replicate"), (2 * half + 1, 1), stride=1)
-    return mask
+    return mask.clamp(max=1)  # stretched ones may be rounded up
 
 
 def _span(marked: Tensor, context: int, size: int) -> tuple[int, int]:

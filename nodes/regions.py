@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..flashvideo.frames import clean
 from ..flashvideo.regions import MAX_BORDER, find_region
 from .common import CATEGORY, found_as, named
 from .inputs import checked
@@ -72,11 +73,13 @@ class FlashVideoCropRegion(io.ComfyNode):
     ) -> io.NodeOutput:
         """Cut the region out and report its place."""
         with named(cls.NAME):
+            images, notes = clean(images)
             region = find_region(images, mask, border, context)
         height, width = images.shape[1:3]
         text = f"{region.width}x{region.height} of {width}x{height}, at x {region.left}, y {region.top}."
         if mask is None:
             text += " There is no mask: this is the middle of the picture."
+        text = " ".join((text, *notes))
         logging.info("%s: %s", cls.NAME, text)
         return io.NodeOutput(region.crop(images), region.mask, region.left, region.top, ui=ui.PreviewText(text))
 

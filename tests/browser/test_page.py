@@ -27,8 +27,11 @@ SMALLER = {  # for all others, which differ from these two by what else they hol
 
 @pytest.fixture(scope="session", autouse=True)  # before the page asks what there is
 def clip(server: ComfyServer) -> None:
-    """A clip and a picture where loaders look: with nothing to choose, the page asks for the preview of no file."""
-    Image.new("RGB", (WIDTH, HEIGHT), (70, 110, 60)).save(server.input / "picture.png")
+    """A clip where Load Video looks for one: with nothing to choose, the page asks for the preview of no file.
+
+    And the picture that ComfyUI's own input folder has.
+    """
+    Image.new("RGB", (WIDTH, HEIGHT), (70, 110, 60)).save(server.input / "example.png")
     with av.open(str(server.input / "clip.mp4"), "w") as file:
         video = file.add_stream("libx264", rate=12)
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"

@@ -11,7 +11,7 @@ import torch
 
 NAN, INFINITE = float("nan"), float("inf")
 NUMBERS = ("INT", "FLOAT")
-WIRES = ("IMAGE", "LATENT", "MODEL", "CONDITIONING", "VAE", "CLIP", "VIDEO")
+WIRES = ("IMAGE", "MASK", "LATENT", "MODEL", "CONDITIONING", "VAE", "CLIP", "VIDEO")
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,14 @@ def schemas(our_nodes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def sound(model: Any, text: dict[str, list]) -> Callable[[Any], dict[str, Any]]:
     """Arguments of a schema that pass every check, with stand-ins for what only runs look at."""
     wires = {
-        **{"IMAGE": torch.zeros(1, 16, 16, 3), "LATENT": {"samples": torch.zeros(1, 16, 1, 2, 2)}, "MODEL": model},
-        **{
-            "CONDITIONING": text["positive"],
-            "VAE": object(),
-            "CLIP": SimpleNamespace(tokenize=None),
-            "VIDEO": object(),
-        },
+        "IMAGE": torch.zeros(1, 16, 16, 3),
+        "MASK": torch.ones(1, 16, 16),
+        "LATENT": {"samples": torch.zeros(1, 16, 1, 2, 2)},
+        "MODEL": model,
+        "CONDITIONING": text["positive"],
+        "VAE": object(),
+        "CLIP": SimpleNamespace(tokenize=None),
+        "VIDEO": object(),
     }
 
     def arguments(schema: Any) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def wrong_values(port: Any) -> Iterator[tuple[Any, str]]:
     elif port.io_type == "COMBO" and not name.endswith("_name"):
         for value in ("the best", "", 7):
             yield value, f"{name} must be one of {port.options[0]}"
-    elif port.io_type in ("IMAGE", "LATENT", "MODEL", "CONDITIONING", "CLIP"):
+    elif port.io_type in ("IMAGE", "MASK", "LATENT", "MODEL", "CONDITIONING", "CLIP"):
         for value in ("a word", 3, {"sample": 1}):
             yield value, f"{name} must be"
     if not port.optional and port.io_type not in ("VAE", "CLIP"):

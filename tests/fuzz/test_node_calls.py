@@ -74,6 +74,8 @@ class Inputs:
         kind, odd = port.io_type, pick.random() < 0.12
         if kind == "IMAGE":
             return self.frames(pick, odd)
+        if kind == "MASK":
+            return self.mask(pick, odd)
         if kind == "LATENT":
             return self.latent(pick, odd)
         if not odd and kind in ("INT", "FLOAT"):
@@ -96,6 +98,15 @@ class Inputs:
             return pick.choice([None, "a word", {}, floats(pick, *shape)])
         shape = pick.randrange(1, 7), pick.randrange(1, 40), pick.randrange(1, 40), pick.choice([3, 3, 3, 4])
         return floats(pick, *shape)
+
+    def mask(self, pick: random.Random, odd: bool) -> Any:
+        """A MASK."""
+        if odd:
+            shape = pick.choice([(1, 16, 16, 3), (0, 16, 16), (2, 0, 16), (16,), ()])
+            return pick.choice([None, "a word", {}, floats(pick, *shape)])
+        count = pick.choice([(), (1,), (pick.randrange(1, 7),), (1, 1)])
+        shape = (*count, pick.randrange(1, 40), pick.randrange(1, 40))
+        return floats(pick, *shape) if pick.random() < 0.7 else torch.full(shape, pick.choice([0.0, 1.0]))
 
     def latent(self, pick: random.Random, odd: bool) -> Any:
         """A LATENT."""
@@ -141,6 +152,8 @@ def trouble_of_outputs(schema: Any, results: tuple[Any, ...]) -> str:
             return f"{port.id}: an IMAGE {list(result.shape)} that is none or not finite"
         if kind == "IMAGE" and not (result.min() >= 0 and result.max() <= 1):
             return f"{port.id}: an IMAGE from {result.min()} to {result.max()}"
+        if kind == "MASK" and not (result.ndim == 3 and result.min() >= 0 and result.max() <= 1 and result.max() > 0):
+            return f"{port.id}: a MASK {list(result.shape)} that marks nothing or leaves 0 to 1"
         if kind == "LATENT" and not torch.isfinite(result["samples"]).all():
             return f"{port.id}: a LATENT that is not finite"
         if kind == "SIGMAS" and not (torch.isfinite(result).all() and (result.diff() <= 0).all()):

@@ -94,3 +94,8 @@ def test_half_marked_pixels_stay_half_marked() -> None:
 def test_other_masks_are_refused_in_words(mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_region(FRAMES, mask, 4, 4)
+
+
+def test_a_stretched_mask_is_not_rounded_beyond_one() -> None:
+    region = find_region(torch.zeros(1, 38, 19, 3), torch.ones(1, 15, 8), border=186, context=0)
+    assert float(region.mask.max()) == 1
