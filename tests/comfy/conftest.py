@@ -278,6 +278,24 @@ def asked_memory(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture()
+def progress() -> Iterator[dict[str, Any]]:
+    """What ComfyUI's progress bar has shown; it presses Cancel when it gets to `stop`."""
+    import comfy.model_management
+    import comfy.utils
+
+    seen: dict[str, Any] = {"values": [], "stop": float("inf")}
+
+    def hook(value: float, total: float, _preview: object, **_node: object) -> None:
+        seen["values"].append(value / total)
+        if value / total >= seen["stop"]:
+            comfy.model_management.interrupt_current_processing(True)
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    yield seen
+    comfy.utils.set_progress_bar_global_hook(None)
+
+
+@pytest.fixture()
 def run_prompt(comfy_nodes: dict[str, Any]) -> Iterator[Executor]:
     """An executor of this test's own; see `Executor`."""
     import comfy.utils

@@ -72,21 +72,6 @@ def refine(comfy_nodes: dict[str, Any], networks: dict[str, Any], video: Any) ->
     return run
 
 
-@pytest.fixture()
-def progress() -> Iterator[dict[str, Any]]:
-    """What ComfyUI's progress bar has shown; it presses Cancel when it gets to `stop`."""
-    seen: dict[str, Any] = {"values": [], "stop": float("inf")}
-
-    def hook(value: float, total: float, _preview: object, **_node: object) -> None:
-        seen["values"].append(value / total)
-        if value / total >= seen["stop"]:
-            comfy.model_management.interrupt_current_processing(True)
-
-    comfy.utils.set_progress_bar_global_hook(hook)
-    yield seen
-    comfy.utils.set_progress_bar_global_hook(None)
-
-
 def alone(job: Any, submodule: Callable[[str], ModuleType], target: Path) -> bytes:
     """What the library makes of the same job in this process, on one thread as the workers."""
     jobs = submodule("flashvideo.commands.jobs")

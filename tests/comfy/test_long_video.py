@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -89,21 +89,6 @@ def refine(comfy_nodes: dict[str, Any], networks: dict[str, Any]) -> Callable[..
         return Path(output.result[0].get_stream_source())
 
     return run
-
-
-@pytest.fixture()
-def progress() -> Iterator[dict[str, Any]]:
-    """What ComfyUI's progress bar has shown; it presses Cancel when it gets to `stop`."""
-    seen: dict[str, Any] = {"values": [], "stop": float("inf")}
-
-    def hook(value: float, total: float, _preview: object, **_node: object) -> None:
-        seen["values"].append(value / total)
-        if value / total >= seen["stop"]:
-            comfy.model_management.interrupt_current_processing(True)
-
-    comfy.utils.set_progress_bar_global_hook(hook)
-    yield seen
-    comfy.utils.set_progress_bar_global_hook(None)
 
 
 def sound(path: Path) -> list[tuple[bytes, Fraction]]:
