@@ -27,6 +27,7 @@ load_library()
 from scaling import make_network  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
+from flashvideo.choices import STAGE2_SCALE, TILE  # noqa: E402
 from flashvideo.config import (  # noqa: E402
     NANO_STAGE2,
     NANO_STRENGTH,
@@ -38,9 +39,8 @@ from flashvideo.config import (  # noqa: E402
 from flashvideo.degradation import degrade_latent  # noqa: E402
 from flashvideo.dit import Attention, FlashVideoDiT  # noqa: E402
 from flashvideo.frames import to_frames  # noqa: E402
-from flashvideo.guidance import STAGE2_SCALE  # noqa: E402
 from flashvideo.nano import NANO_FOLDER, nano_state  # noqa: E402
-from flashvideo.refiner.tiles import TILE, plan_tiles  # noqa: E402
+from flashvideo.refiner.tiles import plan_tiles  # noqa: E402
 from flashvideo.refiner.windows import blend  # noqa: E402
 from flashvideo.samplers import sample_stage2  # noqa: E402
 from flashvideo.t5 import T5Tokens, contexts, load_encoder, with_motion  # noqa: E402

@@ -34,12 +34,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .choices import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE
 from .config import NANO_REFINERS, DiTConfig
 from .progress import Progress, no_progress
 
-DETAIL_SIZE = 70  # pixels: half of a pattern this long is low band, half is detail
-MIN_DETAIL_SIZE, MAX_DETAIL_SIZE = 5, 1000
-NANO_DETAIL_SIZE = 9  # the miniature is trained on drafts a quarter as large, whose shortest pattern is 8 pixels long
 _KNOTS_PER_SIZE = 70 / 16  # sinc(16 / 70)^8 = 1/2
 _MAX_GAIN = 4.0  # of adain: a larger one, or less than its inverse, means a clip without contrast, not a colour cast
 _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale

@@ -13,6 +13,7 @@ TEXT_TOKENS = 226  # T5 tokens of a prompt, padding included
 TEMPORAL_FACTOR = 4  # video frames to one latent frame, after the first
 SPATIAL_FACTOR = 8  # pixels to one latent pixel
 PIXEL_MULTIPLE = 16  # SPATIAL_FACTOR times the DiT's patch size
+TRAIN_STEPS = 1000  # of noise: what both stages' timesteps and strengths count
 MAX_SEED = 2**64 - 1  # of torch's generators and of ComfyUI's samplers
 STAGE1_LATENT_SCALE = 0.7  # CogVideoX-5B
 STAGE2_LATENT_SCALE = 1.15258426  # CogVideoX-2B

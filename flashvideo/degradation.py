@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .schedule import TRAIN_STEPS, zero_snr_signal
+from .choices import DEGRADATION_STEP
+from .config import TRAIN_STEPS
+from .schedule import zero_snr_signal
 
-DEGRADATION_STEP = 675  # 650 to 750 is useful at the official size
 OFFICIAL_SHORT_SIDE = 1072  # pixels: 1920x1072, the size that FlashVideo's strengths belong to
 OFFICIAL_LATENT_FRAMES = 13  # 49 frames
 

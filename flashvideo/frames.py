@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .color import DETAIL_SIZE, METHODS, match_colors
+from .choices import COLOR_MATCHES, DETAIL_SIZE, RESAMPLERS, SIZE_MODES
+from .color import match_colors
 from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, next_video_length
 from .progress import Progress
 
-SIZE_MODES = ("short side", "scale", "exact", "keep")
-RESAMPLERS = ("bilinear", "bicubic", "area", "nearest-exact")
-COLOR_MATCHES = ("none", *METHODS)
 MAX_SIDE = 16384  # pixels: ComfyUI's own limit of a side
 _CHUNK_BYTES = 64 * 2**20  # of resized pixels at a time, so that the peak stays near the output's own size
 _ALIASING = ("mps",)  # devices for which PyTorch had no antialiased resampling in older versions

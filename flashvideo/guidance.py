@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-STAGE1_SCALE = 8.0  # 6 to 8 is useful
+from .choices import STAGE1_SCALE
+
 STAGE1_EXPONENT = 5
-STAGE2_SCALE = 13.0  # 10 to 13 is useful
 MAX_SCALE = 100.0  # beyond it nothing but saturated pixels comes out
 
 

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .degradation import DEGRADATION_STEP, AutoStrength
-from .guidance import STAGE2_SCALE
-from .schedule import STAGE2_SHIFT
+from .choices import DEGRADATION_STEP, STAGE2_SCALE, STAGE2_SHIFT
 
 BALANCED = "balanced"
 
@@ -40,6 +38,8 @@ class Preset:
     def choices(self) -> dict[str, Any]:
         """Fields of `RefineSettings`."""
         # None is the default's own form: a run with the balanced preset is the same as one without a preset.
+        from .degradation import AutoStrength  # brings PyTorch, and a command's help shows presets
+
         strength = None if self.strength == DEGRADATION_STEP else AutoStrength(self.strength)
         return {"strength": strength, **self.sampling}
 

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .degradation import DEGRADATION_STEP
+from .choices import DEGRADATION_STEP, SOLVERS, STAGE1_SCALE, STAGE2_SCALE, STAGE2_SHIFT
 from .dit import FlashVideoDiT
-from .guidance import STAGE1_EXPONENT, STAGE1_SCALE, STAGE2_SCALE, dynamic_cfg_scale, guide
+from .guidance import STAGE1_EXPONENT, dynamic_cfg_scale, guide
 from .parallel import Ranks
-from .schedule import STAGE2_SHIFT, Stage1Schedule, stage1_schedule, stage2_times
+from .schedule import Stage1Schedule, stage1_schedule, stage2_times
 
 # on_step(done, total, clean_estimate): progress and preview; may raise to cancel
 OnStep = Callable[[int, int, Tensor], None]
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latent [B, C, T, H, W], time) -> dx/dt of the same shape
-SOLVERS = ("euler", "heun")
 
 
 def v_to_clean(latent: Tensor, v: Tensor, signal: Tensor) -> Tensor:

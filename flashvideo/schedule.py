@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
+from .choices import STAGE2_SHIFT
+from .config import TRAIN_STEPS
+
 LINEAR_START = 0.00085
 LINEAR_END = 0.012
-STAGE2_SHIFT = 2.5  # FlashVideo's inference setting; 2 to 3.5 is useful
 MAX_SHIFT = 1000.0  # beyond it all steps lie at the degraded end
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .checkpoints import CheckpointError
 from .checkpoints.text_encoder import TIED, open_text_encoder, t5_config
 from .checkpoints.weights import QUANTISATION, some
+from .choices import NO_MOTION
 from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
 
@@ -25,8 +26,6 @@ _WITHOUT = "Without --tokenizer the pack's own is used."
 NORM_EPSILON = 1e-6
 LONGEST_DISTANCE = 128  # in tokens, that has a bias of its own
 LARGEST_HALF = 64504.0  # float16's largest number, less 1000
-NO_MOTION = "none"
-MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")
 
 
 def with_motion(text: str, motion: str) -> str:

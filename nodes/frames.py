@@ -8,9 +8,10 @@ import comfy.utils
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..flashvideo.color import MAX_DETAIL_SIZE, auto_detail_size
+from ..flashvideo.choices import COLOR_MATCHES, MAX_DETAIL_SIZE, RESAMPLERS, SIZE_MODES
+from ..flashvideo.color import auto_detail_size
 from ..flashvideo.compare import LAYOUTS, compare
-from ..flashvideo.frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, SIZE_MODES, TargetSize, finish, prepare
+from ..flashvideo.frames import MAX_SIDE, TargetSize, finish, prepare
 from .checks import check_stage
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked

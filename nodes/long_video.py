@@ -8,12 +8,12 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import InputImpl, io
 
+from ..flashvideo.choices import WINDOW
 from ..flashvideo.config import TEMPORAL_FACTOR
 from ..flashvideo.errors import CommandError
 from ..flashvideo.frames import TargetSize
 from ..flashvideo.nano import pair_notice
 from ..flashvideo.refiner import RefineSettings
-from ..flashvideo.refiner.windows import WINDOW
 from .checks import check_stage, check_text
 from .common import CATEGORY, found_as, named, own_id
 from .frames import AUTO_DETAIL_SIZE, FlashVideoFinishFrames, FlashVideoPrepareFrames

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..flashvideo.choices import STAGE2_SCALE
 from ..flashvideo.devices import GIB
 from ..flashvideo.frames import MAX_SIDE
-from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.planner import NANO, OFFICIAL, NetworkConfigs, Setting, make_plan
 from ..flashvideo.planner.budget import Budget, advise, on_card
 from ..flashvideo.planner.plot import plot

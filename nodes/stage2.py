@@ -6,13 +6,11 @@ from contextlib import nullcontext
 
 from comfy_api.latest import io, ui
 
-from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ..flashvideo.choices import OVERLAP_FRAMES, STAGE2_SCALE, STAGE2_SHIFT, TILE, WINDOW
+from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR, TRAIN_STEPS
 from ..flashvideo.degradation import degradation_weights
-from ..flashvideo.guidance import STAGE2_SCALE
 from ..flashvideo.presets import PRESETS, Preset
-from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS, TILE
-from ..flashvideo.refiner.windows import OVERLAP_FRAMES, WINDOW
-from ..flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS
+from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS
 from .checks import batch_of, check_batch, check_latent, check_stage, check_text
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked

@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import rank_checks  # noqa: F401
 import torch._dynamo  # noqa: F401 (counting operations needs it)
 
-import flashvideo.commands.generate
-import flashvideo.commands.refine
+import flashvideo.commands.run_generate
+import flashvideo.commands.run_refine
 import flashvideo.training.tasks.stage2
 import flashvideo.training.tasks.vae  # noqa: F401

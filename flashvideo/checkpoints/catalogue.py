@@ -1,4 +1,4 @@
-"""The model files that FlashVideo runs with, and which of them are in a ComfyUI's model folders.
+"""Which of the files that FlashVideo runs with are in a ComfyUI's model folders.
 
 What a file is shows in its contents, so a converted or renamed one counts as well. Only files that can be mapped are
 looked into (safetensors, PyTorch archives): a header each, however large the file is.
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CommandError
+from ..model_files import DOWNLOADS, ROLES, Role
 from .archives import is_archive
 from .reading import describe, open_checkpoint
 from .weights import CheckpointError, Weights, open_weights
 
-OFFICIAL = "FoundationVision/FlashVideo"
-TEXT_ENCODERS = "comfyanonymous/flux_text_encoders"
 EXTRA_PATHS = "extra_model_paths.yaml"
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pt2", ".pth", ".ckpt", ".bin", ".pkl")  # what ComfyUI's loaders list
 # ComfyUI's kinds of model folders, each with its places below models/: the first is where a new file goes.
@@ -32,48 +31,7 @@ T5_XXL_WIDTH = 4096
 T5_XXL_LAYERS = 24
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """A file to download. `name` is the command line's word for it, `gigabytes` a rough size to plan with."""
-
-    name: str
-    file: str
-    repository: str
-    gigabytes: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Role:
-    """A network that FlashVideo needs, the kind of folder it goes to, and the files (any one will do) that hold it."""
-
-    name: str
-    purpose: str
-    folder: str
-    files: tuple[ModelFile, ...]
-
-
-ROLES = (
-    Role(
-        "stage I",
-        "makes the draft; not needed to refine clips",
-        "diffusion_models",
-        (ModelFile("stage1", "stage1.pt", OFFICIAL, 11.8),),
-    ),
-    Role("stage II", "refines", "diffusion_models", (ModelFile("stage2", "stage2.pt", OFFICIAL, 3.4),)),
-    Role("the VAE", "turns frames into a latent and back", "vae", (ModelFile("vae", "3d-vae.pt", OFFICIAL, 0.9),)),
-    Role(
-        "the text encoder",
-        "reads prompts; T5-XXL, which Flux and Stable Diffusion 3 use too",
-        "text_encoders",
-        (
-            ModelFile("t5-fp16", "t5xxl_fp16.safetensors", TEXT_ENCODERS, 9.8, "full quality"),
-            ModelFile("t5-fp8", "t5xxl_fp8_e4m3fn_scaled.safetensors", TEXT_ENCODERS, 5.2, "half the memory"),
-        ),
-    ),
-)
 _STAGE_ROLES = {"1": ROLES[0], "2": ROLES[1], "vae": ROLES[2]}
-DOWNLOADS = {file.name: (role, file) for role in ROLES for file in role.files}
 _KNOWN_NAMES = {file.file: role for role, file in DOWNLOADS.values()}
 
 
@@ -89,14 +47,6 @@ class FoundFile:
     description: str
     trouble: str | None = None
     source_sha256: str | None = None
-
-
-def what_goes_into(kind: str) -> str:
-    """The official files for a kind of folder, and where they are, as part of a sentence."""
-    files = [file for role in ROLES if role.folder == kind for file in role.files]
-    if not files:  # "loras"
-        return "a LoRA for CogVideoX-5B, or one of your own training,"
-    return f"{' or '.join(file.file for file in files)} (from huggingface.co/{files[0].repository})"
 
 
 def comfyui_folder(named: Path | None) -> Path:

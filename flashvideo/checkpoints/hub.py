@@ -16,8 +16,8 @@ from types import ModuleType
 
 from ..atomic_files import check_regular, check_space, place_whole, sha256
 from ..errors import CommandError
+from ..model_files import ModelFile
 from ..progress import Progress
-from .catalogue import ModelFile
 
 PARTIAL = ".{}.download"  # folder beside the target for an unfinished download
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..arguments import shown, width_and_height
 from ..atomic_files import remove_abandoned, write_whole
 from ..checkpoints import load_dit, load_vae
-from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, is_video_length, latent_shape
+from ..config import PIXEL_MULTIPLE, STAGE1_LATENT_SCALE, TRAIN_STEPS, is_video_length, latent_shape
 from ..devices import open_device
 from ..dit import FlashVideoDiT
 from ..errors import CommandError
@@ -24,10 +24,9 @@ from ..parallel import Ranks, agree
 from ..parallel.sharding import shard_weights
 from ..progress import PhaseProgress
 from ..samplers import sample_stage1
-from ..schedule import TRAIN_STEPS
 from ..vae import VideoVAE
+from .chosen import ModelOptions
 from .loading import BUILT_IN, TextEncoder, dtypes, model_file, warn_of_pair
-from .options import ModelOptions
 from .terminal import ProgressBars, say
 
 RATE = Fraction(8)  # frames per second of the model's videos

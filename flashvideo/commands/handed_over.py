@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..choices import NO_MOTION
 from ..degradation import AutoStrength
 from ..errors import CheckpointError, CommandError
 from ..frames import TargetSize
 from ..parallel.farm import FarmOptions
 from ..refiner.run import RefineSettings
-from ..t5 import NO_MOTION
+from .chosen import ModelOptions, OutputOptions
 from .jobs import Job, RefineOptions
 from .on_workers import Outcome
-from .options import ModelOptions, OutputOptions
 from .refine_on_workers import refine_on_workers
 
 PROGRESS, NOTE, PROBLEM, DONE = "progress", "note", "problem", "done"  # kinds of lines

@@ -16,8 +16,8 @@ from ..parallel import Ranks
 from ..parallel.farm import FarmOptions
 from ..progress import PhaseProgress
 from ..refiner.run import Networks, RefineSettings
+from .chosen import ModelOptions, OutputOptions, file_options
 from .loading import BUILT_IN, TextEncoder, encoded_prompt, load_refiner
-from .options import ModelOptions, OutputOptions, file_options
 from .terminal import say
 
 

@@ -18,7 +18,7 @@ from ..parallel.sharding import shard_weights
 from ..refiner.run import Networks
 from ..t5 import T5Encoder, T5Tokens, contexts, load_encoder, with_motion
 from ..vae.memory import STORE_SHARE, VAE_SHARE
-from .options import DTYPES, ModelOptions, existing_file
+from .chosen import ModelOptions, existing_file
 from .terminal import say, warn
 
 BUILT_IN = "nano"  # in place of a file's identity
@@ -28,7 +28,7 @@ KEPT_SHARE = 0.3  # of main memory, for a text encoder between prompts: other ne
 def dtypes(name: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     """Data types of the transformers and of the VAE: the chosen one, or those that suit the device."""
     if name:
-        return DTYPES[name], DTYPES[name]
+        return getattr(torch, name), getattr(torch, name)
     return (torch.float32, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16)
 
 

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -25,10 +24,9 @@ from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from ..arguments import positive, shown
 from ..errors import CommandError, cancelled
 from ..parallel import processes
-from ..parallel.farm import AUTO, Farm, FarmOptions, NoClusterError, Prepare, answers, cluster_folder
+from ..parallel.farm import Farm, FarmOptions, NoClusterError, Prepare, answers, cluster_folder
 from .terminal import CANCELLED, DAMAGED, REFUSED, TERMINATED, warn
 
 OURS = 100  # plus the exit code is that of the process that talks to Ray; Ray ends it with others
@@ -43,35 +41,6 @@ SHOWN_CLIPS = 12  # bars below the one of the whole
 SECONDS_A_LINE = 10.0  # about one clip, where there are no bars
 _WHOLE_BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
 Show = Callable[[int, TextIO, TextIO, Any], Any]  # clips, standard output and error, whether one is damaged -> watcher
-_ADDRESS = re.compile(r"[^\s:/]+:[0-9]{1,5}")
-
-
-def add_farm_options(group: argparse._ArgumentGroup) -> None:
-    """Where a command's clips are spread to."""
-    group.add_argument(
-        "--ray",
-        nargs="?",
-        const="",
-        type=_address,
-        metavar="HOST:PORT",
-        help="spread clips, and the windows of long ones, over the Ray cluster with its head there, from one of its "
-        "machines; without an address over this machine's cards. Needs pip install 'comfyui-flashvideo[ray]'",
-    )
-    group.add_argument(
-        "--workers",
-        type=positive,
-        metavar="N",
-        help="with --ray: how many of them (default: one a card; without cards one for every 4 cores)",
-    )
-
-
-def _address(text: str) -> str:
-    if text not in ("", AUTO) and not _ADDRESS.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            "takes the address of a cluster's head, such as 10.0.0.1:6379, or auto, or nothing if it is the last "
-            f"option; got {shown(text)}"
-        )
-    return text
 
 
 def farm_options(options: argparse.Namespace) -> FarmOptions | None:

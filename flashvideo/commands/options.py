@@ -1,77 +1,34 @@
-"""Options that commands share, and the dataclasses that hold them: sizes, refiner, model files, output."""
+"""Options that commands share: sizes, refiner, model files, output, workers. `chosen` reads them."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..arguments import real, shown, whole, width_and_height
-from ..color import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE
-from ..config import NANO_STRENGTH, TEMPORAL_FACTOR
-from ..devices import GIB
-from ..errors import CommandError
-from ..frames import COLOR_MATCHES, MAX_SIDE, RESAMPLERS, TargetSize
+from ..arguments import positive, real, shown, whole
+from ..choices import (
+    AUTO,
+    COLOR_MATCHES,
+    DETAIL_SIZE,
+    DTYPES,
+    MAX_DETAIL_SIZE,
+    MIN_DETAIL_SIZE,
+    MOTIONS,
+    NANO_DETAIL_SIZE,
+    OVERLAP_FRAMES,
+    RESAMPLERS,
+    SOLVERS,
+    TILE,
+    WINDOW,
+)
+from ..config import NANO_STRENGTH, TRAIN_STEPS
 from ..presets import BALANCED, PRESETS
-from ..refiner.run import RefineSettings
-from ..refiner.tiles import TILE
-from ..refiner.windows import OVERLAP_FRAMES, WINDOW
-from ..samplers import SOLVERS
-from ..schedule import TRAIN_STEPS
-from ..t5 import MOTIONS, T5Tokens
 
-if TYPE_CHECKING:  # brings PyAV
-    from ..refiner.file_options import FileOptions
-
-AUTO = "auto"
-MAX_CRF = 51  # of x264
-MAX_FPS = 1000
-NO_SOURCE_OPTIONS = {"deinterlace": False, "fps": None, "start_number": None}
-MAX_MEMORY = 1e6  # GiB; anything beyond is a slip
 MOTION = "medium"  # the official script's for stage II
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """How OUT is written, see `add_file_options`."""
-
-    crf: int
-    sound: str
-    codec: str
-    bits: int | None
-    deinterlace: bool
-    fps: float | None
-    start_number: int | None
-    work: Path | None
-    force: bool
-    anew: bool
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model files are read, None for the built-in ones, and which device is used; `vae_memory` in bytes.
-
-    `footage`: the built-in stage II and VAE are those for real footage, not those for drawn scenes.
-    """
-
-    model: Path | None
-    vae: Path | None
-    text_encoder: Path | None
-    tokenizer: str
-    vae_memory: float | None
-    device: str | None
-    dtype: str | None
-    shard_weights: bool = False
-    footage: bool = False
-
-    def built_in(self, part: str) -> str:
-        """The name of the built-in "stage2" or "vae" that is meant, one of `nano.NANO_PARTS`."""
-        return f"footage_{part}" if self.footage else part
+NO_SOURCE_OPTIONS = {"deinterlace": False, "fps": None, "start_number": None}
+_ADDRESS = re.compile(r"[^\s:/]+:[0-9]{1,5}")
 
 
 def add_file_options(group: argparse._ArgumentGroup) -> None:
@@ -205,139 +162,29 @@ def _or_auto(first: int, last: int) -> Callable[[str], int | str]:
     return read
 
 
-def output_options(options: argparse.Namespace) -> OutputOptions:
-    """The options of `add_file_options` and `add_source_options`. Raises CommandError."""
-    if not 0 <= options.crf <= MAX_CRF:
-        raise CommandError(f"--crf must be 0 to {MAX_CRF}; got {options.crf}.")
-    if options.fps is not None and not 0 < options.fps <= MAX_FPS:
-        raise CommandError(f"--fps must be above 0 and at most {MAX_FPS}; got {options.fps:g}.")
-    if options.start_number is not None and options.start_number < 0:
-        raise CommandError(f"--start-number must be 0 or more; got {options.start_number}.")
-    bits = None if options.bits == AUTO else int(options.bits)
-    return OutputOptions(
-        options.crf,
-        options.sound,
-        options.codec,
-        bits,
-        options.deinterlace,
-        options.fps,
-        options.start_number,
-        options.work,
-        options.force,
-        options.anew,
+def add_farm_options(group: argparse._ArgumentGroup) -> None:
+    """Where a command's clips are spread to."""
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        type=_address,
+        metavar="HOST:PORT",
+        help="spread clips, and the windows of long ones, over the Ray cluster with its head there, from one of its "
+        "machines; without an address over this machine's cards. Needs pip install 'comfyui-flashvideo[ray]'",
+    )
+    group.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="with --ray: how many of them (default: one a card; without cards one for every 4 cores)",
     )
 
 
-def file_options(output: OutputOptions, **others: Any) -> FileOptions:
-    """The same for a run; `others` are its own fields, such as the work folder."""
-    from ..refiner.file_options import FileOptions
-
-    return FileOptions(
-        crf=output.crf,
-        sound=output.sound,
-        codec=output.codec,
-        bits=output.bits,
-        deinterlace=output.deinterlace,
-        fps=output.fps,
-        start_number=output.start_number,
-        force=output.force,
-        anew=output.anew,
-        **others,
-    )
-
-
-def model_options(options: argparse.Namespace) -> ModelOptions:
-    """The options of `add_model_options`. Raises CommandError if --model comes without --vae, or the reverse,
-    for files that aren't there, and for numbers out of range.
-    """
-    if (options.model is None) != (options.vae is None):
-        raise CommandError("--model and --vae go together: another model's VAE makes another latent.")
-    if options.shard_weights and options.ranks is None:
-        raise CommandError("--shard-weights shares weights among several processes: start the command with torchrun.")
-    if options.vae_memory is not None and not 0 < options.vae_memory <= MAX_MEMORY:
-        raise CommandError(f"--vae-memory must be above 0, in GiB; got {options.vae_memory:g}.")
-    for path in (options.model, options.vae, options.text_encoder):
-        if path is not None:
-            existing_file(path)
-    if options.tokenizer:
-        T5Tokens(options.tokenizer)
-    return ModelOptions(
-        model=options.model,
-        vae=options.vae,
-        text_encoder=options.text_encoder,
-        tokenizer=options.tokenizer,
-        vae_memory=None if options.vae_memory is None else options.vae_memory * GIB,
-        device=options.device,
-        dtype=options.dtype,
-        footage=options.footage,
-        shard_weights=options.shard_weights,
-    )
-
-
-def absolute_models(models: ModelOptions) -> ModelOptions:
-    """The same files for a process that works in another folder."""
-    paths = {name: getattr(models, name) for name in ("model", "vae", "text_encoder")}
-    paths = {name: path and path.absolute() for name, path in paths.items()}
-    return replace(models, **paths, tokenizer=models.tokenizer and str(Path(models.tokenizer).absolute()))
-
-
-def existing_file(path: Path) -> Path:
-    """The path itself. Raises CommandError if it isn't a file's."""
-    if not path.is_file():
-        raise CommandError(f"There is no file {path}.")
-    return path
-
-
-def target_size(options: argparse.Namespace, default: TargetSize) -> TargetSize:
-    """The options of `add_size_options`. Raises CommandError for two sizes, and for an --exact that is none."""
-    names = ("short_side", "scale", "exact", "keep_size")
-    wanted = [name for name in names if getattr(options, name) not in (None, False)]
-    if len(wanted) > 1:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted)
-        raise CommandError(f"{names} are two sizes: give one of them.")
-    if options.exact is not None:
-        sides = width_and_height(options.exact)
-        if sides is None:
-            raise CommandError(f"--exact takes a width and a height, such as 1920x1080; got {shown(options.exact)}.")
-        if not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
-            raise CommandError(f"--exact takes sides of 1 to {MAX_SIDE} pixels; got {options.exact}.")
-        return TargetSize("exact", width=sides[0], height=sides[1])
-    if options.scale is not None:
-        return _checked_size("scale", scale=options.scale)
-    if options.keep_size:
-        return TargetSize("keep")
-    return default if options.short_side is None else _checked_size("short side", short_side=options.short_side)
-
-
-def _checked_size(mode: str, **choices: float) -> TargetSize:
-    try:
-        return TargetSize(mode, **choices)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _overlap(window: int) -> int:
-    """The default for windows of this many frames: a multiple of 4 that fits in."""
-    return min(OVERLAP_FRAMES, max(0, window - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
-
-
-def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSettings:
-    """The options of `add_refiner_options`, and the size. Raises CommandError for what can't be."""
-    own = {name: getattr(options, name) for name in ("strength", "steps", "cfg", "shift")}
-    own = {name: None if value == AUTO else value for name, value in own.items() if value is not None}
-    try:
-        settings = RefineSettings(
-            size=size,
-            resample=options.resample,
-            **PRESETS[options.preset].choices | own,
-            solver=options.solver,
-            seed=options.seed,
-            window=options.window,
-            overlap=_overlap(options.window) if options.overlap is None else options.overlap,
-            tile=options.tile,
-            color_match=options.color,
-            detail_size=None if options.detail_size == AUTO else options.detail_size,
+def _address(text: str) -> str:
+    if text not in ("", AUTO) and not _ADDRESS.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            "takes the address of a cluster's head, such as 10.0.0.1:6379, or auto, or nothing if it is the last "
+            f"option; got {shown(text)}"
         )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    return replace(settings, cfg=1.0) if options.prompt is None else settings
+    return text

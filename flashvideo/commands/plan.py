@@ -200,7 +200,7 @@ def _farm(options: argparse.Namespace) -> FarmPlan | None:
 
 def _measured(path: Path) -> tuple[float, ...]:
     """Seconds, a number on each line of a file. Raises CommandError."""
-    from .options import existing_file  # brings PyTorch
+    from .chosen import existing_file  # brings PyTorch
 
     try:
         lines = existing_file(path).read_text(encoding="utf-8-sig").split()

@@ -19,11 +19,11 @@ from ..errors import CommandError, cancelled
 from ..nano import NANO_NOTICE, nano_is_trained
 from ..parallel.team import Team
 from ..progress import PhaseProgress
+from .chosen import absolute_models
 from .drafts import MADE, DraftNetworks, DraftOptions, draft_path, has_draft, load_draft_networks, write_draft
 from .jobs import Job, RefineOptions, reason
 from .on_workers import Clip, Outcome, run_on_workers
-from .options import absolute_models
-from .refine import refine_jobs
+from .run_refine import refine_jobs
 from .terminal import REFUSED, ProgressBars, say, warn
 
 KEYS = {"prompt": str, "seed": int, "size": str, "draft_size": str, "frames": int}

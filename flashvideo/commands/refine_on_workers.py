@@ -16,10 +16,10 @@ from ..nano import NANO_NOTICE, nano_is_trained
 from ..parallel.team import Team
 from ..progress import PhaseProgress
 from ..refiner.helpers import Conditions, Part, evaluate_window
+from .chosen import absolute_models
 from .jobs import Job, RefineOptions, is_done, reason, refine_job, refiner_networks
 from .loading import TextEncoder
 from .on_workers import Clip, Display, Outcome, Show, run_on_workers
-from .options import absolute_models
 from .terminal import say
 
 

@@ -10,29 +10,12 @@ from ..errors import CommandError
 from ..planner.report import duration
 from ..planner.report import size as memory_size
 from ..refiner.run import REFINE, Networks, RefineSettings
-from .options import OutputOptions, file_options
+from .chosen import OutputOptions, file_options
 from .terminal import DAMAGED, ProgressBars, say, warn
 
 
-def add_trial_options(group: argparse._ArgumentGroup) -> None:
-    """The trial, and its place."""
-    group.add_argument(
-        "--try",
-        dest="trial",
-        action="store_true",
-        help="refine only a tenth of the picture, of the first --window frames and without sound, as it would come out "
-        "within the whole; write it beside OUT (out.mp4: out.try.mp4, replaced each time), and say how long all of it "
-        "will take",
-    )
-    group.add_argument(
-        "--try-at",
-        metavar="X,Y",
-        help="--try elsewhere: the tenth's middle, in percent from the left and from the top (default: 50,50)",
-    )
-
-
 def trial_place(options: argparse.Namespace) -> tuple[float, float] | None:
-    """The options of `add_trial_options`: the trial's place, None without a trial. Raises CommandError."""
+    """The options --try and --try-at: the trial's place, None without a trial. Raises CommandError."""
     if options.try_at is None:
         return (50.0, 50.0) if options.trial else None
     try:

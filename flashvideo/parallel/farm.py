@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..choices import AUTO
 from ..errors import CommandError
 from .farm_run import CONTROL, RETRIES, SECONDS_TO_ANSWER, SECONDS_TO_STOP, FarmRun, Watcher, first_line
 from .workers import Prepare, Worker
 
-AUTO = "auto"  # the address of the cluster that this machine belongs to
 CORES_A_WORKER = 4  # without cards
 _LONGEST_FOLDER = 27  # of characters: Ray's sockets below it take up to 80 more, and 107 are allowed
 _ROOT = Path(__file__).resolve().parents[2]  # of the package: workers import the driver's

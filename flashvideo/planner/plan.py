@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..choices import OVERLAP_FRAMES, STAGE2_SCALE, WINDOW
 from ..config import (
     NANO_STAGE1,
     NANO_STAGE2,
@@ -32,10 +33,10 @@ from ..config import (
 from ..devices import GIB
 from ..dit import dit_tokens
 from ..frames import MAX_SIDE, padded_shape
-from ..guidance import MAX_SCALE, STAGE2_SCALE
+from ..guidance import MAX_SCALE
 from ..memory import dit_bytes, parameters, sampler_bytes, t5_bytes, vae_outline
 from ..refiner import tiles
-from ..refiner.windows import OVERLAP_FRAMES, WINDOW, plan_windows
+from ..refiner.windows import plan_windows
 from ..schedule import stage2_times
 from ..vae.memory import decode_bytes, encode_bytes, plan_within
 from .flops import Flops, decode_flops, dit_flops, encode_flops, t5_flops, tiling_factor

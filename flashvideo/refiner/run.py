@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..choices import COLOR_MATCHES, DEGRADATION_STEP, OVERLAP_FRAMES, RESAMPLERS, STAGE2_SCALE, STAGE2_SHIFT, WINDOW
 from ..color import (
     AdainMatch,
     WaveletMatch,
@@ -27,30 +28,20 @@ from ..color import (
     frame_statistics,
 )
 from ..config import MAX_SEED, STAGE2_LATENT_SCALE, DiTConfig, latent_frames, latent_shape, video_frames
-from ..degradation import DEGRADATION_STEP, AutoStrength, degradation_weights, degrade_latent
+from ..degradation import AutoStrength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
-from ..frames import (
-    COLOR_MATCHES,
-    RESAMPLERS,
-    PictureSize,
-    TargetSize,
-    clean,
-    enlarge,
-    padded_shape,
-    to_frames,
-    to_video,
-)
-from ..guidance import MAX_SCALE, STAGE2_SCALE
+from ..frames import PictureSize, TargetSize, clean, enlarge, padded_shape, to_frames, to_video
+from ..guidance import MAX_SCALE
 from ..parallel import Ranks
 from ..parallel.team import Team
 from ..progress import PhaseProgress, no_phase_progress
-from ..schedule import STAGE2_SHIFT, stage2_times
+from ..schedule import stage2_times
 from ..vae import Decoder, Encoder, VideoVAE, decode_chunks, encode_chunks
 from ..vae.stream import VAEStream, latent_of, plan_stream, stream_within
 from .helpers import Conditions, window_helpers
 from .ranks import SharedWork
 from .tiles import plan_tiles
-from .windows import OVERLAP_FRAMES, WINDOW, Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
+from .windows import Evaluation, Wavefront, flow_evaluations, frame_noise, plan_windows
 from .work_folder import MemoryWork, WorkFolder, WorkProgress
 
 PHASES = ENCODE, REFINE, MEASURE, DECODE = "encode", "refine", "measure", "decode"

@@ -20,7 +20,6 @@ from ..config import PIXEL_MULTIPLE, SPATIAL_FACTOR
 from ..samplers import Velocity
 from .windows import Piece, blend
 
-TILE = 768  # pixels: about a quarter of 1080p
 SMALLEST_TILE_PIXELS = 128  # pixels
 OVERLAP_DIVISOR = 4  # neighbours share at least 1/4 of a tile's side
 

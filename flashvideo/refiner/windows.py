@@ -28,12 +28,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..choices import OVERLAP_FRAMES, SOLVERS, STAGE2_SHIFT, WINDOW
 from ..config import TEMPORAL_FACTOR, is_video_length, latent_frames
-from ..samplers import SOLVERS, Velocity
-from ..schedule import STAGE2_SHIFT, shift_times
+from ..samplers import Velocity
+from ..schedule import shift_times
 
-WINDOW = 49  # frames: what the refiner was trained on
-OVERLAP_FRAMES = 16  # frames
 PLACES = 8  # offsets of the windows at different times of the flow, within one step from window to window
 LEAD = 2  # windows begun before the next one is blended, for each that helpers take at a time
 MANY = 8  # windows; with so many, one more costs little

@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 import folder_paths
 from comfy_api.latest import ui
 
-from ...flashvideo.checkpoints.catalogue import what_goes_into
 from ...flashvideo.checkpoints.gguf_header import SUFFIX
+from ...flashvideo.model_files import what_goes_into
 from ...flashvideo.nano import NANO_NOTICE, nano_is_trained
 from .notices import warn
 

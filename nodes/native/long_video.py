@@ -20,7 +20,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...flashvideo.config import SPATIAL_FACTOR
+from ...flashvideo.config import SPATIAL_FACTOR, TRAIN_STEPS
 from ...flashvideo.frames import padded_shape
 from ...flashvideo.progress import PhaseProgress
 from ...flashvideo.refiner.files import READ, FileOptions, file_identity, refine_video
@@ -32,7 +32,7 @@ from ...flashvideo.refiner.run import (
     Networks,
     RefineSettings,
 )
-from ...flashvideo.schedule import TRAIN_STEPS, stage2_times
+from ...flashvideo.schedule import stage2_times
 from ...flashvideo.vae import Decoder, Encoder
 from ...flashvideo.vae.memory import STORE_SHARE, VAE_SHARE
 from .fingerprint import fingerprint, weights_fingerprint

@@ -11,10 +11,11 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...flashvideo.config import SPATIAL_FACTOR
-from ...flashvideo.degradation import DEGRADATION_STEP, AutoStrength, degradation_weights
+from ...flashvideo.choices import DEGRADATION_STEP, STAGE2_SHIFT
+from ...flashvideo.config import SPATIAL_FACTOR, TRAIN_STEPS
+from ...flashvideo.degradation import AutoStrength, degradation_weights
 from ...flashvideo.samplers import v_to_clean
-from ...flashvideo.schedule import STAGE2_SHIFT, TRAIN_STEPS, Stage1Schedule, stage1_schedule, zero_snr_signal
+from ...flashvideo.schedule import Stage1Schedule, stage1_schedule, zero_snr_signal
 
 # The smallest signal that keeps sigma finite; ComfyUI's own zero-terminal-SNR tables end at its square.
 SMALLEST_SIGNAL = 4.8973451890853435e-08**0.5

@@ -13,8 +13,9 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...flashvideo.choices import STAGE1_SCALE
 from ...flashvideo.degradation import AutoStrength
-from ...flashvideo.guidance import STAGE1_EXPONENT, STAGE1_SCALE, dynamic_cfg_scale
+from ...flashvideo.guidance import STAGE1_EXPONENT, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
 from .host import let_go

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import flashvideo
+from flashvideo import choices, color
+from flashvideo.checkpoints import convert
 from flashvideo.commands import bench
 from flashvideo.commands.main import main
 from flashvideo.config import DiTConfig
@@ -29,27 +31,41 @@ def test_version_is_the_project_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert (end.value.code, capsys.readouterr().out) == (0, f"ComfyUI-FlashVideo {version}\n")
 
 
-# Prints the exit codes of command lines, and whether PyTorch was imported for them.
+# Prints the exit code of each command line, and those of HEAVY that were imported for it.
 WITHOUT_PYTORCH = """
 import contextlib, os, sys
 from flashvideo.commands.main import main
 
-for line in ("--help", "--version", "wrong", "plan --help", "compare -h", "train --help", "train vae --steps x",
-             "ablate --help", "bench --help"):
+for line in sys.argv[2].splitlines():
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         try:
             code = main(line.split())
         except SystemExit as end:
             code = end.code
-    print(code, end=" ")
-print("torch" in sys.modules)
+    print(f"{line}: {code}", *(name for name in sys.argv[1].split() if name in sys.modules))
 """
+HEAVY = ("torch", "numpy", "safetensors", "einops", "av", "PIL", "ray", "transformers", "tokenizers", "huggingface_hub")
+MISTAKES = (
+    *("wrong", "convert", "convert a b --to int3", "info", "models delete", "plan --width wide", "generate words"),
+    *("refine a b --seed x", "refine a b --solver best", "refine a b --ray clips", "compare", "train vae --steps x"),
+    *("ablate --minutes x", "bench wrong"),
+)
 
 
 def test_help_and_mistakes_do_not_wait_for_pytorch() -> None:
-    command = [sys.executable, "-c", WITHOUT_PYTORCH]
+    right = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+    command = [sys.executable, "-c", WITHOUT_PYTORCH, " ".join(HEAVY), "\n".join([*right, *MISTAKES])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout == "0 0 2 0 0 0 2 0 0 False\n", done.stderr
+    expected = [*(f"{line}: 0" for line in right), *(f"{line}: 2" for line in MISTAKES)]
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_what_can_be_chosen_is_what_there_is() -> None:
+    """The lists that help shows stand beside the code that does it."""
+    methods = ("none", *color.METHODS)
+    assert methods == choices.COLOR_MATCHES
+    assert tuple(convert.DTYPES) == choices.FILE_DTYPES
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in choices.DTYPES)
 
 
 def test_the_list_of_commands_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:

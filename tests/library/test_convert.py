@@ -312,17 +312,17 @@ def test_a_loras_strength_stays_and_strange_layers_are_refused(
 # Runs the command as `python -m flashvideo` does, and waits in the middle of writing.
 PAUSED = """
 import sys, time
-from flashvideo.commands import convert
+from flashvideo.commands import run_convert
 from flashvideo.commands.main import main
 
-class Pause(convert.ProgressBars):
+class Pause(run_convert.ProgressBars):
     def __call__(self, phase, done, total):
         if phase == "convert" and done > total // 2:
             sys.stdout.write("half way\\n")
             sys.stdout.flush()
             time.sleep(3600)
 
-convert.ProgressBars = Pause
+run_convert.ProgressBars = Pause
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -339,7 +339,7 @@ def test_ctrl_c_in_a_conversion_leaves_no_half_file(
                 unfinished.extend(tmp_path.glob("out.safetensors.*.part"))
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("flashvideo.commands.convert.ProgressBars", CtrlC)
+    monkeypatch.setattr("flashvideo.commands.run_convert.ProgressBars", CtrlC)
     assert cli.main(["convert", str(stage1), str(out), "--force"]) == CANCELLED
     assert len(unfinished) == 1
     assert "Cancelled; nothing was written." in capsys.readouterr().err

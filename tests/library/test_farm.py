@@ -26,7 +26,8 @@ from small_videos import make_video
 
 from flashvideo.arguments import Parser
 from flashvideo.commands.main import main
-from flashvideo.commands.on_workers import add_farm_options, farm_options
+from flashvideo.commands.on_workers import farm_options
+from flashvideo.commands.options import add_farm_options
 from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, REFUSED
 from flashvideo.errors import CommandError

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from flashvideo.choices import RESAMPLERS
 from flashvideo.compare import LAYOUTS, compare
 from flashvideo.frames import (
-    RESAMPLERS,
     TargetSize,
     clean,
     enlarge,

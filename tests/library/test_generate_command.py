@@ -13,8 +13,7 @@ import torch
 
 from flashvideo import atomic_files
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.commands import drafts, loading
-from flashvideo.commands import generate as generate_command
+from flashvideo.commands import drafts, loading, run_generate
 from flashvideo.commands.main import main
 from flashvideo.config import STAGE1_LATENT_SCALE
 from flashvideo.frames import to_bytes, to_frames
@@ -85,7 +84,7 @@ def test_shapes_of_a_draft_are_made_anew_unless_a_detail_size_is_given(
     generate: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[float | None] = []
-    monkeypatch.setattr(generate_command, "refine", lambda options: used.append(options.settings.detail_size) or 0)
+    monkeypatch.setattr(run_generate, "refine", lambda options: used.append(options.settings.detail_size) or 0)
     for more in ((), ("--detail-size", "9")):
         assert generate(*more) == 0
     assert used == [70, 9]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashvideo.commands import loading
-from flashvideo.commands.options import ModelOptions
+from flashvideo.commands.chosen import ModelOptions
 from flashvideo.config import NANO_TEXT_ENCODER
 from flashvideo.errors import CommandError
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flashvideo import model_files
 from flashvideo.checkpoints import catalogue
 from flashvideo.checkpoints.convert import convert_file
 from flashvideo.commands import main as cli
@@ -158,8 +159,8 @@ def chapter(text: str, title: str) -> str:
 
 def test_an_empty_comfyui_is_told_what_to_put_where(comfyui: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = answer(capsys)
-    assert code == 0 and said.count("missing") == len(catalogue.ROLES)
-    for role, file in catalogue.DOWNLOADS.values():
+    assert code == 0 and said.count("missing") == len(model_files.ROLES)
+    for role, file in model_files.DOWNLOADS.values():
         text = chapter(said, role.name)
         assert file.file in text and f"https://huggingface.co/{file.repository}" in text
         assert str(comfyui / "models" / role.folder) in text
@@ -241,7 +242,7 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     comfyui: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refiner = official(2, tmp_path / "stage2.pt").read_bytes()
-    hub.files = {f"{catalogue.OFFICIAL}/stage2.pt": refiner, f"{catalogue.OFFICIAL}/stage1.pt": b"other"}
+    hub.files = {f"{model_files.OFFICIAL}/stage2.pt": refiner, f"{model_files.OFFICIAL}/stage1.pt": b"other"}
     target = comfyui / "models" / "diffusion_models" / "stage2.pt"
     code, said = answer(capsys, "download", "stage2")
     assert code == 0 and f"{target}: downloaded" in said
@@ -256,10 +257,10 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
     converted = comfyui / "models" / "diffusion_models" / "refiner.safetensors"
     convert_file(target, converted)
     code, said = answer(capsys, "verify", "stage2")
-    assert f"good  {target}" in said and f"the checksum is that of stage2.pt at {catalogue.OFFICIAL}" in said
+    assert f"good  {target}" in said and f"the checksum is that of stage2.pt at {model_files.OFFICIAL}" in said
     assert f"good  {converted}" in said and "converted from the official stage2.pt" in said
 
-    hub.files[f"{catalogue.OFFICIAL}/stage2.pt"] = b"a newer one"
+    hub.files[f"{model_files.OFFICIAL}/stage2.pt"] = b"a newer one"
     code, said = answer(capsys, "verify", "stage2")
     assert code == 1 and f"BAD   {target}" in said
     code, said = answer(capsys, "download", "stage2")
@@ -268,7 +269,7 @@ def test_only_what_was_named_is_downloaded_and_then_verified(
 
 def test_an_interrupted_download_resumes(comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytes(range(256)) * 100_000  # huggingface_hub writes pieces of 10 MB
-    hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": content}
+    hub.files = {f"{model_files.OFFICIAL}/3d-vae.pt": content}
     hub.break_after = 15_000_000
     target = comfyui / "models" / "vae" / "3d-vae.pt"
     code, said = answer(capsys, "download", "vae")
@@ -280,7 +281,7 @@ def test_an_interrupted_download_resumes(comfyui: Path, hub: Hub, capsys: pytest
 
 
 def test_a_download_that_does_not_fit_is_not_begun(comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": b"small"}
+    hub.files = {f"{model_files.OFFICIAL}/3d-vae.pt": b"small"}
     hub.claimed_size = 10**15
     code, said = answer(capsys, "download", "vae")
     assert code == 1 and "GB free, and 3d-vae.pt needs 1000000.1 GB there" in said
@@ -290,7 +291,7 @@ def test_a_download_that_does_not_fit_is_not_begun(comfyui: Path, hub: Hub, caps
 def test_a_damaged_download_never_gets_the_file_s_name(
     comfyui: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.files = {f"{catalogue.OFFICIAL}/3d-vae.pt": b"not what was published"}
+    hub.files = {f"{model_files.OFFICIAL}/3d-vae.pt": b"not what was published"}
     hub.claimed_sha256 = "0" * 64
     code, said = answer(capsys, "download", "vae")
     assert code == 1 and "arrived damaged" in said

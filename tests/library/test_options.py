@@ -10,8 +10,9 @@ import pytest
 
 from flashvideo import arguments
 from flashvideo.commands import main as command_line
+from flashvideo.commands.chosen import refine_settings
 from flashvideo.commands.main import main
-from flashvideo.commands.options import add_refiner_options, add_size_options, refine_settings
+from flashvideo.commands.options import add_refiner_options, add_size_options
 from flashvideo.errors import CommandError
 from flashvideo.frames import TargetSize
 from flashvideo.t5 import T5Tokens

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import save_file
 from small_videos import make_video
 
-from flashvideo.commands.options import add_refiner_options, add_size_options, refine_settings
+from flashvideo.commands.chosen import refine_settings
+from flashvideo.commands.options import add_refiner_options, add_size_options
 from flashvideo.commands.refine import add_refine
 from flashvideo.config import NANO_STRENGTH
 from flashvideo.degradation import AutoStrength, auto_strength

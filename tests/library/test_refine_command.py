@@ -129,7 +129,7 @@ def test_two_programs_share_a_folder_of_videos(tmp_path: Path, capsys: pytest.Ca
         done.write_text("theirs")
 
     with in_use(theirs), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashvideo.commands.refine.ProgressBars.close", finish_c)  # after a.mp4 was passed over
+        patch.setattr("flashvideo.commands.run_refine.ProgressBars.close", finish_c)  # after a.mp4 was passed over
         assert refine(source, target, *FAST) == 0
     told = capsys.readouterr()
     assert f"a.mp4: {theirs} is in use: another program is at work there." in told.err

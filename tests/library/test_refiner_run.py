@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.choices import COLOR_MATCHES
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.errors import CommandError
-from flashvideo.frames import COLOR_MATCHES, PictureSize, TargetSize, finish, prepare, to_frames, to_video
+from flashvideo.frames import PictureSize, TargetSize, finish, prepare, to_frames, to_video
 from flashvideo.nano import nano_state
 from flashvideo.refiner.run import ENCODE, Networks, RefineRun, RefineSettings, TensorClip, refine_frames
 from flashvideo.refiner.windows import frame_noise, plan_windows, windowed_velocity

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.choices import SOLVERS
 from flashvideo.config import NANO_STRENGTH, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from flashvideo.degradation import degrade_latent
 from flashvideo.nano import NANO_SEED, build_part, nano_state
@@ -27,7 +28,7 @@ from flashvideo.refiner.windows import (
     plan_windows,
     windowed_velocity,
 )
-from flashvideo.samplers import SOLVERS, Velocity, guided_velocity, sample_stage2, solve_flow
+from flashvideo.samplers import Velocity, guided_velocity, sample_stage2, solve_flow
 from flashvideo.schedule import stage2_times
 from flashvideo.training.scenes.rendering import render
 from flashvideo.training.scenes.stream import random_scene

@@ -16,9 +16,8 @@ from PIL import Image
 from small_videos import make_video, ramps, read
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashvideo.commands import jobs
+from flashvideo.commands import jobs, run_refine
 from flashvideo.commands import main as command_line
-from flashvideo.commands import refine as refine_command
 from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, DAMAGED
 from flashvideo.config import TEXT_TOKENS
@@ -315,7 +314,7 @@ def test_what_cannot_be_tried_is_said_first(
 def test_several_processes_are_refused(clip: Path, tmp_path: Path) -> None:
     options = argparse.Namespace(ranks=object(), farm=None)
     with pytest.raises(CommandError, match="leave out torchrun"):
-        refine_command._try(options, (50.0, 50.0))
+        run_refine._try(options, (50.0, 50.0))
 
 
 def test_a_format_that_the_result_can_not_have_is_refused_though_the_crop_could(

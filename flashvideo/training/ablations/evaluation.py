@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...atomic_files import sha256
-from ...config import STAGE2_LATENT_SCALE
+from ...choices import STAGE2_SHIFT
+from ...config import STAGE2_LATENT_SCALE, TRAIN_STEPS
 from ...degradation import auto_strength, degrade_latent
 from ...frames import TargetSize, finish, resize, to_frames, to_video
 from ...refiner.run import Networks, RefineSettings, refine_frames
 from ...samplers import sample_stage2
-from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..loop.checkpointing import write_whole
 from ..loop.metrics import save_picture
 from ..randomness import generator_for, normal_like

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
+from ...choices import STAGE2_SHIFT
+from ...config import TRAIN_STEPS
 from ..config import LoopSettings
 from ..data.latents import ClipSettings
 from ..errors import TrainingError

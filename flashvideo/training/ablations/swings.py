@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ...choices import OVERLAP_FRAMES, WINDOW
 from ...config import TEMPORAL_FACTOR
-from ...refiner.windows import OVERLAP_FRAMES, WINDOW
 from ...vae import DECODE_CHUNK
 
 CHUNK_PERIOD = DECODE_CHUNK * TEMPORAL_FACTOR  # frames

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ...schedule import STAGE2_SHIFT, TRAIN_STEPS, shift_times, zero_snr_signal
+from ...choices import STAGE2_SHIFT
+from ...config import TRAIN_STEPS
+from ...schedule import shift_times, zero_snr_signal
 from ...vae.network import LOGVAR_RANGE
 from ..rows import Rows
 

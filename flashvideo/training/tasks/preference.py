@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...atomic_files import sha256
+from ...choices import DEGRADATION_STEP
 from ...config import STAGE2_LATENT_SCALE
-from ...degradation import DEGRADATION_STEP, degrade_latent
+from ...degradation import degrade_latent
 from ...parallel import Ranks
 from ...samplers import sample_stage2
 from ..data.latents import LatentCache, cache_folder

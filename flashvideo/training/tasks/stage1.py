@@ -12,10 +12,9 @@ from einops import rearrange, reduce
 from PIL import Image
 from torch import Tensor, nn
 
-from ...config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR, video_frames
+from ...config import SPATIAL_FACTOR, STAGE1_LATENT_SCALE, TEMPORAL_FACTOR, TRAIN_STEPS, video_frames
 from ...parallel import Ranks
 from ...samplers import sample_stage1
-from ...schedule import TRAIN_STEPS
 from ...t5 import T5Encoder, T5Tokens, load_encoder
 from ..config import LoopSettings
 from ..data.frozen_vae import FrozenVAE

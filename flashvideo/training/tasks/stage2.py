@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
-from ...degradation import DEGRADATION_STEP, degrade_latent
+from ...choices import DEGRADATION_STEP, STAGE2_SHIFT
+from ...config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TRAIN_STEPS
+from ...degradation import degrade_latent
 from ...dit import FlashVideoDiT
 from ...parallel import Ranks
 from ...samplers import sample_stage2
-from ...schedule import STAGE2_SHIFT, TRAIN_STEPS
 from ..config import LoopSettings
 from ..data.degradations import LatentDegradation, StrongDegradation, WeakDegradation
 from ..data.frozen_vae import FrozenVAE
