@@ -19,10 +19,15 @@ from torch import Tensor
 from .choices import COLOR_MATCHES, DETAIL_SIZE, RESAMPLERS, SIZE_MODES
 from .color import match_colors
 from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, next_video_length
+from .masks import clean_mask
 from .progress import Progress
 
 MAX_SIDE = 16384  # pixels: ComfyUI's own limit of a side
 _CHUNK_BYTES = 64 * 2**20  # of resized pixels at a time, so that the peak stays near the output's own size
+_TRANSPARENT = (
+    "images are transparent and are refined as they stand on black: connect alpha to Finish Frames, which makes them "
+    "transparent again."
+)
 _ALIASING = ("mps",)  # devices for which PyTorch had no antialiased resampling in older versions
 _ANTIALIASED = ("bilinear", "bicubic")  # the resamplers that torch can antialias when it makes a picture smaller
 
@@ -105,30 +110,49 @@ class Prepared:
     frames: [T', H', W', 3], sides multiples of 16 and 4n + 1 frames.
     reference: [T, H, W, 3], the same without the padding (a view of `frames`, so that it costs no memory).
     notes: sentences for the user: the new size and length, what was repaired in the input, and odd sides.
+    alpha: how opaque the clip is, [1 or T, h, w] in [0, 1] at its own size, if it is transparent anywhere; `frames` and
+        `reference` then show it on black.
     """
 
     frames: Tensor
     reference: Tensor
     notes: tuple[str, ...]
+    alpha: Tensor | None = None
 
 
 def prepare(
-    frames: Tensor, size: TargetSize, resample: str = "bilinear", *, progress: Progress | None = None
+    frames: Tensor,
+    size: TargetSize,
+    resample: str = "bilinear",
+    *,
+    alpha: Tensor | None = None,
+    progress: Progress | None = None,
 ) -> Prepared:
-    """Resize frames [T, H, W, 3] to `size` and pad them for the refiner. The input is not modified.
+    """Resize frames [T, H, W, 3 or 4] to `size` and pad them for the refiner. The input is not modified.
 
-    The reference implementation resizes bilinearly. Raises ValueError as `clean`, `TargetSize.resolve` and `resize` do.
+    The reference implementation resizes bilinearly. `alpha` [1 or T, H, W] is how opaque frames with straight colours
+    are; without it their fourth channel counts. Raises ValueError as `clean`, `clean_mask`, `TargetSize.resolve` and
+    `resize` do, and for alpha of another size.
     """
     source, notes = clean(frames)
+    if frames.shape[-1] == 4:
+        notes = notes[1:]  # without the sentence that alpha is dropped
+        if alpha is None:
+            alpha, repairs = clean_values(frames[..., 3], "the alpha channel of images")
+            notes = (*notes, *repairs, *([] if bool((alpha == 1).all()) else [_TRANSPARENT]))
+    if alpha is not None:
+        alpha = clean_mask(alpha, len(source), "alpha")
+        alpha = None if bool((alpha == 1).all()) else alpha
+    if alpha is not None:
+        source = _on_black(source, alpha)
     count, old_height, old_width, _ = source.shape
     height, width = target = size.resolve(old_height, old_width)
     padded = padded_shape(count, height, width)
     canvas = enlarge(source, height, width, padded[0], resample, progress=progress)
     reference = canvas[:count, :height, :width]
     odd = odd_size_notice(target)
-    return Prepared(
-        canvas, reference, (_describe(source.shape, reference.shape, padded), *notes, *([odd] if odd else []))
-    )
+    notes = (_describe(source.shape, reference.shape, padded), *notes, *([odd] if odd else []))
+    return Prepared(canvas, reference, notes, alpha)
 
 
 def enlarge(
@@ -203,8 +227,15 @@ def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]
     if frames.shape[-1] == 4:
         frames = frames[..., :3]
         notes.append(f"{name} had an alpha channel; it was dropped, and the colours stay.")
+    frames, repairs = clean_values(frames, name)
+    return frames, (*notes, *repairs)
+
+
+def clean_values(frames: Tensor, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Frames [T, ...] as float32 in [0, 1], and a sentence for each repair; see `clean`."""
+    notes = []
     if frames.dtype == torch.uint8:
-        return frames.float().div_(255), tuple(notes)
+        return frames.float().div_(255), ()
     if not frames.is_floating_point():
         raise ValueError(f"{name} must hold numbers from 0 to 1 (float) or 0 to 255 (uint8); got {frames.dtype}.")
     frames = frames.float()
@@ -284,6 +315,17 @@ def to_frames(video: Tensor) -> Tensor:
 def to_bytes(frames: Tensor) -> Tensor:
     """Frames [T, H, W, 3] in [0, 1] as uint8, rounded."""
     return (frames * 255).round().byte()
+
+
+def _on_black(frames: Tensor, alpha: Tensor) -> Tensor:
+    """Straight colours [T, H, W, 3] premultiplied by alpha [1 or T, H, W]."""
+    (height, width), found = frames.shape[1:3], alpha.shape[1:]
+    if found != (height, width):
+        raise ValueError(
+            f"alpha must have the size of images, {width}x{height}; got {found[1]}x{found[0]}. "
+            "Take both from the same node."
+        )
+    return frames * alpha[..., None]
 
 
 def _check_shape(frames: Tensor, name: str) -> None:

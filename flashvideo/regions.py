@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import PIXEL_MULTIPLE
+from .masks import clean_mask
 
 MAX_BORDER = 512  # pixels
 
@@ -52,7 +53,7 @@ def find_region(frames: Tensor, mask: Tensor | None, border: int, context: int) 
     if frames.ndim != 4 or 0 in frames.shape:
         raise ValueError(f"images must be [frames, height, width, 3]; got {list(frames.shape)}.")
     count, height, width = frames.shape[:3]
-    marked = _middle(height, width) if mask is None else _checked(mask, count)
+    marked = _middle(height, width) if mask is None else clean_mask(mask, count)
     softened = torch.cat([_soften(_fitted(one[None], height, width), border) for one in marked])
     anywhere = softened.amax(0) > 0
     if not anywhere.any():
@@ -63,22 +64,6 @@ def find_region(frames: Tensor, mask: Tensor | None, border: int, context: int) 
     top, rows = _span(anywhere.any(1), context, height)
     left, columns = _span(anywhere.any(0), context, width)
     return Region(top, left, rows, columns, softened[:, top : top + rows, left : left + columns].contiguous())
-
-
-def _checked(mask: Tensor, count: int) -> Tensor:
-    """A mask as float32 [1 or count, H, W] in [0, 1]."""
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.ndim != 3 or 0 in mask.shape:
-        raise ValueError(f"mask must be [frames, height, width]; got {list(mask.shape)}.")
-    if len(mask) not in (1, count):
-        raise ValueError(f"mask must have 1 frame, or as many as the clip, {count}; got {len(mask)}.")
-    mask = mask.float()
-    if not torch.isfinite(mask).all():
-        raise ValueError("mask holds numbers that are not finite (NaN); look at the node that made it.")
-    return mask.clamp(0, 1)
 
 
 def _middle(height: int, width: int) -> Tensor:

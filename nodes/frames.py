@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 
 import comfy.utils
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..flashvideo.choices import COLOR_MATCHES, MAX_DETAIL_SIZE, RESAMPLERS, SIZE_MODES
 from ..flashvideo.color import auto_detail_size
 from ..flashvideo.compare import LAYOUTS, compare
-from ..flashvideo.frames import MAX_SIDE, TargetSize, finish, prepare
+from ..flashvideo.frames import MAX_SIDE, TargetSize, clean, finish, prepare
+from ..flashvideo.masks import opacity
+from ..flashvideo.refiner.alpha import make_transparent
 from .checks import check_stage
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked
@@ -90,6 +93,13 @@ class FlashVideoPrepareFrames(io.ComfyNode):
                     "can ring at edges. nearest-exact: hard pixel edges. area: the same, but averages when it shrinks. "
                     "Default: bilinear.",
                 ),
+                io.Mask.Input(
+                    "alpha",
+                    optional=True,
+                    tooltip="For transparent clips: white where nothing is seen, as Load Image and Split Image with "
+                    "Alpha give it; one mask for all frames, or one for each. The clip is refined as it stands on "
+                    "black. Images with 4 channels bring their own.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -99,6 +109,10 @@ class FlashVideoPrepareFrames(io.ComfyNode):
                 io.Image.Output(
                     display_name="reference",
                     tooltip="For Finish Frames and Compare: the upscaled frames without padding.",
+                ),
+                io.Mask.Output(
+                    display_name="alpha",
+                    tooltip="For Finish Frames: the clip's transparency at its own size, white where nothing is seen.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -115,16 +129,20 @@ class FlashVideoPrepareFrames(io.ComfyNode):
         width: int,
         height: int,
         resample: str,
+        alpha: Tensor | None = None,
     ) -> io.NodeOutput:
         """Prepare the frames and report their new size and length."""
         target = TargetSize(size, short_side, scale, width, height)
+        progress = comfy.utils.ProgressBar(1).update_absolute
         with named(cls.NAME):
-            prepared = prepare(images, target, resample, progress=comfy.utils.ProgressBar(1).update_absolute)
+            seen = None if alpha is None else opacity(alpha)
+            prepared = prepare(images, target, resample, alpha=seen, progress=progress)
         summary, *repairs = prepared.notes
         logging.info("%s: %s", cls.NAME, summary)
         if repairs:
             warn("\n".join(f"{cls.NAME}: {repair}" for repair in repairs), own_id(cls))
-        return io.NodeOutput(prepared.frames, prepared.reference, ui=ui.PreviewText("\n".join(prepared.notes)))
+        hidden = _transparency(prepared.alpha, len(images), *images.shape[1:3])
+        return io.NodeOutput(prepared.frames, prepared.reference, hidden, ui=ui.PreviewText("\n".join(prepared.notes)))
 
 
 class FlashVideoFinishFrames(io.ComfyNode):
@@ -175,10 +193,22 @@ class FlashVideoFinishFrames(io.ComfyNode):
                     optional=True,
                     tooltip="The stage II that refined the clip, so that detail_size 0 fits it.",
                 ),
+                io.Mask.Input(
+                    "alpha",
+                    optional=True,
+                    tooltip="For transparent clips: alpha of the Prepare Frames that this clip went through. It is "
+                    "enlarged along the refined picture's edges, and the black behind the colours is taken out.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The refined clip, same frames and size as reference.")
+                io.Image.Output(display_name="images", tooltip="The refined clip, same frames and size as reference."),
+                io.Mask.Output(
+                    display_name="alpha",
+                    tooltip="For Join Image with Alpha: the clip's transparency, white where nothing is seen; all "
+                    "black without alpha.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -190,15 +220,21 @@ class FlashVideoFinishFrames(io.ComfyNode):
         color_match: str,
         detail_size: int = AUTO_DETAIL_SIZE,
         model: io.Model.Type | None = None,
+        alpha: Tensor | None = None,
     ) -> io.NodeOutput:
-        """Crop the frames and match their colours."""
+        """Crop the frames, match their colours and make them transparent."""
         progress = comfy.utils.ProgressBar(1).update_absolute
         with named(cls.NAME):
             if model is not None:
                 check_stage(model, 2)
             if detail_size == AUTO_DETAIL_SIZE:
                 detail_size = auto_detail_size(None if model is None else model.model.diffusion_model.config)
-            return io.NodeOutput(finish(images, reference, color_match, detail_size, progress=progress))
+            seen = None if alpha is None else opacity(alpha)
+            frames = finish(images, reference, color_match, detail_size, progress=progress)
+            if seen is not None:
+                frames, seen = make_transparent(frames, clean(reference)[0], seen, progress=progress)
+        _warn_of_alpha(cls, images=images, reference=reference)
+        return io.NodeOutput(frames, _transparency(seen, *frames.shape[:3]))
 
 
 class FlashVideoCompare(io.ComfyNode):
@@ -256,9 +292,24 @@ class FlashVideoCompare(io.ComfyNode):
         progress = comfy.utils.ProgressBar(1).update_absolute
         with named(cls.NAME):
             images = compare(before, after, layout, progress=progress)
+        _warn_of_alpha(cls, before=before, after=after)
         return io.NodeOutput(
             images, ui=slider(before, after, fps, name=cls.NAME, node_id=own_id(cls), progress=progress)
         )
+
+
+def _transparency(alpha: Tensor | None, count: int, height: int, width: int) -> Tensor:
+    """ComfyUI's MASK [count, H, W] of alpha [1 or count, H, W]: 1 where nothing is seen. None is opaque."""
+    if alpha is None:
+        return torch.zeros(1, 1, 1).expand(count, height, width)  # takes no memory
+    return (1 - alpha).expand(count, height, width)
+
+
+def _warn_of_alpha(node: type[io.ComfyNode], **clips: Tensor) -> None:
+    """Warn that a clip's fourth channel isn't used."""
+    for name, clip in clips.items():
+        if clip.shape[-1] == 4:
+            warn(f"{node.NAME}: {name} had an alpha channel; it was dropped, and the colours stay.", own_id(node))
 
 
 NODES = [FlashVideoPrepareFrames, FlashVideoFinishFrames, FlashVideoCompare]

@@ -1,8 +1,8 @@
-"""Bring the shipped workflows up to date when nodes have got new optional inputs.
+"""Bring the shipped workflows up to date when nodes have got new optional inputs or new outputs.
 
     python scripts/refresh_workflows.py
 
-Such inputs go last, so that a saved workflow stays valid; this writes them into the files, with their defaults, as
+Both go last, so that a saved workflow stays valid; this writes them into the files, inputs with their defaults, as
 ComfyUI's page would when somebody opens and saves them. Everything else stays as it is. Nodes grow downwards: look at
 the page afterwards.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import set_up
 from harness.bed import Bed, say, stop_on_terminate
 
-_ROW_HEIGHT = 24  # of a widget on the page
+_ROW_HEIGHT, _SLOT_HEIGHT = 24, 20  # of a widget and of a dot on the page
 _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _OPTIONAL = 7  # the shape of an optional input's dot
 
@@ -50,10 +50,11 @@ def main() -> int:
 
 
 def refresh(workflow: dict[str, Any], object_info: dict[str, Any]) -> list[str]:
-    """Add the optional inputs that a UI-format workflow's nodes lack, in place; returns their names."""
+    """Add the optional inputs and the outputs that a UI-format workflow's nodes lack, in place; returns their names."""
     added = []
     for node in workflow["nodes"]:
-        optional = object_info.get(node["type"], {}).get("input", {}).get("optional", {})
+        info, rows = object_info.get(node["type"], {}), _slot_rows(node)
+        optional = info.get("input", {}).get("optional", {})
         known = {port["name"] for port in node["inputs"]}
         for name, spec in optional.items():
             if name in known:
@@ -66,7 +67,17 @@ def refresh(workflow: dict[str, Any], object_info: dict[str, Any]) -> list[str]:
                 node["size"][1] += _ROW_HEIGHT
             node["inputs"].append(port)
             added.append(f"{node['type']}.{name}")
+        outputs = list(zip(info.get("output_name", []), info.get("output", []), strict=True))
+        for name, kind in outputs[len(node["outputs"]) :]:
+            node["outputs"].append({"name": name, "type": kind, "links": None})
+            added.append(f"{node['type']}.{name} (output)")
+        node["size"][1] += _SLOT_HEIGHT * (_slot_rows(node) - rows)
     return added
+
+
+def _slot_rows(node: dict[str, Any]) -> int:
+    """Rows of dots above a node's widgets."""
+    return max(sum("widget" not in port for port in node["inputs"]), len(node["outputs"]))
 
 
 if __name__ == "__main__":

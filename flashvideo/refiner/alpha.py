@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks import clean_mask
+from ..progress import Progress
+
 _LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
 _RADIUS = 2  # of the windows in which alpha follows brightness, in pixels of the source
+_UNSEEN = 0.5 / 255  # alpha below which a pixel of 8 bits shows nothing
 _FLAT = 1e-4  # variance of brightness below which a window has no edge: (0.01 of white)^2
 
 
@@ -46,28 +50,48 @@ class AlphaLayer:
             yield torch.stack(pictures)
 
 
-def enlarge_alpha(alpha: Tensor, source: Tensor, refined: Tensor) -> Tensor:
+def enlarge_alpha(alpha: Tensor, source: Tensor, refined: Tensor, reference: Tensor | None = None) -> Tensor:
     """Alpha [h, w] of a source [h, w, 3] for its refined picture [H, W, 3], all in [0, 1]: [H, W].
 
     In each small window of the source alpha is taken as a linear function of brightness (the guided filter, He et al.,
-    arXiv 1505.00996), which the refined picture's brightness then goes into; what that doesn't explain is enlarged
-    bilinearly. So a picture that didn't change keeps its alpha. Nothing gets more or less opaque than the source is
-    nearby: opaque and empty areas stay as they are.
+    arXiv 1505.00996): alpha is enlarged bilinearly, and follows what the refined picture's brightness adds to that of
+    the source. So a picture that didn't change keeps its alpha. Nothing gets more or less opaque than the source is
+    nearby: opaque and empty areas stay as they are. `reference` is the enlarged source, where `source` isn't exact.
     """
     a, guide = alpha.float()[None, None], _brightness(source)
     mean, mean_alpha = _box(guide), _box(a)
     variance = _box(guide * guide) - mean * mean
-    slope = (_box(guide * a) - mean * mean_alpha) / (variance + _FLAT)
-    slope, level = _box(slope), _box(mean_alpha - slope * mean)
-    rest = a - (slope * guide + level)
+    slope = _box((_box(guide * a) - mean * mean_alpha) / (variance + _FLAT))
     least, most = -F.max_pool2d(-a, 3, 1, 1), F.max_pool2d(a, 3, 1, 1)
-    size = refined.shape[:2]
-    slope, level, rest, least, most = (
-        F.interpolate(each, size, mode="bilinear", align_corners=False, antialias=True)
-        for each in (slope, level, rest, least, most)
+    enlarged, slope, explained, least, most = (
+        F.interpolate(each, refined.shape[:2], mode="bilinear", align_corners=False, antialias=True)
+        for each in (a, slope, slope * guide, least, most)
     )
-    found = slope * _brightness(refined) + level + rest
+    if reference is not None:
+        explained = slope * _brightness(reference)
+    found = enlarged + slope * _brightness(refined) - explained
     return torch.minimum(torch.maximum(found, least), most)[0, 0].clamp(0, 1)
+
+
+def make_transparent(
+    refined: Tensor, reference: Tensor, alpha: Tensor, *, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """Refined frames on black and their enlarged reference, both [T, H, W, 3], as straight colours and alpha [T, H, W].
+
+    `alpha`: [1 or T, h, w] at the size of the source, which is read off the reference. All in [0, 1]. Where nothing
+    shows the colour is black. See `enlarge_alpha`. Raises ValueError for another number of frames.
+    """
+    colours, larger = torch.empty_like(refined), refined.new_empty(refined.shape[:3])
+    alpha = clean_mask(alpha, len(refined), "alpha").expand(len(refined), -1, -1)
+    for i, (picture, enlarged, own) in enumerate(zip(refined, reference, alpha, strict=True)):
+        planes = enlarged.permute(2, 0, 1)[None]
+        source = F.interpolate(planes, own.shape, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+        larger[i] = enlarge_alpha(own, source, picture, enlarged)
+        shown = larger[i, ..., None]
+        colours[i] = torch.where(shown < _UNSEEN, 0, (picture / shown.clamp(min=_UNSEEN)).clamp(0, 1))
+        if progress is not None:
+            progress(i + 1, len(refined))
+    return colours, larger
 
 
 def _brightness(picture: Tensor) -> Tensor:

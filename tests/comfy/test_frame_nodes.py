@@ -32,20 +32,20 @@ def test_every_input_and_output_is_explained(comfy_nodes: dict, node_id: str) ->
 
 def test_prepare_and_finish_return_the_same_frames_and_size(comfy_nodes: dict) -> None:
     clip = torch.rand(6, 18, 33, 3)
-    images, reference = comfy_nodes["FlashVideoPrepareFrames"].execute(clip, **{**KEEP, "size": "scale"}).result
+    images, reference, _ = comfy_nodes["FlashVideoPrepareFrames"].execute(clip, **{**KEEP, "size": "scale"}).result
     assert images.shape == (9, 80, 144, 3)
     assert reference.shape == (6, 72, 132, 3)
-    (finished,) = comfy_nodes["FlashVideoFinishFrames"].execute(images, reference, "none").result
+    finished, _ = comfy_nodes["FlashVideoFinishFrames"].execute(images, reference, "none").result
     assert torch.equal(finished, reference)
 
 
 def test_finish_brings_the_colours_back(comfy_nodes: dict) -> None:
     clip = torch.rand(6, 18, 33, 3) * 0.5 + 0.25
-    images, reference = comfy_nodes["FlashVideoPrepareFrames"].execute(clip, **{**KEEP, "size": "scale"}).result
+    images, reference, _ = comfy_nodes["FlashVideoPrepareFrames"].execute(clip, **{**KEEP, "size": "scale"}).result
     refined = images * 0.9 + torch.tensor([0.08, 0.0, 0.04])
     untouched = refined.clone()
     for method, allowed in [("wavelet", 0.1), ("adain", 1e-4)]:  # wavelet keeps the fine detail's lower contrast
-        (finished,) = comfy_nodes["FlashVideoFinishFrames"].execute(refined, reference, method).result
+        finished, _ = comfy_nodes["FlashVideoFinishFrames"].execute(refined, reference, method).result
         assert finished.shape == reference.shape
         assert (finished.mean((0, 1, 2)) - reference.mean((0, 1, 2))).abs().max() < 1e-4
         assert (finished - reference).abs().max() < allowed
@@ -64,7 +64,7 @@ def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[st
     load, nano_state = submodule("nodes.native.model").load_model, submodule("flashvideo.nano").nano_state
     refined, reference = torch.rand(2, 5, 32, 48, 3)
     for chosen, used in [({}, 70), ({"model": load(nano_state("stage2"))}, 9), ({"detail_size": 20}, 20)]:
-        (finished,) = finish(refined, reference, "wavelet", **chosen).result
+        finished, _ = finish(refined, reference, "wavelet", **chosen).result
         assert torch.equal(finished, frames.finish(refined, reference, "wavelet", used))
     with pytest.raises(ValueError, match=r"^FlashVideo Finish Frames: detail_size must be 5 to 1000 pixels; got 4"):
         finish(refined, reference, "wavelet", 4)
@@ -76,12 +76,14 @@ def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[st
     ("choice", "size"), [({"size": "short side", "short_side": 36}, (36, 66)), ({"size": "exact"}, (1080, 1920))]
 )
 def test_widgets_choose_the_size(comfy_nodes: dict, choice: dict, size: tuple[int, int]) -> None:
-    _, reference = comfy_nodes["FlashVideoPrepareFrames"].execute(torch.rand(1, 18, 33, 3), **{**KEEP, **choice}).result
+    _, reference, _ = (
+        comfy_nodes["FlashVideoPrepareFrames"].execute(torch.rand(1, 18, 33, 3), **{**KEEP, **choice}).result
+    )
     assert reference.shape == (1, *size, 3)
 
 
 def test_a_clip_of_8_pixels_and_one_frame_works(comfy_nodes: dict) -> None:
-    images, reference = comfy_nodes["FlashVideoPrepareFrames"].execute(torch.rand(1, 8, 8, 3), **KEEP).result
+    images, reference, _ = comfy_nodes["FlashVideoPrepareFrames"].execute(torch.rand(1, 8, 8, 3), **KEEP).result
     assert images.shape == (1, 16, 16, 3)
     assert reference.shape == (1, 8, 8, 3)
 
@@ -92,16 +94,6 @@ def test_padding_is_told_in_the_log_and_on_the_node(comfy_nodes: dict, caplog: p
     told = "20 frames of 16x16 become 20 frames of 16x16, padded to 21 frames of 16x16 for the refiner"
     assert f"FlashVideo Prepare Frames: {told}" in caplog.text
     assert told in output.ui.as_dict()["text"][0]
-
-
-def test_alpha_is_dropped_with_a_warning_that_names_the_node(
-    comfy_nodes: dict, caplog: pytest.LogCaptureFixture
-) -> None:
-    clip = torch.rand(1, 16, 16, 4)
-    with caplog.at_level(logging.WARNING):
-        _, reference = comfy_nodes["FlashVideoPrepareFrames"].execute(clip, **KEEP).result
-    assert torch.equal(reference, clip[..., :3])
-    assert "FlashVideo Prepare Frames: images had an alpha channel" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def trouble_of_outputs(schema: Any, results: tuple[Any, ...]) -> str:
             return f"{port.id}: an IMAGE {list(result.shape)} that is none or not finite"
         if kind == "IMAGE" and not (result.min() >= 0 and result.max() <= 1):
             return f"{port.id}: an IMAGE from {result.min()} to {result.max()}"
-        if kind == "MASK" and not (result.ndim == 3 and result.min() >= 0 and result.max() <= 1 and result.max() > 0):
+        least = 0 if port.display_name == "alpha" else 1e-9  # an opaque clip's alpha is empty
+        if kind == "MASK" and not (result.ndim == 3 and result.min() >= 0 and least <= result.max() <= 1):
             return f"{port.id}: a MASK {list(result.shape)} that marks nothing or leaves 0 to 1"
         if kind == "LATENT" and not torch.isfinite(result["samples"]).all():
             return f"{port.id}: a LATENT that is not finite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -196,11 +197,53 @@ def test_broken_pixels_are_found(value: float) -> None:
         prepare(clip, KEEP)
 
 
-def test_alpha_is_dropped_and_said() -> None:
+def test_a_transparent_clip_is_put_on_black_and_keeps_its_alpha() -> None:
     clip = torch.rand(2, 16, 16, 4)
+    shown = clip[..., :3] * clip[..., 3:]
+    for given, alpha in ((clip, None), (clip[..., :3], clip[..., 3]), (torch.rand(2, 16, 16, 4), clip[..., 3])):
+        given = torch.cat([clip[..., :3], given[..., 3:]], dim=3)
+        prepared = prepare(given, KEEP, alpha=alpha)
+        assert torch.equal(prepared.reference, shown)
+        assert torch.equal(prepared.alpha, clip[..., 3])
+        assert any("stand on black" in note for note in prepared.notes) == (alpha is None)
+    one = prepare(clip[..., :3], KEEP, alpha=clip[:1, ..., 3])
+    assert torch.equal(one.reference, clip[..., :3] * clip[:1, ..., 3:])
+
+
+def test_bytes_may_be_transparent() -> None:
+    clip = torch.randint(0, 256, (2, 16, 16, 4), dtype=torch.uint8)
     prepared = prepare(clip, KEEP)
+    assert torch.equal(prepared.alpha, clip[..., 3] / 255)
+    assert torch.equal(prepared.reference, (clip[..., :3] / 255) * (clip[..., 3:] / 255))
+
+
+def test_an_alpha_channel_that_hides_nothing_changes_nothing() -> None:
+    clip = torch.cat([torch.rand(2, 16, 16, 3), torch.ones(2, 16, 16, 1)], dim=3)
+    prepared = prepare(clip, KEEP)
+    assert prepared.alpha is None
     assert torch.equal(prepared.reference, clip[..., :3])
-    assert any("alpha" in note for note in prepared.notes)
+    assert not any("alpha" in note for note in prepared.notes)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        (torch.rand(2, 8, 16), "alpha must have the size of images, 16x16; got 16x8"),
+        (torch.rand(3, 16, 16), "alpha must have 1 frame, or as many as the clip, 2; got 3"),
+        (torch.full((2, 16, 16), torch.nan), "alpha holds numbers that are not finite"),
+        (torch.rand(2, 3, 16, 16), "alpha must be [frames, height, width]; got [2, 3, 16, 16]"),
+    ],
+)
+def test_alpha_that_doesnt_fit_is_refused(alpha: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        prepare(torch.rand(2, 16, 16, 3), KEEP, alpha=alpha)
+    with pytest.raises(ValueError, match="the alpha channel of images must be finite; frame 1"):
+        prepare(
+            torch.cat(
+                [torch.rand(2, 4, 4, 3), torch.tensor([1, torch.nan])[:, None, None, None].expand(2, 4, 4, 1)], 3
+            ),
+            KEEP,
+        )
 
 
 def test_values_outside_are_clamped_and_said() -> None:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image, features
 from torch import Tensor
 
-from flashvideo.frames import TargetSize
+from flashvideo.frames import TargetSize, prepare
 from flashvideo.refiner import Networks, RefineSettings
-from flashvideo.refiner.alpha import AlphaLayer, enlarge_alpha
+from flashvideo.refiner.alpha import AlphaLayer, enlarge_alpha, make_transparent
 from flashvideo.refiner.file_options import FileOptions
 from flashvideo.refiner.files import refine_picture, refine_video
 from flashvideo.refiner.outputs import open_source, output_of
@@ -246,6 +246,47 @@ def test_a_picture_that_stays_keeps_its_alpha() -> None:
     generator = torch.Generator().manual_seed(3)
     alpha, picture = (torch.rand(*shape, generator=generator) for shape in ((20, 30), (20, 30, 3)))
     assert (enlarge_alpha(alpha, picture, picture) - alpha).abs().max() < 1e-5
+
+
+def on_black(index: int) -> tuple[Tensor, Tensor]:
+    """A layer [1, H, W, 3] as it stands on black, and its alpha [1, H, W]."""
+    stored = torch.from_numpy(layer(index)).float()[None] / 255
+    return stored[..., :3] * stored[..., 3:], stored[..., 3]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 2, 3, 4])
+def test_without_a_network_frames_in_memory_keep_alpha_and_colours(scale: float) -> None:
+    """Alpha as it is enlarged alone; the colours that were straight before are so again."""
+    straight = torch.from_numpy(layer(0)).float()[None] / 255
+    prepared = prepare(straight, TargetSize("scale", scale=scale))
+    colours, alpha = make_transparent(prepared.reference, prepared.reference, prepared.alpha)
+    size = prepared.reference.shape[1:3]
+    alone = F.interpolate(straight[None, ..., 3], size, mode="bilinear", antialias=True)[0]
+    assert (alpha - alone).abs().max() < 1 / 255
+    visible = alone > 2 / 255
+    assert (colours - torch.tensor(COLOUR) / 255)[visible].abs().max() < 1 / 255
+    assert (colours[alpha == 0] == 0).all()
+
+
+def test_frames_in_memory_follow_the_edges_as_files_do() -> None:
+    """The source is read off its enlarged form, and so is a little softer than a file's."""
+    source, alpha = on_black(0)
+    reference = prepare(source, TargetSize("scale", scale=4)).reference
+    truth = torch.from_numpy(layer(0, 4 * HEIGHT, 4 * WIDTH)).float() / 255
+    refined = truth[None, ..., :3] * truth[None, ..., 3:]
+    _, (found,) = make_transparent(refined, reference, alpha)
+    from_file = enlarge_alpha(alpha[0], source[0], refined[0])
+    (alone,) = F.interpolate(alpha[None], refined.shape[1:3], mode="bilinear")[0]
+    assert (found - from_file).abs().mean() < 0.2 * (alone - from_file).abs().mean()
+    assert (found - truth[..., 3]).square().mean() < (alone - truth[..., 3]).square().mean()
+
+
+def test_one_mask_may_serve_all_frames_and_another_number_is_refused() -> None:
+    frames, alpha = torch.rand(3, 8, 8, 3), torch.rand(1, 8, 8)
+    _, found = make_transparent(frames, frames, alpha)
+    assert torch.allclose(found, alpha.expand(3, 8, 8))
+    with pytest.raises(ValueError, match="alpha must have 1 frame, or as many as the clip, 3; got 2"):
+        make_transparent(frames, frames, torch.rand(2, 8, 8))
 
 
 def small(x: Tensor, factor: int = 4) -> Tensor:
