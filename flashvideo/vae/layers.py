@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .moments import by_moments, overruns
+
 NORM_EPS = 1e-6
 KERNEL_SIZE = 3  # of every convolution that mixes positions, in time and in space
 # A convolution bigger than this runs a few frames at a time: kernels count elements in 32 bits, and the padded copy
@@ -128,6 +130,13 @@ def _halved(conv: nn.Module, x: Tensor, lead: int) -> Tensor:
     return torch.cat((first, second[:, 2 * half - frames :]), dim=1)[None]
 
 
+def _run(conv: nn.Module, window: Tensor, lead: int) -> Tensor:
+    """Run a Conv3d over a window whose first `lead` frames are the ones before it."""
+    if overruns(conv, window):
+        return by_moments(conv, window)
+    return _halved(conv, window, lead) if _is_slow(window) else conv(window)
+
+
 def convolve(conv: nn.Module, x: Tensor, before: Tensor | None = None) -> Tensor:
     """Run a Conv3d over x [B, C, T, H, W] with the frames `before` it, one window of time after another."""
     lead = 0 if before is None else before.shape[2]
@@ -136,7 +145,7 @@ def convolve(conv: nn.Module, x: Tensor, before: Tensor | None = None) -> Tensor
         window = x[:, :, max(0, start - lead) : stop]
         if start < lead:
             window = torch.cat((before[:, :, start:], window), dim=2)
-        piece = _halved(conv, window, lead) if _is_slow(window) else conv(window)
+        piece = _run(conv, window, lead)
         if piece.shape[2] == x.shape[2]:
             return piece
         if out is None:

@@ -25,7 +25,14 @@ from flashvideo.training import nano as nano_training
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings
 from flashvideo.training.errors import TrainingError
-from flashvideo.training.loop.optimise import Together, load_optimiser, make_optimiser, orthogonal
+from flashvideo.training.loop.optimise import (
+    NEWTON_SCHULZ,
+    NEWTON_SCHULZ_ROUNDS,
+    Together,
+    load_optimiser,
+    make_optimiser,
+    orthogonal,
+)
 from flashvideo.training.scenes.captions import caption, parse_prompt
 from flashvideo.training.scenes.prompts import HELD_OUT_PROMPTS, judge_prompts
 from flashvideo.training.scenes.stream import SceneStream
@@ -40,6 +47,18 @@ def test_muons_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
     assert values.min() > 0.5  # the iteration aims at 0.7 to 1.2; the smallest values of a square lag behind
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 900), (90, 16)])
+def test_muons_rounds_on_the_short_side_are_newton_schulz(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    matrix[:3] *= 1e-3  # directions that count little
+    x = matrix / matrix.norm()
+    for _ in range(NEWTON_SCHULZ_ROUNDS):
+        a, b, c = NEWTON_SCHULZ
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    torch.testing.assert_close(orthogonal(matrix), x, rtol=1e-3, atol=1e-4)
 
 
 def test_muon_takes_kernels_and_matrices_and_leaves_the_rest_to_adamw() -> None:

@@ -56,3 +56,9 @@ def test_other_norm_groups_are_fitted_to_what_the_norms_gave() -> None:
 def test_sizes_that_cannot_begin_so_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(TrainingError, match="can only begin one with the same blocks"):
         widened(narrow_vae(), dataclasses.replace(NARROW, **change), [], seed=0)
+
+
+def test_levels_that_become_equally_wide_are_refused() -> None:
+    """A block between them has a shortcut of its own in the narrow VAE, and none in the wide one."""
+    with pytest.raises(TrainingError, match="conv_shortcut.bias would be lost"):
+        widened(narrow_vae(), dataclasses.replace(NARROW, channel_multipliers=(2, 2, 4, 4)), [], seed=0)

@@ -62,13 +62,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with singular values near 1 (0.7 to 1.2), by Newton-Schulz."""
+    """The matrix with singular values near 1 (0.7 to 1.2), by Newton-Schulz.
+
+    Every round multiplies from the short side, so the rounds' product is made there, and the long side is multiplied
+    twice in all instead of twice a round.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
+    product = one = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    square = x @ x.T
     for _ in range(NEWTON_SCHULZ_ROUNDS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        factor = a * one + b * square + c * square @ square  # symmetric, as the square is
+        product, square = factor @ product, factor @ square @ factor
+    x = product @ x
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 

@@ -37,6 +37,11 @@ def widened(vae: VideoVAE, config: VAEConfig, clips: Iterable[Tensor], seed: int
     _check(narrow, config)
     wide = VideoVAE(dataclasses.replace(config, norm_groups=narrow.norm_groups))
     weights, shapes = vae.state_dict(), {name: tensor.shape for name, tensor in wide.state_dict().items()}
+    if lost := sorted(weights.keys() - shapes.keys()):
+        raise TrainingError(
+            f"A VAE whose levels become equally wide can't begin as the narrower one: {lost[0]} would be lost. "
+            "Choose other channel multipliers."
+        )
     generator = generator_for(seed, "widening")
     state = {
         name: _repeated(weights[name], shape, generator) if name in weights else _identity(name, shape)
