@@ -123,6 +123,7 @@ def _run(folder: str, places: list[str], options: list[str], temporary: Path, *,
     env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
     if folder in _SPREAD and not _ONE_PROCESS & set(options):
         own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
+        own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
         env["OMP_NUM_THREADS"] = "1"
     if newest:
         front = str(install.newest_packages(Path(sys.executable)))

@@ -52,6 +52,13 @@ import utils.extra_config  # noqa: E402,F401 - as main.py does: later `utils` wo
 from comfy.comfy_types import IO  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first."""
+    from slow_first import slow_first
+
+    slow_first(items)
+
+
 class PromptFailed(Exception):
     """A node raised an error while a prompt ran. `node`, `node_type` and `message` say where and what."""
 

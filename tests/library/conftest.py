@@ -42,6 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.getgroup("farm").addoption(f"--farm-{name}", type=int, default=default, help=text)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first."""
+    from slow_first import slow_first
+
+    slow_first(items)
+
+
 @pytest.fixture(scope="module")
 def tiny_networks() -> Any:
     """Stage II, VAE and prompt (`refiner.Networks`), small enough for many runs, with random weights."""

@@ -39,6 +39,7 @@ def run(program: str, *words: object, folder: Path, alone: bool = False) -> tupl
     return process.returncode, output, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "options", "heading", "expected"), RUNS, ids=[run[0] for run in RUNS])
 def test_a_benchmark_runs_and_reports(
     program: str, options: str, heading: str, expected: set[str], tmp_path: Path

@@ -195,6 +195,7 @@ def train_nano(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+@pytest.mark.slow
 def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -221,6 +222,7 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     assert load_dit(refiner, stage=2).config.stage == 2
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_named_and_ends_the_whole(
     train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

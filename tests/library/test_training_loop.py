@@ -146,6 +146,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 # Resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimiser", "half"), [("adamw", 6), ("muon", 3)])
 def test_six_steps_and_six_more_are_twelve_to_the_bit(
     vae_config: Callable, tmp_path: Path, optimiser: str, half: int
@@ -174,6 +175,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(vae_config: Callable, tmp_path: Path) -> None:
     config, straight, run = vae_config(steps=6, checkpoint_every=2), tmp_path / "straight", tmp_path / "run"
@@ -188,6 +190,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(vae_conf
     assert metrics(run) == metrics(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_a_process_that_is_ended_saves_the_step_at_hand(vae_config: Callable, tmp_path: Path) -> None:
     last = tmp_path / "run" / LAST
