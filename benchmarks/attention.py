@@ -27,24 +27,25 @@ load_library()
 from scaling import make_network  # noqa: E402
 
 from flashvideo.checkpoints import load_dit, load_vae  # noqa: E402
-from flashvideo.choices import STAGE2_SCALE, TILE  # noqa: E402
-from flashvideo.config import (  # noqa: E402
+from flashvideo.config import (  # noqa: E402  # noqa: E402
     NANO_STAGE2,
     NANO_STRENGTH,
     SPATIAL_FACTOR,
     STAGE2_LATENT_SCALE,
+    STAGE2_SCALE,
     TEXT_TOKENS,
+    TILE,
     latent_frames,
 )
 from flashvideo.degradation import degrade_latent  # noqa: E402
 from flashvideo.dit import Attention, FlashVideoDiT  # noqa: E402
+from flashvideo.dit.tile_attention import VIEWS, Grid, WindowAttention  # noqa: E402
 from flashvideo.frames import to_frames  # noqa: E402
 from flashvideo.nano import NANO_FOLDER, nano_state  # noqa: E402
 from flashvideo.refiner.tiles import plan_tiles  # noqa: E402
 from flashvideo.refiner.windows import blend  # noqa: E402
 from flashvideo.samplers import sample_stage2  # noqa: E402
 from flashvideo.t5 import T5Tokens, contexts, load_encoder, with_motion  # noqa: E402
-from flashvideo.tile_attention import VIEWS, Grid, WindowAttention  # noqa: E402
 from flashvideo.training.scenes.captions import caption  # noqa: E402
 from flashvideo.training.scenes.rendering import render  # noqa: E402
 from flashvideo.training.scenes.stream import random_scene  # noqa: E402

@@ -27,7 +27,7 @@ from flashvideo.checkpoints import load_dit  # noqa: E402
 from flashvideo.checkpoints.keymaps import Layout, original_name  # noqa: E402
 from flashvideo.config import TEXT_TOKENS, DiTConfig  # noqa: E402
 from flashvideo.dit import FlashVideoDiT, attention_sdpa  # noqa: E402
-from flashvideo.rope import rope_table  # noqa: E402
+from flashvideo.dit.rope import rope_table  # noqa: E402
 
 TEXT_WIDTH = 512
 # Latent frames, rows and columns of patches; with the text's 226 about 256, 512, 1,024, ... tokens.

@@ -34,8 +34,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .choices import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE
-from .config import NANO_REFINERS, DiTConfig
+from .config import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE, NANO_REFINERS, DiTConfig
 from .progress import Progress, no_progress
 
 _KNOTS_PER_SIZE = 70 / 16  # sinc(16 / 70)^8 = 1/2

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .choices import DEGRADATION_STEP
-from .config import TRAIN_STEPS
+from .config import DEGRADATION_STEP, TRAIN_STEPS
 from .schedule import zero_snr_signal
 
 OFFICIAL_SHORT_SIDE = 1072  # pixels: 1920x1072, the size that FlashVideo's strengths belong to

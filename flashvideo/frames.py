@@ -16,9 +16,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .choices import COLOR_MATCHES, DETAIL_SIZE, RESAMPLERS, SIZE_MODES
 from .color import match_colors
-from .config import PIXEL_MULTIPLE, TEMPORAL_FACTOR, next_video_length
+from .config import (
+    COLOR_MATCHES,
+    DETAIL_SIZE,
+    PIXEL_MULTIPLE,
+    RESAMPLERS,
+    SIZE_MODES,
+    TEMPORAL_FACTOR,
+    next_video_length,
+)
 from .masks import clean_mask
 from .progress import Progress
 

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .choices import STAGE1_SCALE
+from .config import STAGE1_SCALE
 
 STAGE1_EXPONENT = 5
 MAX_SCALE = 100.0  # beyond it nothing but saturated pixels comes out

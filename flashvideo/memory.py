@@ -12,8 +12,8 @@ import torch
 
 from .config import TEXT_TOKENS, DiTConfig, T5Config, VAEConfig
 from .dit import FlashVideoDiT, dit_tokens
+from .dit.token_chunks import tokens_per_chunk
 from .t5 import t5_shapes
-from .token_chunks import tokens_per_chunk
 from .vae import VideoVAE
 
 # Activations at the diffusion transformer's peak, in a layer, as tests/library/test_planner_costs.py measures: the

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .choices import DEGRADATION_STEP, STAGE2_SCALE, STAGE2_SHIFT
+from .config import DEGRADATION_STEP, STAGE2_SCALE, STAGE2_SHIFT
 
 BALANCED = "balanced"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choices import DEGRADATION_STEP, SOLVERS, STAGE1_SCALE, STAGE2_SCALE, STAGE2_SHIFT
+from .config import DEGRADATION_STEP, SOLVERS, STAGE1_SCALE, STAGE2_SCALE, STAGE2_SHIFT
 from .dit import FlashVideoDiT
 from .guidance import STAGE1_EXPONENT, dynamic_cfg_scale, guide
 from .parallel import Ranks

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .choices import STAGE2_SHIFT
-from .config import TRAIN_STEPS
+from .config import STAGE2_SHIFT, TRAIN_STEPS
 
 LINEAR_START = 0.00085
 LINEAR_END = 0.012

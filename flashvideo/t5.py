@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from .checkpoints import CheckpointError
 from .checkpoints.text_encoder import TIED, open_text_encoder, t5_config
 from .checkpoints.weights import QUANTISATION, some
-from .choices import NO_MOTION
-from .config import T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
+from .config import NO_MOTION, T5_POSITION_BUCKETS, TEXT_TOKENS, T5Config
 from .errors import CommandError
 
 # T5 v1.1's, by Google, under the Apache License 2.0; the same in every size of T5.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_patcher
 from comfy_api.latest import io
 
-from ..flashvideo.tile_attention import VIEWS
+from ..flashvideo.dit.tile_attention import VIEWS
 from .checks import check_stage
 from .common import CATEGORY, found_as, named
 from .inputs import checked

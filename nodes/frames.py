@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..flashvideo.choices import COLOR_MATCHES, MAX_DETAIL_SIZE, RESAMPLERS, SIZE_MODES
 from ..flashvideo.color import auto_detail_size
 from ..flashvideo.compare import LAYOUTS, compare
+from ..flashvideo.config import COLOR_MATCHES, MAX_DETAIL_SIZE, RESAMPLERS, SIZE_MODES
 from ..flashvideo.frames import MAX_SIDE, TargetSize, clean, finish, prepare
 from ..flashvideo.masks import opacity
 from ..flashvideo.refiner.alpha import make_transparent

@@ -8,8 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import InputImpl, io
 
-from ..flashvideo.choices import WINDOW
-from ..flashvideo.config import TEMPORAL_FACTOR
+from ..flashvideo.config import TEMPORAL_FACTOR, WINDOW
 from ..flashvideo.errors import CommandError
 from ..flashvideo.frames import TargetSize
 from ..flashvideo.nano import pair_notice

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..flashvideo.choices import STAGE2_SCALE
+from ..flashvideo.config import STAGE2_SCALE
 from ..flashvideo.devices import GIB
 from ..flashvideo.frames import MAX_SIDE
 from ..flashvideo.planner import NANO, OFFICIAL, NetworkConfigs, Setting, make_plan

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..flashvideo.frames import clean
-from ..flashvideo.regions import MAX_BORDER, find_region
+from ..flashvideo.refiner.regions import MAX_BORDER, find_region
 from .common import CATEGORY, found_as, named
 from .inputs import checked
 

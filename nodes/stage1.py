@@ -6,8 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..flashvideo.choices import STAGE1_SCALE
-from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR, latent_shape
+from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, STAGE1_SCALE, TEMPORAL_FACTOR, latent_shape
 from ..flashvideo.guidance import STAGE1_EXPONENT
 from .checks import batch_of, check_batch, check_guidance, check_latent, check_room, check_size, check_stage, check_text
 from .common import CATEGORY, found_as, named

@@ -6,8 +6,17 @@ from contextlib import nullcontext
 
 from comfy_api.latest import io, ui
 
-from ..flashvideo.choices import OVERLAP_FRAMES, STAGE2_SCALE, STAGE2_SHIFT, TILE, WINDOW
-from ..flashvideo.config import MAX_SEED, PIXEL_MULTIPLE, TEMPORAL_FACTOR, TRAIN_STEPS
+from ..flashvideo.config import (
+    MAX_SEED,
+    OVERLAP_FRAMES,
+    PIXEL_MULTIPLE,
+    STAGE2_SCALE,
+    STAGE2_SHIFT,
+    TEMPORAL_FACTOR,
+    TILE,
+    TRAIN_STEPS,
+    WINDOW,
+)
 from ..flashvideo.degradation import degradation_weights
 from ..flashvideo.presets import PRESETS, Preset
 from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS

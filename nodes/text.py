@@ -9,8 +9,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..flashvideo.choices import MOTIONS, NO_MOTION
-from ..flashvideo.config import TEXT_TOKENS
+from ..flashvideo.config import MOTIONS, NO_MOTION, TEXT_TOKENS
 from ..flashvideo.t5 import with_motion
 from .common import CATEGORY, found_as, named, own_id
 from .inputs import checked

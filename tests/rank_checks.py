@@ -10,15 +10,14 @@ from draws import normal
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from flashvideo import token_chunks
 from flashvideo.config import DiTConfig, VAEConfig
-from flashvideo.dit import FlashVideoDiT
+from flashvideo.dit import FlashVideoDiT, token_chunks
+from flashvideo.dit.tile_attention import WindowAttention
 from flashvideo.frames import TargetSize
 from flashvideo.parallel import Ranks
 from flashvideo.parallel.sharding import shard_weights
 from flashvideo.refiner import Networks, RefineSettings, refine_frames
 from flashvideo.samplers import guided_velocity, sample_stage1
-from flashvideo.tile_attention import WindowAttention
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
 from flashvideo.vae.stream import VAEStream, stream_within
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import shown, width_and_height
-from ..choices import AUTO, OVERLAP_FRAMES
-from ..config import TEMPORAL_FACTOR
+from ..config import AUTO, OVERLAP_FRAMES, TEMPORAL_FACTOR
 from ..devices import GIB
 from ..errors import CommandError
 from ..frames import MAX_SIDE, TargetSize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..choices import FILE_DTYPES
+from ..config import FILE_DTYPES
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..arguments import real, whole
-from ..choices import STAGE1_SCALE
+from ..config import STAGE1_SCALE
 from .options import (
     NO_SOURCE_OPTIONS,
     add_farm_options,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..choices import NO_MOTION
+from ..config import NO_MOTION
 from ..degradation import AutoStrength
 from ..errors import CheckpointError, CommandError
 from ..frames import TargetSize

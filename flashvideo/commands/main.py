@@ -14,9 +14,9 @@ from typing import NamedTuple
 from ..arguments import Parser
 from ..devices import is_out_of_memory
 from ..errors import CheckpointError, CommandError, cancelled
-from ..torchrun import own_rank, processes
 from .bench import benchmarks
 from .terminal import REPOSITORY
+from .torchrun import own_rank, processes
 
 _PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 _ELSEWHERE = "not in this download, only in the repository"

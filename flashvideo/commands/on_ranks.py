@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import CommandError, exit_code
-from ..parallel import RankEndedError, own_rank
+from ..parallel import RankEndedError
 from ..parallel.launch import Meeting, own_device
+from .torchrun import own_rank
 
 SECONDS_FOR_RANK_0 = 10.0  # to report a mistake that all ranks find
 SECONDS_FOR_OTHERS = 3.0  # to notice that somebody has reported

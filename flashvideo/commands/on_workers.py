@@ -25,9 +25,9 @@ from typing import Any, NoReturn, TextIO
 from tqdm import tqdm
 
 from ..errors import CommandError, cancelled
-from ..parallel import processes
 from ..parallel.farm import Farm, FarmOptions, NoClusterError, Prepare, answers, cluster_folder
 from .terminal import CANCELLED, DAMAGED, REFUSED, TERMINATED, warn
+from .torchrun import processes
 
 OURS = 100  # plus the exit code is that of the process that talks to Ray; Ray ends it with others
 CANCELLED_MESSAGE = "Cancelled. The same command resumes the run."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..arguments import positive, real, shown, whole
-from ..choices import (
+from ..config import (
     AUTO,
     COLOR_MATCHES,
     DETAIL_SIZE,
@@ -17,13 +17,14 @@ from ..choices import (
     MIN_DETAIL_SIZE,
     MOTIONS,
     NANO_DETAIL_SIZE,
+    NANO_STRENGTH,
     OVERLAP_FRAMES,
     RESAMPLERS,
     SOLVERS,
     TILE,
+    TRAIN_STEPS,
     WINDOW,
 )
-from ..config import NANO_STRENGTH, TRAIN_STEPS
 from ..presets import BALANCED, PRESETS
 
 MOTION = "medium"  # the official script's for stage II

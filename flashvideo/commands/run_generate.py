@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..atomic_files import check_target
-from ..choices import DETAIL_SIZE
+from ..config import DETAIL_SIZE
 from ..errors import CommandError
 from ..frames import TargetSize
 from ..parallel import agree

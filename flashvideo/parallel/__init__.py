@@ -1,6 +1,5 @@
 """One evaluation on several processes, the ranks: torch.distributed, which torchrun starts. Imported only there."""
 
-from ..torchrun import own_rank, processes
 from .counting import Traffic
 from .ranks import Halves, RankEndedError, Ranks, RefusedError, agree
 from .sequence import SequencePiece, sequence_edges, sequence_piece
@@ -13,8 +12,6 @@ __all__ = [
     "SequencePiece",
     "Traffic",
     "agree",
-    "own_rank",
-    "processes",
     "sequence_edges",
     "sequence_piece",
 ]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..choices import AUTO
+from ..config import AUTO
 from ..errors import CommandError
 from .farm_run import CONTROL, RETRIES, SECONDS_TO_ANSWER, SECONDS_TO_STOP, FarmRun, Watcher, first_line
 from .workers import Prepare, Worker

@@ -13,18 +13,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..choices import OVERLAP_FRAMES, STAGE2_SCALE, WINDOW
 from ..config import (
     NANO_STAGE1,
     NANO_STAGE2,
     NANO_TEXT_ENCODER,
     NANO_VAE,
+    OVERLAP_FRAMES,
     PIXEL_MULTIPLE,
     SPATIAL_FACTOR,
     STAGE1,
     STAGE2,
+    STAGE2_SCALE,
     TEXT_TOKENS,
     VAE,
+    WINDOW,
     DiTConfig,
     T5Config,
     VAEConfig,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
-from ..choices import DETAIL_SIZE
-from ..config import latent_frames
+from ..config import DETAIL_SIZE, latent_frames
 from ..degradation import AutoStrength
 from ..devices import GIB, main_memory
 from ..errors import CommandError

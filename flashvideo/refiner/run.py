@@ -18,7 +18,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..choices import COLOR_MATCHES, DEGRADATION_STEP, OVERLAP_FRAMES, RESAMPLERS, STAGE2_SCALE, STAGE2_SHIFT, WINDOW
 from ..color import (
     AdainMatch,
     WaveletMatch,
@@ -27,7 +26,21 @@ from ..color import (
     clip_statistics,
     frame_statistics,
 )
-from ..config import MAX_SEED, STAGE2_LATENT_SCALE, DiTConfig, latent_frames, latent_shape, video_frames
+from ..config import (
+    COLOR_MATCHES,
+    DEGRADATION_STEP,
+    MAX_SEED,
+    OVERLAP_FRAMES,
+    RESAMPLERS,
+    STAGE2_LATENT_SCALE,
+    STAGE2_SCALE,
+    STAGE2_SHIFT,
+    WINDOW,
+    DiTConfig,
+    latent_frames,
+    latent_shape,
+    video_frames,
+)
 from ..degradation import AutoStrength, degradation_weights, degrade_latent
 from ..dit import FlashVideoDiT
 from ..frames import PictureSize, TargetSize, clean, enlarge, padded_shape, to_frames, to_video

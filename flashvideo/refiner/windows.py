@@ -28,8 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..choices import OVERLAP_FRAMES, SOLVERS, STAGE2_SHIFT, WINDOW
-from ..config import TEMPORAL_FACTOR, is_video_length, latent_frames
+from ..config import OVERLAP_FRAMES, SOLVERS, STAGE2_SHIFT, TEMPORAL_FACTOR, WINDOW, is_video_length, latent_frames
 from ..samplers import Velocity
 from ..schedule import shift_times
 

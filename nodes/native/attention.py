@@ -13,8 +13,8 @@ from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch, get_attention_function, optimized_attention
 from torch import Tensor
 
+from ...flashvideo.dit.tile_attention import Grid, share
 from ...flashvideo.memory import LAYER_SEQUENCES
-from ...flashvideo.tile_attention import Grid, share
 
 ATTENTION_TILES = "flashvideo_attention_tiles"  # how the video is cut, as `tile_attention.WindowAttention` takes it
 OVERRIDE = "optimized_attention_override"  # ComfyUI's own
@@ -32,7 +32,7 @@ def exact_attention(device: torch.device) -> Callable[..., Tensor]:
 
 
 def with_attention_windows(model: comfy.model_patcher.ModelPatcher, tiles: Grid) -> comfy.model_patcher.ModelPatcher:
-    """A clone of a MODEL whose video attends within windows; see `flashvideo.tile_attention`."""
+    """A clone of a MODEL whose video attends within windows; see `flashvideo.dit.tile_attention`."""
     clone = model.clone()
     clone.model_options["transformer_options"][ATTENTION_TILES] = tiles
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
+from execution import nodes  # ComfyUI's module; this pack's folder has the same name
 from server import PromptServer
-
-import nodes
 
 from .notices import warn
 

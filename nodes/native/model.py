@@ -26,9 +26,9 @@ from ...flashvideo.config import (
     DiTConfig,
 )
 from ...flashvideo.dit import FlashVideoDiT
+from ...flashvideo.dit.tile_attention import WindowAttention
 from ...flashvideo.memory import dit_bytes
 from ...flashvideo.nano import latent_family, nano_preview
-from ...flashvideo.tile_attention import WindowAttention
 from .attention import ATTENTION_TILES, exact_attention
 from .degradation import guard_degradation
 from .host import ModelPatcher, assigned, keep_quantised, patcher_class, remember_loader

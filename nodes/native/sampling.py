@@ -11,8 +11,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...flashvideo.choices import DEGRADATION_STEP, STAGE2_SHIFT
-from ...flashvideo.config import SPATIAL_FACTOR, TRAIN_STEPS
+from ...flashvideo.config import DEGRADATION_STEP, SPATIAL_FACTOR, STAGE2_SHIFT, TRAIN_STEPS
 from ...flashvideo.degradation import AutoStrength, degradation_weights
 from ...flashvideo.samplers import v_to_clean
 from ...flashvideo.schedule import Stage1Schedule, stage1_schedule, zero_snr_signal

@@ -13,7 +13,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...flashvideo.choices import STAGE1_SCALE
+from ...flashvideo.config import STAGE1_SCALE
 from ...flashvideo.degradation import AutoStrength
 from ...flashvideo.guidance import STAGE1_EXPONENT, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp

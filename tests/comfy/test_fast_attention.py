@@ -50,7 +50,7 @@ def test_a_view_gives_what_the_library_gives(
     text: dict[str, list],
     model: Any,
 ) -> None:
-    sparse = submodule("flashvideo.tile_attention")
+    sparse = submodule("flashvideo.dit.tile_attention")
     nano = submodule("flashvideo.nano").nano_state("stage2")
     dit = submodule("flashvideo.checkpoints").load_dit(nano, dtype=torch.float32)
     context, uncond = (text[name][0][0] for name in ("positive", "negative"))

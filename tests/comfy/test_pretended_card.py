@@ -52,7 +52,7 @@ def card(submodule: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prete
     # PyTorch has no random numbers there.
     noise = lambda x, seed=None: lambda *_: torch.randn_like(x)  # noqa: E731
     monkeypatch.setattr(comfy.k_diffusion.sampling, "default_noise_sampler", noise)
-    monkeypatch.setattr(submodule("flashvideo.rope"), "COMPLEX_DEVICES", ("cpu", CARD))
+    monkeypatch.setattr(submodule("flashvideo.dit.rope"), "COMPLEX_DEVICES", ("cpu", CARD))
     # A degraded latent is known by its numbers, where sigmas begin is one, and so are spreads.
     degraded, stage2 = submodule("nodes.native.degradation"), submodule("nodes.stage2")
 

@@ -12,9 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flashvideo.choices import COLOR_MATCHES, DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE
 from flashvideo.color import METHODS, LowBand, adain_transform, auto_detail_size, color_statistics, match_colors
-from flashvideo.config import NANO_FOOTAGE_STAGE2, NANO_STAGE2, STAGE2
+from flashvideo.config import (
+    COLOR_MATCHES,
+    DETAIL_SIZE,
+    MAX_DETAIL_SIZE,
+    MIN_DETAIL_SIZE,
+    NANO_DETAIL_SIZE,
+    NANO_FOOTAGE_STAGE2,
+    NANO_STAGE2,
+    STAGE2,
+)
 from flashvideo.frames import TargetSize, finish, prepare, resize
 from flashvideo.training.ablations.measures import delta_e
 

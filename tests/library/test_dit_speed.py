@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvideo import token_chunks
 from flashvideo.checkpoints import load_dit
 from flashvideo.config import NANO_STAGE1
-from flashvideo.dit import FlashVideoDiT
+from flashvideo.dit import FlashVideoDiT, token_chunks
+from flashvideo.dit.rope import rope_table, rotate, rotate_
+from flashvideo.dit.token_chunks import CHUNK_BYTES_CPU, CHUNK_ELEMENTS, CHUNK_MULTIPLE, tokens_per_chunk
 from flashvideo.nano import build_nano
-from flashvideo.rope import rope_table, rotate, rotate_
-from flashvideo.token_chunks import CHUNK_BYTES_CPU, CHUNK_ELEMENTS, CHUNK_MULTIPLE, tokens_per_chunk
 
 TOLERANCE = 2e-6  # float32: the two ways sum in different orders
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flashvideo.choices import RESAMPLERS
 from flashvideo.compare import LAYOUTS, compare
+from flashvideo.config import RESAMPLERS
 from flashvideo.frames import (
     TargetSize,
     clean,

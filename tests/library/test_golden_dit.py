@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from flashvideo.checkpoints import load_dit
 from flashvideo.degradation import degradation_weights, degrade_latent
 from flashvideo.dit import FlashVideoDiT
+from flashvideo.dit.rope import rope_table
 from flashvideo.guidance import dynamic_cfg_scale
-from flashvideo.rope import rope_table
 from flashvideo.samplers import sample_stage1, sample_stage2
 from flashvideo.schedule import stage1_schedule, stage2_times, zero_snr_signal
 

@@ -15,16 +15,15 @@ from pretended_card import CARD, PretendedCard, prepare_card
 from small_models import TINY_REFINER
 from torch import Tensor
 
-from flashvideo import rope
 from flashvideo.config import NANO_TEXT_ENCODER, NANO_VAE, STAGE1, STAGE2, VAE, DiTConfig, VAEConfig
-from flashvideo.dit import FlashVideoDiT
+from flashvideo.dit import FlashVideoDiT, rope
+from flashvideo.dit.tile_attention import VIEWS, WindowAttention
 from flashvideo.frames import TargetSize
 from flashvideo.memory import dit_bytes
 from flashvideo.refiner.run import ENCODE, Networks, RefineRun, RefineSettings, TensorClip
 from flashvideo.refiner.work_folder import MemoryWork
 from flashvideo.samplers import sample_stage1, sample_stage2
 from flashvideo.t5 import T5Encoder, load_encoder
-from flashvideo.tile_attention import VIEWS, WindowAttention
 from flashvideo.vae import VideoVAE, decode_chunks, encode_chunks
 from flashvideo.vae.memory import MOVE, STORE_SHARE, VAE_SHARE, decode_bytes, encode_bytes, held_bytes, plan_vae_tiles
 from flashvideo.vae.stream import TiledVAEStream, VAEStream, plan_stream, stream_within

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.choices import COLOR_MATCHES
-from flashvideo.config import STAGE2_LATENT_SCALE
+from flashvideo.config import COLOR_MATCHES, STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.errors import CommandError
 from flashvideo.frames import PictureSize, TargetSize, finish, prepare, to_frames, to_video

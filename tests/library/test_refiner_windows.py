@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashvideo.checkpoints import load_dit, load_vae
-from flashvideo.choices import SOLVERS
-from flashvideo.config import NANO_STRENGTH, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
+from flashvideo.config import NANO_STRENGTH, SOLVERS, STAGE2_LATENT_SCALE, TEMPORAL_FACTOR
 from flashvideo.degradation import degrade_latent
 from flashvideo.nano import NANO_SEED, build_part, nano_state
 from flashvideo.refiner.windows import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvideo.regions import find_region
+from flashvideo.refiner.regions import find_region
 
 FRAMES = torch.rand((5, 90, 130, 3), generator=torch.Generator().manual_seed(0))
 

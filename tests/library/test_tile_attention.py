@@ -10,12 +10,11 @@ import torch
 from draws import normal
 from torch import Tensor
 
-from flashvideo import token_chunks
 from flashvideo.checkpoints import load_dit
 from flashvideo.config import NANO_STAGE2
-from flashvideo.dit import FlashVideoDiT, attention_sdpa
+from flashvideo.dit import FlashVideoDiT, attention_sdpa, token_chunks
+from flashvideo.dit.tile_attention import NEIGHBOURS, VIEWS, Grid, WindowAttention, share
 from flashvideo.nano import build_nano
-from flashvideo.tile_attention import NEIGHBOURS, VIEWS, Grid, WindowAttention, share
 
 TEXT, GRID = 40, (4, 9, 11)
 # Each view, windows in time, and so many tiles that some axis has fewer places than tiles.

@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...atomic_files import sha256
-from ...choices import STAGE2_SHIFT
-from ...config import STAGE2_LATENT_SCALE, TRAIN_STEPS
+from ...config import STAGE2_LATENT_SCALE, STAGE2_SHIFT, TRAIN_STEPS
 from ...degradation import auto_strength, degrade_latent
 from ...frames import TargetSize, finish, resize, to_frames, to_video
 from ...refiner.run import Networks, RefineSettings, refine_frames

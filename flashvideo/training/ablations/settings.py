@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...choices import STAGE2_SHIFT
-from ...config import TRAIN_STEPS
+from ...config import STAGE2_SHIFT, TRAIN_STEPS
 from ..config import LoopSettings
 from ..data.latents import ClipSettings
 from ..errors import TrainingError

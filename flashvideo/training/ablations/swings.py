@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...choices import OVERLAP_FRAMES, WINDOW
-from ...config import TEMPORAL_FACTOR
+from ...config import OVERLAP_FRAMES, TEMPORAL_FACTOR, WINDOW
 from ...vae import DECODE_CHUNK
 
 CHUNK_PERIOD = DECODE_CHUNK * TEMPORAL_FACTOR  # frames

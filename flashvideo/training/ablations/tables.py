@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from ...choices import DEGRADATION_STEP
+from ...config import DEGRADATION_STEP
 from .assemble import TRUTH_ROW, table_of, table_of_rows
 from .constancy import constancy
 from .drafts import table4

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ...choices import STAGE2_SHIFT
-from ...config import TRAIN_STEPS
+from ...config import STAGE2_SHIFT, TRAIN_STEPS
 from ...schedule import shift_times, zero_snr_signal
 from ...vae.network import LOGVAR_RANGE
 from ..rows import Rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import DiTConfig
 from ...dit import FlashVideoDiT, PatchEmbed, sinusoid
-from ...rope import per_token, rope_axes
+from ...dit.rope import per_token, rope_axes
 
 
 def sinusoidal_positions(frames: int, rows: int, columns: int, width: int, device: torch.device) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...atomic_files import sha256
-from ...choices import DEGRADATION_STEP
-from ...config import STAGE2_LATENT_SCALE
+from ...config import DEGRADATION_STEP, STAGE2_LATENT_SCALE
 from ...degradation import degrade_latent
 from ...parallel import Ranks
 from ...samplers import sample_stage2

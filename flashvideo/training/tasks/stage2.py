@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...choices import DEGRADATION_STEP, STAGE2_SHIFT
-from ...config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE, TRAIN_STEPS
+from ...config import DEGRADATION_STEP, SPATIAL_FACTOR, STAGE2_LATENT_SCALE, STAGE2_SHIFT, TRAIN_STEPS
 from ...degradation import degrade_latent
 from ...dit import FlashVideoDiT
 from ...parallel import Ranks

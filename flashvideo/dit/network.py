@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import DiTConfig
-from .parallel import Ranks, SequencePiece, sequence_piece
+from ..config import DiTConfig
+from ..parallel import Ranks, SequencePiece, sequence_piece
 from .rope import rope_table, rotate, rotate_
 from .token_chunks import TokenChunk, may_overwrite, split_text, token_chunks
 

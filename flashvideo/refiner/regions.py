@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import PIXEL_MULTIPLE
-from .masks import clean_mask
+from ..config import PIXEL_MULTIPLE
+from ..masks import clean_mask
 
 MAX_BORDER = 512  # pixels
 

@@ -16,7 +16,7 @@ from itertools import accumulate, product
 import torch
 from torch import Tensor
 
-from .dit import Attention, attention_sdpa
+from .network import Attention, attention_sdpa
 
 NEIGHBOURS = 3  # tiles along an axis that a tile sees: itself and one on either side
 Grid = tuple[int, int, int]  # latent frames, rows and columns
