@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from small_recipes import CLIPS, CROPS, SMALL_VAE, VALIDATION, head
 
 from flashvideo.parallel import Ranks
@@ -60,6 +61,7 @@ def trained(
     ranks: Ranks | None, run: Path, kinds: Sequence[str], steps: int = STEPS, *, resume: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Train each kind: the weights that learn, and the bytes of gradients that this rank has received in a step."""
+    torch.set_num_threads(1)  # as ranks do: several threads round otherwise
     found = {}
     for kind in kinds:
         settings = _settings(kind, run / f"{kind}.toml", None)
