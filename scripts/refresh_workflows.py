@@ -1,10 +1,10 @@
 """Bring the shipped workflows up to date when nodes have got new optional inputs or new outputs.
 
-    python scripts/refresh_workflows.py
+    python scripts/refresh_workflows.py [--fewer-dots]
 
 Both go last, so that a saved workflow stays valid; this writes them into the files, inputs with their defaults, as
 ComfyUI's page would when somebody opens and saves them. Everything else stays as it is. Nodes grow downwards: look at
-the page afterwards.
+the page afterwards. --fewer-dots also takes out the reroute dots that wires don't need; it takes minutes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> int:
     stop_on_terminate()
     # Only the bed's Python, in which this now runs, has the packages that the following modules need.
     from harness.comfy_server import ComfyServer, ServerError
+    from harness.fewer_dots import without_spare_dots
     from harness.workflow_api import read_workflow
     from harness.workflow_files import shipped
 
@@ -42,10 +43,12 @@ def main() -> int:
         return 1
     for path in shipped():
         workflow = read_workflow(path)
-        added = refresh(workflow, object_info)
-        if added:
+        before, added = workflow, refresh(workflow, object_info)
+        if "--fewer-dots" in sys.argv[1:]:
+            workflow = without_spare_dots(workflow)
+        if added or workflow != before:
             path.write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            say(f"{path.stem}: {', '.join(added)}")
+            say(f"{path.stem}: {', '.join(added) or 'fewer dots'}")
     return 0
 
 

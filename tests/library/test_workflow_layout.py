@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from harness.fewer_dots import ONE_LINE, without_spare_dots
 from harness.graph_layout import box, fitted_scale, group_box, nodes_crossed, shared_length, whole, wires
 from harness.workflow_api import read_workflow
 from harness.workflow_files import shipped
@@ -19,7 +20,7 @@ UNREAD = 8 / 14  # below this scale the page draws no titles: 8 pixels is its sm
 LARGE = {"FlashVideo 10 Compare Strengths and Steps"}  # four refiners: titles need a wider window than PAGE
 SIDEBAR, TOOLBAR = 70, 95  # pixels at the left and at the top that the page itself takes
 BELOW = 14  # units: Nodes 2.0 are a little taller than what the file says
-ONE_LINE = 56  # units side by side: less is a crossing, or how wires leave and reach neighbouring dots
+DOTS = 2.5  # for each wire, in the mean
 FILES = pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 
 
@@ -60,6 +61,31 @@ def test_no_wire_runs_behind_a_node(path: Path) -> None:
 def test_no_two_wires_lie_on_one_line(path: Path) -> None:
     pairs = itertools.combinations(wires(read_workflow(path)), 2)
     assert not [(a.link, b.link) for a, b in pairs if shared_length(a, b) > ONE_LINE]
+
+
+@FILES
+def test_wires_have_few_reroute_dots(path: Path) -> None:
+    workflow = read_workflow(path)
+    assert len(workflow["extra"].get("reroutes", [])) <= DOTS * len(workflow["links"])
+
+
+def test_spare_dots_are_taken_out_and_wires_stay_where_they_are() -> None:
+    """Of a wire over a node in between only the dots at the turns stay."""
+    nodes = [
+        {"id": number, "pos": [left, 100], "size": [100, 60], "inputs": [{"name": "in"}], "outputs": [{"name": "out"}]}
+        for number, left in ((1, 0), (2, 200), (3, 400))
+    ]
+    turns = [(130, 114), (150, 60), (170, 30), (200, 30), (250, 30), (300, 30), (330, 30), (350, 60), (370, 114)]
+    dots = [{"id": number, "pos": list(pos), "linkIds": [1]} for number, pos in enumerate(turns, 1)]
+    for dot in dots[1:]:
+        dot["parentId"] = dot["id"] - 1
+    extra = {"reroutes": dots, "linkExtensions": [{"id": 1, "parentId": len(dots)}]}
+    fewer = without_spare_dots({"nodes": nodes, "links": [[1, 1, 0, 3, 0, "IMAGE"]], "groups": [], "extra": extra})
+    (wire,) = wires(fewer)
+    assert not nodes_crossed(wire, nodes)
+    assert 0 < len(fewer["extra"]["reroutes"]) <= len(dots) // 2
+    assert len(extra["reroutes"]) == len(turns)
+    assert min(y for _, y in wire.points) > -2  # 32 units above the highest dot
 
 
 @FILES
