@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import flashvideo
-from flashvideo import choices, color
+from flashvideo import color, config
 from flashvideo.checkpoints import convert
 from flashvideo.commands import bench
 from flashvideo.commands.main import main
@@ -63,9 +63,9 @@ def test_help_and_mistakes_do_not_wait_for_pytorch() -> None:
 def test_what_can_be_chosen_is_what_there_is() -> None:
     """The lists that help shows stand beside the code that does it."""
     methods = ("none", *color.METHODS)
-    assert methods == choices.COLOR_MATCHES
-    assert tuple(convert.DTYPES) == choices.FILE_DTYPES
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in choices.DTYPES)
+    assert methods == config.COLOR_MATCHES
+    assert tuple(convert.DTYPES) == config.FILE_DTYPES
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in config.DTYPES)
 
 
 def test_the_list_of_commands_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
