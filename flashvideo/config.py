@@ -38,7 +38,7 @@ OVERLAP_FRAMES = 16  # frames
 TILE = 768  # pixels: about a quarter of 1080p
 DTYPES = ("float32", "bfloat16", "float16")  # of networks, as PyTorch calls them
 FILE_DTYPES = (  # of converted files
-    *("keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_scaled", "int8"),
+    *("keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_scaled", "int8", "mxfp8", "nvfp4"),
     *("gguf_q4_0", "gguf_q4_1", "gguf_q5_0", "gguf_q5_1", "gguf_q8_0"),
 )
 

@@ -26,7 +26,7 @@ from .gguf_header import SUFFIX
 from .gguf_writing import WRITTEN, gguf_package, plan_gguf, write_gguf
 from .keymaps import OWN_PREFIX, Part, Source
 from .packed import Packing
-from .quantised import FORMAT, FORMATS, SCALE, Format, relative_error
+from .quantised import FORMAT, FORMATS, Format, relative_error
 from .reading import STAGE_METADATA, Checkpoint, open_checkpoint
 from .weights import SAFETENSORS_DTYPES, CheckpointError
 
@@ -72,7 +72,7 @@ def convert_file(
 ) -> Checkpoint:
     """Write the FlashVideo or CogVideoX model in `source` to `target`, a safetensors file, or a GGUF file.
 
-    `dtype` is a key of DTYPES; the 8-bit ones apply to the matrices of the layers, and everything else becomes
+    `dtype` is a key of DTYPES; those of 8 and 4 bits apply to the matrices of the layers, and everything else becomes
     bfloat16. `on_error` gets each quantised layer's name and relative error. An existing target is only replaced with
     `force`, and only once the new file is complete; an interruption leaves it as it was and no half file.
     Raises CheckpointError if the source is no such model, WriteError if the target can't be written; returns what was
@@ -152,12 +152,12 @@ def _of(checkpoint: Checkpoint, source: Source, part: Part, kind: torch.dtype | 
     name, shape = part.name, checkpoint.shapes[part.name]
     if not isinstance(kind, Format):
         yield _Entry(name, _target_dtype(checkpoint, source, name, kind), shape)
-    elif not _is_layers_matrix(name, shape):
+    elif not _is_layers_matrix(name, shape) or not kind.fits(shape):
         yield _Entry(name, torch.bfloat16, shape)
     else:
         layer = name.removesuffix("weight")
-        yield _Entry(name, kind.dtype, shape)
-        yield _Entry(layer + SCALE, torch.float32, kind.scale_shape(shape[0]))
+        for what, (dtype, stored) in kind.layout(shape).items():
+            yield _Entry(layer + what, dtype, stored)
         yield _Entry(layer + FORMAT, torch.uint8, tuple(kind.description().shape))
 
 
@@ -210,12 +210,11 @@ def _write_tensors(
         for name, tensor in checkpoint.convert(source):
             layer = name.removesuffix("weight")
             if layer + FORMAT in entries:
-                quantised, scale = kind.quantise(tensor)
-                write(name, quantised)
-                write(layer + SCALE, scale)
-                write(layer + FORMAT, kind.description())
+                parts = kind.quantise(tensor)
+                for what, stored in {**parts, FORMAT: kind.description()}.items():
+                    write(layer + what, stored)
                 if on_error is not None:
-                    on_error(layer.rstrip("."), relative_error(tensor, quantised, scale))
+                    on_error(layer.rstrip("."), relative_error(tensor, kind, parts))
             else:
                 write(name, _cast(tensor, entries[name].dtype))
             window += tensor.nbytes

@@ -26,7 +26,7 @@ from .architecture import EXTRA_EMBEDDINGS, Shapes, dit_config, network_shapes, 
 from .foreign import describe_foreign, is_lora
 from .keymaps import NORM_GROUPS_METADATA, Layout, Part, Plan, Source, find_layout, make_plan, original_name
 from .packed import Packing
-from .quantised import SCALE, Format, dequantise, quantised_layers
+from .quantised import SCALE, Format, quantised_layers, unreadable
 from .weights import QUANTISATION, CheckpointError, Weights, check_finite, open_weights, short, some
 
 __all__ = [
@@ -98,18 +98,9 @@ class Checkpoint:
             return {}
         whole = all(part.of == 1 for source in self.plan.sources for part in source.parts)
         names = {part.name: source.key for source in self.plan.sources for part in source.parts}
-        layers = quantised_layers(self.weights, names) if whole and self.stage != "vae" else None
-        if not layers:
-            raise CheckpointError(
-                f"{self.weights.label} is quantised in a way that FlashVideo's loaders don't read. Use the file that "
-                "it was made from: `python -m flashvideo convert --to int8` makes one that they do read, and "
-                "weight_dtype fp8_e4m3fn of Load FlashVideo Model is equally small."
-            )
-        expected = _network_shapes(self)
-        wrong = [f"{layer}.weight" for layer in layers if self.shapes[f"{layer}.weight"] != expected[f"{layer}.weight"]]
-        if wrong:
-            raise CheckpointError(f"{self.weights.label}: quantised weights of a wrong shape ({some(wrong)}).")
-        return layers
+        if not whole or self.stage == "vae":
+            raise unreadable(self.weights.label)
+        return quantised_layers(self.weights, names, _network_shapes(self))
 
     @property
     def packings(self) -> dict[str, Packing]:
@@ -136,25 +127,21 @@ class Checkpoint:
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same without quantised ones: those become bfloat16 matrices."""
         layers = self.layers
-        scales = {name: self.weights.read(key) for name, key in self._scales(layers)}
+        keys = {part.name: source.key for source in self.plan.sources for part in source.parts}
         for name, tensor in self.tensors():
             layer, _, what = name.rpartition(".")
             if layer not in layers or what == "bias":
                 yield name, tensor
             elif what == "weight":
-                yield name, dequantise(tensor, scales[layer]).bfloat16()
-
-    def _scales(self, layers: dict[str, Format]) -> Iterator[tuple[str, str]]:
-        for source in self.plan.sources:
-            for part in source.parts:
-                layer, _, what = part.name.rpartition(".")
-                if layer in layers and what == SCALE:
-                    yield layer, source.key
+                scales = {each: self.weights.read(keys[f"{layer}.{each}"]) for each in layers[layer].scales}
+                yield name, layers[layer].dequantise({what: tensor, **scales}).bfloat16()
 
     def convert(self, source: Source) -> Iterator[tuple[str, Tensor]]:
         """The converted tensors that one source becomes."""
         whole = self._merged(source)
-        check_finite(self.weights.label, source.key, whole)
+        layer, _, what = source.parts[0].name.rpartition(".")
+        scales = what == SCALE and layer in self.layers
+        check_finite(self.weights.label, source.key, self.layers[layer].scale_values(whole) if scales else whole)
         for part in source.parts:
             yield part.name, _rows(whole, part)
 

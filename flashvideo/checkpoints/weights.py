@@ -28,7 +28,8 @@ from .packed import PACKINGS, Packing
 from .pickles import DAMAGE, MAX_PICKLE, CountedFile, code_in_pickle
 
 # Scale factors that quantised files hold besides the weights.
-QUANTISATION = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_(?:weight|input)|weight_scale(?:_2)?|input_scale|comfy_quant)$")
+_FACTORS = "scaled_fp8|scale_weight|scale_input|weight_scale(?:_2)?|weight_s_rel|weight_s_channel|weight_codebook"
+QUANTISATION = re.compile(rf"(?:^|\.)(?:{_FACTORS}|input_scale|pre_quant_scale|comfy_quant)$")
 PACKING = "gguf_type"  # beside a packed `weight` that ComfyUI saved: ggml's number of its kind
 SHOWN_KEYS = 4  # of a list of keys in a message
 SHOWN_LETTERS = 120  # of a name or of another library's message
@@ -50,6 +51,7 @@ SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 # First bytes, in lower case and without leading space, of files that users take for a model.
 _NOT_WEIGHTS: tuple[tuple[tuple[bytes, ...], str], ...] = (

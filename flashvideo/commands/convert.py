@@ -22,8 +22,9 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         choices=FILE_DTYPES,
         type=lambda text: text.replace("-", "_"),
         default="keep",
-        help="data type of the new file (default: keep). fp8_scaled and int8 have scale factors: as small as "
-        "fp8_e4m3fn, and nearer to the original; gguf_... writes GGUF, and needs the package gguf",
+        help="data type of the new file (default: keep). fp8_scaled, mxfp8 and int8 have scale factors: as small as "
+        "fp8_e4m3fn, and int8 is nearer to the original; nvfp4 has 4 bits; gguf_... writes GGUF, and needs the package "
+        "gguf",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=_convert)

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import FrameType
 
 from ..checkpoints import Checkpoint, CheckpointError, describe, open_checkpoint
+from ..checkpoints.architecture import network_shapes
 from ..checkpoints.convert import convert_file
 from ..checkpoints.convert_text_encoder import convert_text_encoder
 from ..checkpoints.lora import convert_lora, describe_lora, needs_renaming
 from ..checkpoints.text_encoder import is_text_encoder, open_text_encoder, t5_config
-from ..checkpoints.weights import QUANTISATION, Weights, open_weights, some
+from ..checkpoints.weights import Weights, open_weights, some
 from ..config import DiTConfig, T5Config
 from ..errors import CommandError
 from .terminal import TERMINATED, ProgressBars, say
@@ -137,7 +138,7 @@ def _architecture(checkpoint: Checkpoint) -> str:
 
 
 def _parameters(checkpoint: Checkpoint) -> str:
-    total = sum(math.prod(shape) for name, shape in checkpoint.shapes.items() if not QUANTISATION.search(name))
+    total = sum(math.prod(shape) for shape in network_shapes(checkpoint.config).values())
     loras = [key for source in checkpoint.plan.sources for key in (*source.lora_a, *source.lora_b)]
     if not loras:
         return f"{total:,}"
