@@ -3,6 +3,7 @@
     python scripts/thumbnails.py [WORDS ...]
 
 Writes `workflows/NAME.jpg` beside each `workflows/NAME.json`; WORDS pick the workflows whose name contains one of them.
+*Text to Video* also gives the README its moving picture, `docs/demo.webp`.
 Workflows that refine a clip get a procedural scene, as FlashVideo-Nano knows them, scaled down to a draft's size.
 """
 
@@ -28,6 +29,7 @@ _FRAMES, _RATE = 17, 8
 _SCENES = {"Wan": 106, "LTX": 126, "Hunyuan": 168, "Long": 116, "Compare": 129, "Region": 126}
 _OTHER_SCENE = 138
 _LINE = 4  # pixels of the line between before and after
+_FILM, _FILM_OF = ROOT / "docs" / "demo.webp", "Text to Video"
 
 
 def main() -> int:
@@ -63,6 +65,8 @@ def _make(server: Any, path: Path, text: str) -> float:
     if "after" in path.stem:  # the clip stands in for what another model would have made
         outputs["draft"] = server.input / _CLIP
     _picture(outputs).save(path.with_suffix(".jpg"), quality=_QUALITY, optimize=True)
+    if _FILM_OF in path.stem:
+        _film(outputs["draft"], outputs["refined"])
     return run.seconds
 
 
@@ -143,6 +147,22 @@ def _split(before: Image.Image, after: Image.Image) -> Image.Image:
     picture.paste(right.crop((middle, 0, SIDE, SIDE)), (middle, 0))
     picture.paste((255, 255, 255), (middle - _LINE // 2, 0, middle + _LINE // 2, SIDE))
     return picture
+
+
+def _film(draft: Path, refined: Path) -> None:
+    """Write the README's moving picture: the draft, enlarged, and beside it what was made of it."""
+    from harness.contact_sheet import read_frames
+    from PIL import Image
+
+    pictures = []
+    for before, after in zip(read_frames(draft), read_frames(refined), strict=True):
+        picture = Image.new("RGB", (2 * after.width + _LINE, after.height), "white")
+        picture.paste(before.resize(after.size, Image.Resampling.BICUBIC))
+        picture.paste(after, (after.width + _LINE, 0))
+        pictures.append(picture)
+    pictures[0].save(
+        _FILM, save_all=True, append_images=pictures[1:], duration=1000 // _RATE, loop=0, quality=_QUALITY, method=6
+    )
 
 
 def _four_squares(grid: Image.Image) -> Image.Image:
