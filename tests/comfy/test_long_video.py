@@ -107,7 +107,7 @@ def through_the_graph(
         return comfy_nodes[f"FlashVideo{name}"].execute(**inputs).result
 
     with torch.inference_mode():
-        prepared, reference = call("PrepareFrames", images=images, **SIZE)
+        prepared, reference, _ = call("PrepareFrames", images=images, **SIZE)
         latent = networks["vae"].encode(prepared)
         frame_noise = submodule("flashvideo.refiner.windows").frame_noise
         shape = (latent.shape[1], *latent.shape[3:])
