@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..loop.metrics import psnr, sheet
 from ..randomness import generator_for, normal_like, randint
 from ..rows import Batches, Rows
 from ..scenes.stream import SceneStream
+from .fused_vae import FusedVAE, fused_or_plain
 from .losses import PixelWeights, vae_loss
 from .widening import widened
 
@@ -116,6 +118,7 @@ class VAESettings:
     validation: tuple[ValidationClip, ...]
     # A file of weights, or a run's folder for its best ones; those of a narrower VAE are widened. Empty: fresh ones.
     start: str = ""
+    fused: bool = False  # learns through the kernels of `fused_vae`, where the CPU and its compiler can
     eight_bits: bool = False  # the exported file's large weights are stored in 8 bits
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
@@ -238,15 +241,19 @@ class VAETask:
     def prepare(self) -> None:
         """Clips are made as they are needed."""
 
+    @cached_property
+    def _learner(self) -> FusedVAE | VideoVAE:
+        return fused_or_plain(self.model) if self.settings.fused else self.model
+
     def loss(self, batch: Tensor, rows: Rows) -> dict[str, Tensor]:
         """Encode, draw a latent, decode, compare."""
-        posterior = self.model.encode(batch)
+        posterior = self._learner.encode(batch)
         generator = generator_for(self.settings.seed, "latent", rows.index)
         latent = posterior.sample(rows.normal_like(posterior.mean, generator))
         if self._noise is not None:
             share = rows.of(torch.rand(rows.count, 1, 1, 1, 1, generator=generator)).to(latent)
             latent = latent + share * self._noise[:, None, None, None] * rows.normal_like(latent, generator)
-        video = self.model.decode(latent)
+        video = self._learner.decode(latent)
         return vae_loss(video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss))
 
     def validate(self) -> dict[str, float]:
