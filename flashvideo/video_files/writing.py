@@ -19,7 +19,7 @@ from ..errors import CommandError
 from .encoding import AUTO, ENCODERS, Encoder, VideoFormat
 from .opening import disposition, has_flag, opened, picture_track, texts
 from .reading import VideoClip
-from .sound import SoundEncoder, keep_end
+from .sound import SoundEncoder, SoundEnds
 from .times import Clock
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what is written
@@ -318,7 +318,7 @@ def _other_packets(
         for index, made in tracks.others.items()
         if form.sound == "aac" and made.type == "audio"
     }
-    packets = source.demux(kept)
+    packets, shorten = source.demux(kept), SoundEnds()
     while True:
         try:
             packet = next(packets)
@@ -341,7 +341,7 @@ def _other_packets(
             except av.FFmpegError:
                 tracks.damaged[index] += 1
             continue
-        keep_end(packet)
+        shorten(packet)
         decoded = packet.dts
         packet.dts = clocks[index](decoded, packet.duration or 0)
         packet.pts = packet.dts + (0 if packet.pts is None else max(0, packet.pts - decoded))

@@ -102,6 +102,17 @@ def test_sound_ends_where_it_ended(before: str, after: str, tmp_path: Path) -> N
     assert abs(length_of_sound(target) - 1) < Fraction(3, 1000)  # Matroska counts milliseconds
 
 
+@pytest.mark.parametrize("sound", ["libmp3lame", "aac"])
+def test_sound_of_mp4_ends_in_matroska_where_it_ended(sound: str, tmp_path: Path) -> None:
+    """MP4 begins before 0 with what the decoder needs first; Matroska moves all of it, pictures too, to 0."""
+    source, target = make_video(tmp_path / "in.mp4", 24, sound=sound), tmp_path / "out.mkv"
+    assert copy(source, target) == []
+    assert [data for data, _, _ in read(target).sound] == [data for data, _, _ in read(source).sound]
+    with av.open(str(target)) as container:
+        first = min(packet.pts * packet.time_base for packet in container.demux(video=0) if packet.size)
+    assert abs(length_of_sound(target) - first - 1) < Fraction(3, 1000)
+
+
 @pytest.fixture
 def late(tmp_path: Path) -> Path:
     """A recording whose sound began 0.4 s before its pictures."""
