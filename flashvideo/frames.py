@@ -141,12 +141,11 @@ def prepare(
     are; without it their fourth channel counts. Raises ValueError as `clean`, `clean_mask`, `TargetSize.resolve` and
     `resize` do, and for alpha of another size.
     """
-    source, notes = clean(frames)
-    if frames.shape[-1] == 4:
-        notes = notes[1:]  # without the sentence that alpha is dropped
-        if alpha is None:
-            alpha, repairs = clean_values(frames[..., 3], "the alpha channel of images")
-            notes = (*notes, *repairs, *([] if bool((alpha == 1).all()) else [_TRANSPARENT]))
+    has_alpha = frames.ndim == 4 and frames.shape[3] == 4
+    source, notes = clean(frames[..., :3] if has_alpha else frames)
+    if has_alpha and alpha is None:
+        alpha, repairs = clean_values(frames[..., 3], "the alpha channel of images")
+        notes = (*notes, *repairs, *([] if bool((alpha == 1).all()) else [_TRANSPARENT]))
     if alpha is not None:
         alpha = clean_mask(alpha, len(source), "alpha")
         alpha = None if bool((alpha == 1).all()) else alpha

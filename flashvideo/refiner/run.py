@@ -18,14 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..color import (
-    AdainMatch,
-    WaveletMatch,
-    auto_detail_size,
-    check_detail_size,
-    clip_statistics,
-    frame_statistics,
-)
+from ..color import AdainMatch, WaveletMatch, auto_detail_size, check_detail_size, clip_statistics, frame_statistics
 from ..config import (
     COLOR_MATCHES,
     DEGRADATION_STEP,

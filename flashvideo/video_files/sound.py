@@ -49,7 +49,8 @@ def _hidden(packet: av.Packet) -> tuple[int, int]:
     """Samples of a packet's beginning and end that aren't heard, by what stands beside it."""
     if not getattr(packet, "has_sidedata", lambda _: False)(_HIDDEN):
         return 0, 0
-    return struct.unpack(_HIDDEN_FORM, bytes(packet.get_sidedata(_HIDDEN)))[:2]
+    beside = bytes(packet.get_sidedata(_HIDDEN))
+    return struct.unpack(_HIDDEN_FORM, beside)[:2] if len(beside) == struct.calcsize(_HIDDEN_FORM) else (0, 0)
 
 
 def _hide(packet: av.Packet, begin: int, end: int) -> None:

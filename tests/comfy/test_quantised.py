@@ -121,7 +121,8 @@ def test_a_lora_goes_on_top(
     load_model = submodule("nodes.native.model").load_model
     key = "diffusion_model.blocks.1.ff_proj.weight"
     make = torch.Generator().manual_seed(4)
-    change = 0.5 * torch.randn(512, 128, generator=make)
+    size = 0.5 if name == "nvfp4" else 0.2  # what 4 bits get wrong is nearly as much as 0.2 changes
+    change = size * torch.randn(512, 128, generator=make)
 
     def changed(path: Path) -> Any:
         model = load_model(path)
