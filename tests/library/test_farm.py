@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -113,6 +114,15 @@ def kill_one(head: Head, draw: random.Random) -> bool:
     return True
 
 
+def workers_at(head: Head, clip: str) -> list[psutil.Process]:
+    """The workers that hold a file of this clip open."""
+    found = []
+    for worker in head.workers(""):
+        with suppress(psutil.Error):
+            found += [worker] if any(clip in file.path for file in worker.open_files()) else []
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="kills processes as Linux names them")
 def test_every_clip_is_done_once_though_workers_and_the_head_are_killed(
@@ -149,7 +159,8 @@ def test_workers_without_a_clip_evaluate_windows_of_a_long_one(head: Head, tmp_p
     source.mkdir()
     make_video(source / "long.mp4", 49, size=(32, 32))
     make_video(source / "short.mp4", 5, size=(32, 32))
-    words = ["--keep-size", "--steps", "4", "--device", "cpu", "--window", "9", "--overlap", "4"]
+    # So many evaluations that the clip outlasts the half second in which a worker is found free.
+    words = ["--keep-size", "--steps", "24", "--device", "cpu", "--window", "9", "--overlap", "4"]
     expected = results_of_one_process(tmp_path / "alone", "refine", source, tmp_path / "alone", *words)
     words += ["--ray", head.address, "--workers", "2"]
 
@@ -167,6 +178,11 @@ def test_workers_without_a_clip_evaluate_windows_of_a_long_one(head: Head, tmp_p
     assert contents(target.parent) == {"long.mp4": expected["long.mp4"]}
 
     run = Command(tmp_path, "refine", source, tmp_path / "both", *words)
+    owners: list[psutil.Process] = []
+    run.wait_for(lambda: owners.extend(workers_at(head, "long.mp4")) or owners)
+    owners[0].suspend()  # the other one is free before it has done its windows, however late it began
+    run.wait_for(lambda: "short.mp4" in run.refined())
+    owners[0].resume()
     run.wait_for(lambda: head.workers(".assist"))
     assert run.wait() == 0, run.error.read_text()
     assert contents(tmp_path / "both") == expected
