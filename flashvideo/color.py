@@ -15,8 +15,9 @@ that match each frame's mean and deviation to its reference break this rule, and
   flickers no more than the refined clip did; brightness and large areas are as steady as the reference. The correction
   is not averaged over time: that would keep the refiner's own flicker and its steps between windows, and leave trails
   behind moving objects. Detail keeps the refiner's contrast: a strong gain leaves fringes at hard edges.
-  How fine the low band is can be chosen (`detail_size`). At 70 pixels it holds light and colour. At about twice the
-  enlargement's factor it holds nearly all that the reference shows, and the refiner adds only what is finer.
+  How fine the low band is can be chosen (`Detail`). At 70 pixels it holds light and colour. At about twice the
+  enlargement's factor it holds nearly all that the reference shows, and the refiner adds only what is finer, all of it
+  or as far as the reference supports it (`SupportedDetail`).
 - "adain": each channel gets the reference's mean and standard deviation (Huang and Belongie 2017, equation 8), both
   taken over the whole clip: one gain and one offset for all frames. It scales detail too, and can't copy the
   reference's shapes into a picture that moved away from them. But it corrects only casts that are the same everywhere,
@@ -34,12 +35,26 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .config import DETAIL_SIZE, MAX_DETAIL_SIZE, MIN_DETAIL_SIZE, NANO_DETAIL_SIZE, NANO_REFINERS, DiTConfig
+from .config import (
+    DETAIL_SIZE,
+    MAX_DETAIL_SIZE,
+    MIN_DETAIL_SIZE,
+    NANO_DETAIL_GAIN,
+    NANO_DETAIL_SIZE,
+    NANO_FOOTAGE_STAGE2,
+    NANO_REFINERS,
+    DiTConfig,
+)
 from .progress import Progress, no_progress
 
 _KNOTS_PER_SIZE = 70 / 16  # sinc(16 / 70)^8 = 1/2
 _MAX_GAIN = 4.0  # of adain: a larger one, or less than its inverse, means a clip without contrast, not a colour cast
 _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
+# Of SupportedDetail, measured on clips of FlashVideo-Nano (docs/nano_footage.md, "What the reference supports").
+_AREA = 4 / 3  # times the detail size: over what contrast and disagreement are averaged
+_FINEST = 5 / 9  # of the detail size: what is smaller still tells how sharp the reference is
+_SHARP, _SOFT = 0.19, 0.15  # the finest detail's part of the reference's detail: enlarged 2 times, and 4 times
+_CONTRAST, _DETAIL = 1e-5, 1e-6  # variances of 0.8 and 0.25 of an 8-bit step: less tells nothing
 
 
 class LowBand:
@@ -74,6 +89,19 @@ class LowBand:
         return self._rows @ low @ self._columns.T
 
 
+class Detail(NamedTuple):
+    """What "wavelet" takes from the refined clip: what is smaller than `size` pixels, 5 to 1000.
+
+    With a `gain`, 1 or more, only as far as the reference supports it, and made stronger by it: see `SupportedDetail`.
+    """
+
+    size: float = DETAIL_SIZE
+    gain: float | None = None
+
+
+COLORS_ONLY = Detail()
+
+
 class ColorStatistics(NamedTuple):
     """Mean and standard deviation of each channel over all pixels of all frames: [3] each, float64."""
 
@@ -95,6 +123,47 @@ class WaveletMatch:
         """A refined frame [H, W, 3] with its reference's low band, in [0, 1]; `out` receives it if given."""
         torch.sub(reference, refined, out=self._difference)
         return torch.add(refined, self._low_band(self._difference, self._correction), out=out).clamp_(0, 1)
+
+
+class SupportedDetail:
+    """The "wavelet" method for a refiner that can't be believed everywhere, one frame of one size at a time.
+
+    What is larger than the detail size comes from the reference. Of what is smaller:
+
+    - What the reference shows itself is kept: only the part of the refined detail that goes beyond it is added.
+    - Detail is as strong as it can be believed, c / (c + d): c is the reference's local contrast (variance), d the mean
+      squared difference of the two low bands there. A network that has put larger things in the wrong place, such as
+      behind fast motion, has put their detail there, too. This is a Wiener filter's weight for a signal c and noise d.
+    - Where the reference is soft, the detail is `gain` times as strong: a small network trained on errors makes detail
+      weaker than it is. Where it has the finest detail itself, so that the refiner has nothing to add, the gain is 1.
+    """
+
+    def __init__(self, height: int, width: int, device: torch.device | str, detail: Detail) -> None:
+        self._low, self._finer, self._wider = (
+            LowBand(height, width, device, detail.size * factor) for factor in (1, _FINEST, _AREA)
+        )
+        self._gain = detail.gain
+
+    def __call__(self, refined: Tensor, reference: Tensor, out: Tensor | None = None) -> Tensor:
+        """A refined frame's detail on its reference, [H, W, 3] in [0, 1]; `out` receives it if given."""
+        low, reference_low = self._low(refined), self._low(reference)
+        added, shown = refined - low, reference - reference_low
+        disagreement = self._power(reference_low.sub_(low))
+        contrast = self._power(reference - self._wider(reference)) + _CONTRAST
+        belief = contrast / (contrast + disagreement)
+        power = self._power(shown) + _DETAIL
+        finest = (self._power(reference - self._finer(reference)) + _SOFT * _DETAIL) / power
+        softness = ((_SHARP - finest) / (_SHARP - _SOFT)).clamp_(0, 1)
+        kept = ((self._mean(added * shown) + _DETAIL) / power).clamp_(0, 1)
+        added.addcmul_(kept, shown, value=-1).mul_(belief.mul_(softness.mul_(self._gain - 1).add_(1)))
+        return torch.add(reference, added, out=out).clamp_(0, 1)
+
+    def _power(self, picture: Tensor) -> Tensor:
+        return self._mean(picture.square()).clamp_min_(0)
+
+    def _mean(self, picture: Tensor) -> Tensor:
+        """Over the channels and the area around: [H, W, 1]."""
+        return self._wider(picture.mean(2, keepdim=True))
 
 
 class AdainMatch:
@@ -143,9 +212,20 @@ def adain_transform(refined: ColorStatistics, reference: ColorStatistics) -> tup
     return gain, reference.mean - refined.mean * gain
 
 
-def auto_detail_size(config: DiTConfig | None) -> int:
-    """The detail size, in pixels, for a stage II of this form: all but the miniature can make large things anew."""
-    return NANO_DETAIL_SIZE if config in NANO_REFINERS else DETAIL_SIZE
+def wavelet_match(
+    height: int, width: int, device: torch.device | str, detail: Detail
+) -> WaveletMatch | SupportedDetail:
+    """The "wavelet" method for frames of one size."""
+    if detail.gain is None:
+        return WaveletMatch(height, width, device, detail.size)
+    return SupportedDetail(height, width, device, detail)
+
+
+def auto_detail(config: DiTConfig | None) -> Detail:
+    """The detail that suits a stage II of this form: all but the miniature can make large things anew."""
+    if config == NANO_FOOTAGE_STAGE2:
+        return Detail(NANO_DETAIL_SIZE, NANO_DETAIL_GAIN)
+    return Detail(NANO_DETAIL_SIZE if config in NANO_REFINERS else DETAIL_SIZE)
 
 
 def check_detail_size(detail_size: float) -> None:
@@ -158,33 +238,33 @@ def match_colors(
     frames: Tensor,
     reference: Tensor,
     method: str,
-    detail_size: float = DETAIL_SIZE,
+    detail: Detail = COLORS_ONLY,
     *,
     progress: Progress | None = None,
 ) -> Tensor:
     """A refined clip [T, H, W, 3] in the colours of `reference` [T, H, W, 3]; both float32 in [0, 1].
 
-    Returns a new clip in [0, 1]; the inputs are not modified. `method` is one of METHODS; `detail_size`, 5 to 1000
-    pixels, is for "wavelet". Raises ValueError for another method or size and for clips of different shapes.
+    Returns a new clip in [0, 1]; the inputs are not modified. `method` is one of METHODS; `detail` is for "wavelet".
+    Raises ValueError for another method or size and for clips of different shapes.
     """
-    check_detail_size(detail_size)
+    check_detail_size(detail.size)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if frames.shape != reference.shape:
         raise ValueError(f"frames and reference must have one shape; got {[*frames.shape]} and {[*reference.shape]}.")
     out = torch.empty_like(frames, memory_format=torch.contiguous_format)
-    METHODS[method](frames, reference.to(frames.device), out, detail_size, progress or no_progress)
+    METHODS[method](frames, reference.to(frames.device), out, detail, progress or no_progress)
     return out
 
 
-def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, detail_size: float, progress: Progress) -> None:
-    match = WaveletMatch(*frames.shape[1:3], device=frames.device, detail_size=detail_size)
+def _wavelet(frames: Tensor, reference: Tensor, out: Tensor, detail: Detail, progress: Progress) -> None:
+    match = wavelet_match(*frames.shape[1:3], frames.device, detail)
     for index, (refined, wanted) in enumerate(zip(frames, reference, strict=True)):
         match(refined, wanted, out[index])
         progress(index + 1, len(frames))
 
 
-def _adain(frames: Tensor, reference: Tensor, out: Tensor, _detail_size: float, progress: Progress) -> None:
+def _adain(frames: Tensor, reference: Tensor, out: Tensor, _detail: Detail, progress: Progress) -> None:
     steps = iter(range(1, 3 * len(frames) + 1))  # both clips are read, then the result is written
 
     def report() -> None:

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .color import match_colors
+from .color import COLORS_ONLY, Detail, match_colors
 from .config import (
     COLOR_MATCHES,
-    DETAIL_SIZE,
     PIXEL_MULTIPLE,
     RESAMPLERS,
     SIZE_MODES,
@@ -186,7 +185,7 @@ def finish(
     frames: Tensor,
     reference: Tensor,
     color_match: str = "none",
-    detail_size: float = DETAIL_SIZE,
+    detail: Detail = COLORS_ONLY,
     *,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -194,7 +193,7 @@ def finish(
 
     `frames` must have the shape that `prepare` gave with this reference (or the reference's own). `color_match` is one
     of COLOR_MATCHES: "none" only crops, and the result is a view if no pixel had to be repaired; for the others, and
-    for `detail_size`, see `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and
+    for `detail`, see `color.match_colors`. The inputs are not modified. Raises ValueError for other shapes and
     as `clean` and `match_colors` do.
     """
     if color_match not in COLOR_MATCHES:
@@ -218,7 +217,7 @@ def finish(
     cropped, _ = clean(frames[:count, :height, :width])
     if color_match == "none":
         return cropped
-    return match_colors(cropped, clean(reference, "reference")[0], color_match, detail_size, progress=progress)
+    return match_colors(cropped, clean(reference, "reference")[0], color_match, detail, progress=progress)
 
 
 def clean(frames: Tensor, name: str = "images") -> tuple[Tensor, tuple[str, ...]]:

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..flashvideo.color import auto_detail_size
+from ..flashvideo.color import Detail, auto_detail
 from ..flashvideo.compare import LAYOUTS, compare
 from ..flashvideo.config import COLOR_MATCHES, MAX_DETAIL_SIZE, RESAMPLERS, SIZE_MODES
 from ..flashvideo.frames import MAX_SIDE, TargetSize, clean, finish, prepare
@@ -186,7 +186,8 @@ class FlashVideoFinishFrames(io.ComfyNode):
                     tooltip="For wavelet, in pixels: what is smaller comes from the refiner, what is larger from the "
                     "reference. 70 takes over colours only. About twice the enlargement (8 for 4 times) keeps "
                     "nearly all that the draft shows, and only adds finer detail: most faithful. Useful: 8 to 70; at "
-                    "least 5. 0: 9 if model is FlashVideo-Nano, else 70. Default: 0.",
+                    "least 5. 0: suits the model; for FlashVideo-Nano 9, with its detail only as far as the reference "
+                    "supports it, else 70. Default: 0.",
                 ),
                 io.Model.Input(
                     "model",
@@ -227,10 +228,11 @@ class FlashVideoFinishFrames(io.ComfyNode):
         with named(cls.NAME):
             if model is not None:
                 check_stage(model, 2)
+            detail = Detail(detail_size)
             if detail_size == AUTO_DETAIL_SIZE:
-                detail_size = auto_detail_size(None if model is None else model.model.diffusion_model.config)
+                detail = auto_detail(None if model is None else model.model.diffusion_model.config)
             seen = None if alpha is None else opacity(alpha)
-            frames = finish(images, reference, color_match, detail_size, progress=progress)
+            frames = finish(images, reference, color_match, detail, progress=progress)
             if seen is not None:
                 frames, seen = make_transparent(frames, clean(reference)[0], seen, progress=progress)
         _warn_of_alpha(cls, images=images, reference=reference)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
-from ..config import DETAIL_SIZE, latent_frames
+from ..color import COLORS_ONLY
+from ..config import latent_frames
 from ..degradation import AutoStrength
 from ..devices import GIB, main_memory
 from ..errors import CommandError
@@ -223,10 +224,10 @@ def note_automatic(
     """Report what was chosen automatically."""
     if not isinstance(settings.strength, int):
         note(f"strength {settings.strength_for(size)} (auto, for {size})")
-    detail_size = settings.detail_size_for(networks.dit.config)
-    if settings.detail_size is None and settings.color_match == "wavelet" and detail_size != DETAIL_SIZE:
+    detail = settings.detail_for(networks.dit.config)
+    if settings.detail_size is None and settings.color_match == "wavelet" and detail != COLORS_ONLY:
         note(
-            f"detail size {detail_size:g} (auto, for FlashVideo-Nano): what is larger than {detail_size:g} pixels "
+            f"detail size {detail.size:g} (auto, for FlashVideo-Nano): what is larger than {detail.size:g} pixels "
             "stays as in the source"
         )
 

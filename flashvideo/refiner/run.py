@@ -18,7 +18,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..color import AdainMatch, WaveletMatch, auto_detail_size, check_detail_size, clip_statistics, frame_statistics
+from ..color import (
+    AdainMatch,
+    Detail,
+    auto_detail,
+    check_detail_size,
+    clip_statistics,
+    frame_statistics,
+    wavelet_match,
+)
 from ..config import (
     COLOR_MATCHES,
     DEGRADATION_STEP,
@@ -97,7 +105,7 @@ class RefineSettings:
     """What the user can choose. Raises ValueError for invalid values.
 
     An AutoStrength follows from the result's size, and so does None, from the official strength; `detail_size` None
-    follows from the model (`color.auto_detail_size`). `window` and `overlap` are in frames, `tile` and `detail_size` in
+    follows from the model (`color.auto_detail`). `window` and `overlap` are in frames, `tile` and `detail_size` in
     pixels; with tile 0 stage II sees whole frames.
     """
 
@@ -137,9 +145,9 @@ class RefineSettings:
         strength = AutoStrength() if self.strength is None else self.strength
         return strength(*padded_shape(1, *size)[1:]) if isinstance(strength, AutoStrength) else strength
 
-    def detail_size_for(self, config: DiTConfig) -> float:
-        """The detail size for a stage II of this form."""
-        return auto_detail_size(config) if self.detail_size is None else self.detail_size
+    def detail_for(self, config: DiTConfig) -> Detail:
+        """What is taken from a stage II of this form."""
+        return auto_detail(config) if self.detail_size is None else Detail(self.detail_size)
 
 
 @dataclass(frozen=True)
@@ -361,8 +369,8 @@ class RefineRun:
             )
             match = AdainMatch(refined, reference, self.networks.device)
         else:
-            detail_size = self.settings.detail_size_for(self.networks.dit.config)
-            match = WaveletMatch(self.height, self.width, self.networks.device, detail_size)
+            detail = self.settings.detail_for(self.networks.dit.config)
+            match = wavelet_match(self.height, self.width, self.networks.device, detail)
         return lambda *pair: torch.stack([match(*frames) for frames in zip(*pair, strict=True)])
 
     def _drop(self, kind: str, start: int, stop: int) -> int:

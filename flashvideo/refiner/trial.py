@@ -248,9 +248,9 @@ class _Task:
         networks, settings = self.networks, self.settings
         size = settings.size.resolve(height, width)
         note_automatic(networks, settings, size, self.options.note)
-        chosen = {"strength": settings.strength_for(size), "detail_size": settings.detail_size_for(networks.dit.config)}
+        settings = replace(settings, strength=settings.strength_for(size))
         crop = plan_crop(size, self.place, settings.tile)
-        return _Plan(networks, replace(settings, **chosen), size, crop, self.watch)
+        return _Plan(networks, settings, size, crop, self.watch)
 
 
 def _try_video(task: _Task) -> Trial:

@@ -62,8 +62,13 @@ def test_finish_offers_wavelet_first_and_still_takes_none(comfy_nodes: dict) -> 
 def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[str], ModuleType]) -> None:
     finish, frames = comfy_nodes["FlashVideoFinishFrames"].execute, submodule("flashvideo.frames")
     load, nano_state = submodule("nodes.native.model").load_model, submodule("flashvideo.nano").nano_state
+    color = submodule("flashvideo.color")
     refined, reference = torch.rand(2, 5, 32, 48, 3)
-    for chosen, used in [({}, 70), ({"model": load(nano_state("stage2"))}, 9), ({"detail_size": 20}, 20)]:
+    drawn, footage = ({"model": load(nano_state(name))} for name in ("stage2", "footage_stage2"))
+    for chosen, used in [
+        ({}, color.Detail(70)), (drawn, color.Detail(9)), (footage, color.Detail(9, gain=2.5)),
+        ({"detail_size": 20}, color.Detail(20)), ({"detail_size": 9} | footage, color.Detail(9)),
+    ]:  # fmt: skip
         finished, _ = finish(refined, reference, "wavelet", **chosen).result
         assert torch.equal(finished, frames.finish(refined, reference, "wavelet", used))
     with pytest.raises(ValueError, match=r"^FlashVideo Finish Frames: detail_size must be 5 to 1000 pixels; got 4"):

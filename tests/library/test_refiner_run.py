@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
+from flashvideo.color import Detail, match_colors
 from flashvideo.config import COLOR_MATCHES, STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.errors import CommandError
@@ -101,6 +102,20 @@ def test_nano_gives_the_same_for_the_same_seed_and_another_for_another(nano: Net
     )
     assert torch.equal(first, again)
     assert float((first - other).abs().mean()) > 1e-3
+
+
+def test_the_refiner_for_real_footage_gives_the_detail_that_its_source_supports() -> None:
+    dit = load_dit(nano_state("footage_stage2"), dtype=torch.float32)
+    vae = load_vae(nano_state("footage_vae"), dtype=torch.float32)
+    networks = Networks(dit, vae, torch.zeros(1, 8, dit.config.text_dim))
+    frames = picture_waves(5, 12, 16)
+    settings = RefineSettings(TargetSize("scale", scale=4.0), cfg=1, strength=60, window=17, overlap=8, steps=1)
+    refined, result = (
+        refine_frames(networks, frames, replace(settings, color_match=name)) for name in ("none", "wavelet")
+    )
+    expected = match_colors(refined, prepare(frames, settings.size).reference, "wavelet", Detail(9, gain=2.5))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    assert (result - match_colors(refined, expected, "wavelet", Detail(9))).abs().max() > 1e-3
 
 
 def test_with_a_refiner_that_does_nothing_the_chain_is_the_vaes_round_trip(nano: Networks) -> None:
