@@ -27,6 +27,19 @@ _PIXEL = """([x, y]) => {
 _IS_AT = "frame => document.querySelector('.flashvideo-compare')?.dataset.frame === String(frame)"
 _GET = "name => window.app.extensionManager.setting.get(name)"
 _SET = """([name, value]) => window.app.extensionManager.setting.set(name, value)"""
+LOCALE = "Comfy.Locale"
+_SET_LOCALE = """async locale => {  // and wait for the page, which then loads its graph anew
+    const app = window.app, load = app.loadGraphData;
+    if (app.extensionManager.setting.get('Comfy.Locale') === locale) return;
+    const loaded = new Promise(resolve => {
+        app.loadGraphData = async (...values) => {
+            app.loadGraphData = load;
+            try { return await load.apply(app, values) } finally { resolve() }
+        };
+    });
+    await app.extensionManager.setting.set('Comfy.Locale', locale);
+    await loaded;
+}"""
 
 
 def node(number: int, kind: str, left: int, inputs: list, outputs: list, values: list) -> dict[str, Any]:
@@ -157,11 +170,14 @@ def setting(comfy_page: Any) -> Iterator[Callable[[str, Any], None]]:
 
     def change(name: str, value: Any) -> None:
         before.setdefault(name, comfy_page.page.evaluate(_GET, name))
-        comfy_page.page.evaluate(_SET, [name, value])
+        if name == LOCALE:
+            comfy_page.page.evaluate(_SET_LOCALE, value)
+        else:
+            comfy_page.page.evaluate(_SET, [name, value])
 
     yield change
-    for name, value in before.items():
-        comfy_page.page.evaluate(_SET, [name, value])
+    for name, value in [*before.items()]:
+        change(name, value)
     comfy_page.page.evaluate("() => window.app.graph.clear()")
 
 
@@ -261,7 +277,7 @@ def test_it_plays_in_step_and_a_run_renews_it(comfy_page: Any) -> None:
 def test_pictures_and_lists_have_a_slider_too_and_other_languages_their_words(
     comfy_page: Any, setting: Callable[[str, Any], None]
 ) -> None:
-    setting("Comfy.Locale", "ja")
+    setting(LOCALE, "ja")
     slider = Slider(comfy_page, picture=True)
     assert not slider.page.locator(f"{_HOST} button.play").is_visible()
     assert slider.page.locator(f"{_HOST} .name.before").inner_text() == "前"
