@@ -18,7 +18,7 @@ from .common import CATEGORY, found_as, named, own_id
 from .frames import AUTO_DETAIL_SIZE, FlashVideoFinishFrames, FlashVideoPrepareFrames
 from .inputs import checked
 from .native.cluster import carried, checked_cluster, refine_on_cluster
-from .native.long_video import refine_long_video
+from .native.long_video import CODECS, H264, Result, refine_long_video
 from .native.notices import note, warn
 from .native.vae import FlashVideoVAE
 from .stage2 import (
@@ -84,6 +84,16 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     "folders under the same path. Needs pip install 'comfyui-flashvideo[ray]'. Empty: here. Default: "
                     "empty.",
                 ),
+                io.Combo.Input(
+                    "codec",
+                    options=list(CODECS),
+                    default=H264,
+                    optional=True,
+                    tooltip="How the refined video is written. h264: 8 bits a colour, plays everywhere. hevc and av1: "
+                    "10 bits, so that skies show no steps and HDR stays; hevc is for editing programs, and not every "
+                    "browser shows a preview of it. Leave Save Video's format and codec at auto: they keep it as it "
+                    "is. Default: h264.",
+                ),
             ],
             outputs=[
                 io.Video.Output(
@@ -119,16 +129,23 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             if notice is not None:
                 warn(f"{cls.NAME}: {notice}", own_id(cls))
             target = TargetSize(size, short_side, scale, width, height)
-            cluster, preset = choices.pop("cluster", ""), choices.pop("preset", CUSTOM)
+            cluster, preset, codec = (
+                choices.pop("cluster", ""),
+                choices.pop("preset", CUSTOM),
+                choices.pop("codec", H264),
+            )
             choices["strength"] = chosen_strength(choices["strength"])
             if (known := chosen_preset(preset)) is not None:
                 choices |= known.choices
                 note(f"{cls.NAME}: preset {preset}: {known}", own_id(cls))
             choices["detail_size"] = choices.get("detail_size", AUTO_DETAIL_SIZE) or None
             settings = RefineSettings(target, **choices)
-            places = {
-                "unfinished": Path(folder_paths.get_output_directory()) / UNFINISHED,
-                "finished": Path(folder_paths.get_temp_directory()),
+            ways = {
+                "result": Result(
+                    unfinished=Path(folder_paths.get_output_directory()) / UNFINISHED,
+                    finished=Path(folder_paths.get_temp_directory()),
+                    codec=codec,
+                ),
                 "warn": lambda text: warn(f"{cls.NAME}: {text}", own_id(cls)),
                 "note": lambda text: note(f"{cls.NAME}: {text}", own_id(cls)),
             }
@@ -136,9 +153,9 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                 if cluster.strip():
                     address = checked_cluster(cluster)
                     carry = carried(model, vae, positive, negative)
-                    path = refine_on_cluster(address, carry, video, settings, **places)
+                    path = refine_on_cluster(address, carry, video, settings, **ways)
                 else:
-                    path = refine_long_video(model, vae, positive, negative, video, settings, **places)
+                    path = refine_long_video(model, vae, positive, negative, video, settings, **ways)
             except CommandError as error:
                 raise ValueError(str(error)) from None
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)))

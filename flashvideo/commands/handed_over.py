@@ -44,7 +44,7 @@ class HandedOver:
 
     `address`: see `FarmOptions`. `model` and `vae` None mean the built-in ones, for real footage with `footage`.
     `context`: the prompt's encoding [1, L, text_dim]. `work`: where folders of unfinished work go.
-    `bits`: a colour.
+    `codec`, `bits`: see `VideoFormat`.
     """
 
     address: str | None
@@ -57,6 +57,7 @@ class HandedOver:
     vae_memory: float | None
     settings: RefineSettings
     context: Tensor
+    codec: str
     bits: int
 
     def written(self) -> str:
@@ -64,7 +65,7 @@ class HandedOver:
         context = self.context.float().cpu().contiguous().numpy()
         paths = {name: getattr(self, name) for name in ("source", "target", "work", "model", "vae")}
         values = {name: path and str(path) for name, path in paths.items()}
-        values |= {name: getattr(self, name) for name in ("address", "footage", "vae_memory", "bits")}
+        values |= {name: getattr(self, name) for name in ("address", "footage", "vae_memory", "codec", "bits")}
         settings = dict(vars(self.settings))
         settings["size"] = vars(settings["size"])
         if isinstance(settings["strength"], AutoStrength):
@@ -89,7 +90,7 @@ class HandedOver:
     def options(self) -> RefineOptions:
         """The same as a command's."""
         output = OutputOptions(
-            crf=CRF, sound="copy", codec="auto", bits=self.bits, deinterlace=False, fps=None, start_number=None,
+            crf=CRF, sound="copy", codec=self.codec, bits=self.bits, deinterlace=False, fps=None, start_number=None,
             work=self.work, force=False, anew=False,
         )  # fmt: skip
         models = ModelOptions(

@@ -31,7 +31,7 @@ from ...flashvideo.refiner.files import file_identity
 from ...flashvideo.refiner.run import DECODE, RefineSettings
 from .fingerprint import patches_fingerprint
 from .loaded_from import file_of
-from .long_video import BITS, long_files, report_progress
+from .long_video import Result, long_files, report_progress
 from .model import guarded
 from .multidiffusion import tile_of, with_tiles
 from .vae import FlashVideoVAE
@@ -125,19 +125,19 @@ def refine_on_cluster(
     video: Any,
     settings: RefineSettings,
     *,
-    unfinished: Path,
-    finished: Path,
+    result: Result,
     warn: Callable[[str], None],
     note: Callable[[str], None],
 ) -> Path:
     """The same as `refine_long_video`, by the workers of a cluster; `carry`: see `carried`."""
     settings = replace(settings, tile=carry["tile"])
     networks = {name: carry[name] and file_identity(carry[name]) for name in ("model", "vae")}
-    with long_files(video, unfinished, finished, settings, carry | networks, warn) as (source, target, _):
+    with long_files(video, result, settings, carry | networks, warn) as (source, target, _):
         if not target.is_file():
             fields = {name: value for name, value in carry.items() if name != "tile"}
-            files = {"source": source.resolve(), "target": target.resolve(), "work": unfinished.resolve()}
-            hand_over(HandedOver(address, **files, **fields, settings=settings, bits=BITS), report_progress(), note)
+            files = {"source": source.resolve(), "target": target.resolve(), "work": result.unfinished.resolve()}
+            written = {"codec": result.codec, "bits": result.bits}
+            hand_over(HandedOver(address, **files, **fields, settings=settings, **written), report_progress(), note)
     return target
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,25 @@ from .stages import refiner_settings
 from .vae import FlashVideoVAE
 from .video_source import SAVED_AS_IT_IS, sound_suffix, source_file
 
-BITS = 8  # a colour: browsers show previews of H.264
+H264 = "h264"  # with 8 bits every browser shows previews of it
+CODECS = {H264: 8, "hevc": 10, "av1": 10}  # bits a colour
 CHUNKS = 33, 9  # frames and latent frames: two chunks, more than the VAE has in hand
 _SHARES = {READ: 2, ENCODE: 18, REFINE: 55, MEASURE: 10, DECODE: 15}  # of the time, roughly
 _BAR_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """A long video's file: in the folder `finished`, work on it in `unfinished`. `codec` is one of CODECS."""
+
+    unfinished: Path
+    finished: Path
+    codec: str = H264
+
+    @property
+    def bits(self) -> int:
+        """A colour."""
+        return CODECS[self.codec]
 
 
 class _Evaluation(comfy.samplers.Sampler):
@@ -148,16 +163,15 @@ def refine_long_video(
     video: Any,
     settings: RefineSettings,
     *,
-    unfinished: Path,
-    finished: Path,
+    result: Result,
     warn: Callable[[str], None],
     note: Callable[[str], None],
 ) -> Path:
-    """Refine a VIDEO to a file in the folder `finished`; a file that was made before is returned at once.
+    """Refine a VIDEO to a file; one that was made before is returned at once.
 
-    Work is stored in the folder `unfinished` until all is done, and a call with the same arguments resumes it, in
-    another process, too. `warn` gets what a user should know before the work starts, `note` the strength if it is
-    auto. Raises CommandError for what can't be done, and ValueError for an invalid size.
+    A call with the same arguments resumes unfinished work, in another process, too. `warn` gets what a user should know
+    before the work starts, `note` the strength if it is auto. Raises CommandError for what can't be done, and
+    ValueError for an invalid size.
     """
     budget, store = vae_budget(vae), vae_store(vae)
     about = {
@@ -170,13 +184,14 @@ def refine_long_video(
         "vae_memory": budget,
         "vae_store": store,
     }
-    with long_files(video, unfinished, finished, settings, about, warn) as (source, target, key):
+    with long_files(video, result, settings, about, warn) as (source, target, key):
         if target.is_file():
             return target
         guided = GuidedRefiner(model, positive, negative, settings, vae.device)
         loaded = LoadedVAE(vae, _vae_bytes(vae, video, settings, budget))
         networks = Networks(guided, loaded, torch.zeros(1, 1, 1), vae.device, budget, store)
-        options = FileOptions(bits=BITS, work=unfinished / key, about=about, warn=warn, note=note)
+        written = {"codec": result.codec, "bits": result.bits}
+        options = FileOptions(**written, work=result.unfinished / key, about=about, warn=warn, note=note)
         # The network is guided already: with cfg 1 the library evaluates it once a step.
         refine_video(networks, source, target, replace(settings, cfg=1.0), options, report_progress())
     return target
@@ -185,23 +200,23 @@ def refine_long_video(
 @contextmanager
 def long_files(
     video: Any,
-    unfinished: Path,
-    finished: Path,
+    result: Result,
     settings: RefineSettings,
     about: dict[str, Any],
     warn: Callable[[str], None],
 ) -> Iterator[tuple[Path, Path, str]]:
-    """A VIDEO's file, that of its result in the folder `finished`, and a name for the run.
+    """A VIDEO's file, that of its result, and a name for the run, which changes with `result`, `settings` and `about`.
 
-    The name changes with `settings` and `about`.
     A file that had to be written for the video is deleted at the end, unless there is an error.
     """
-    for folder in (unfinished, finished):
+    for folder in (result.unfinished, result.finished):
         folder.mkdir(parents=True, exist_ok=True)
-    source, copied = source_file(video, unfinished)
+    source, copied = source_file(video, result.unfinished)
     suffix = sound_suffix(source)
+    if result.codec != H264:  # as all runs were written before there was a choice
+        about = {**about, "codec": result.codec}
     key = fingerprint(repr(settings), [source.name] if copied else file_identity(source), about)
-    target = finished / f"flashvideo-{key}{suffix}"
+    target = result.finished / f"flashvideo-{key}{suffix}"
     if suffix != SAVED_AS_IT_IS:
         warn(
             f"The sound of {source.name} fits no {SAVED_AS_IT_IS} file, so the refined video will be {target}. Save "

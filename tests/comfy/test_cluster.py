@@ -124,7 +124,7 @@ def test_what_is_handed_over_is_what_arrives(submodule: Callable[[str], ModuleTy
     settings = run.RefineSettings(submodule("flashvideo.frames").TargetSize("scale", scale=2.0), strength=strength)
     job = module.HandedOver(
         None, tmp_path / "ä.mp4", tmp_path / "b.mp4", tmp_path, None, tmp_path / "v.pt", False, 1e9, settings,
-        torch.randn(1, 3, 5), 8,
+        torch.randn(1, 3, 5), "hevc", 10,
     )  # fmt: skip
     read = module.HandedOver.read(job.written())
     assert torch.equal(read.context, job.context)
@@ -205,7 +205,7 @@ def test_a_job_ends_with_the_program_that_gave_it(
         silent.listen()
         job = module.HandedOver(
             f"127.0.0.1:{silent.getsockname()[1]}", source, tmp_path / "out.mp4", tmp_path, None, None, False, None,
-            run.RefineSettings(), torch.zeros(1, 3, 5), 8,
+            run.RefineSettings(), torch.zeros(1, 3, 5), "h264", 8,
         )  # fmt: skip
         python, *command = submodule("nodes.native.cluster").COMMAND
         process = subprocess.Popen(

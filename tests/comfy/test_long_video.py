@@ -340,6 +340,31 @@ def test_detail_size_auto_is_that_of_the_model_and_is_shown(
     assert automatic != by_hand and automatic.read_bytes() == by_hand.read_bytes()
 
 
+def test_a_codec_of_10_bits_is_written_and_save_video_keeps_it(
+    refine: Callable[..., Path], short_video: Any, tmp_path: Path
+) -> None:
+    cheap = {"steps": 1, "cfg": 1.0}
+    plain, *deep = (refine(short_video, **cheap, **codec) for codec in ({}, {"codec": "hevc"}, {"codec": "av1"}))
+    assert refine(short_video, codec="h264", **cheap) == plain
+    for path, names in [(plain, ("h264",)), (deep[0], ("hevc",)), (deep[1], ("av1", "libdav1d"))]:
+        saved = tmp_path / path.name
+        InputImpl.VideoFromFile(str(path)).save_to(str(saved))
+        for each in (path, saved):
+            with av.open(str(each)) as container:
+                stream = container.streams.video[0]
+                assert stream.codec_context.name in names
+                assert stream.pix_fmt == ("yuv420p" if path == plain else "yuv420p10le")
+        difference = (decoded(saved) - decoded(plain)).abs()
+        assert difference.mean() < 5 / 255
+
+
+def decoded(path: Path) -> Tensor:
+    with av.open(str(path)) as container:
+        return (
+            torch.stack([torch.tensor(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]).float() / 255
+        )
+
+
 def test_strength_auto_is_that_of_the_result_and_is_shown(
     refine: Callable[..., Path],
     short_video: Any,
