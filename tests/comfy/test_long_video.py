@@ -358,6 +358,19 @@ def test_a_codec_of_10_bits_is_written_and_save_video_keeps_it(
         assert difference.mean() < 5 / 255
 
 
+def test_hdr_stays_hdr_with_10_bits(refine: Callable[..., Path]) -> None:
+    source = Path(__file__).resolve().parents[1] / "data" / "media" / "hdr_pq.mp4"
+    path = refine(InputImpl.VideoFromFile(str(source)), steps=1, cfg=1.0, codec="hevc")
+    streams = []
+    for file in (source, path):
+        with av.open(str(file)) as container:
+            context = container.streams.video[0].codec_context
+            streams.append((context.color_trc, context.color_primaries, context.format.components[0].bits))
+    assert streams[0] == streams[1]
+    assert streams[1][0] == 16  # PQ
+    assert streams[1][2] == 10
+
+
 def decoded(path: Path) -> Tensor:
     with av.open(str(path)) as container:
         return (
