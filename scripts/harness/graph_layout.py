@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 TITLE_HEIGHT = 30
+EM_SPACE = "\u2003"  # as wide as its type is high
+_GROUP_PADDING, _DIGIT_WIDTH, _CAPITAL_TOP = 4, 0.6, 0.27  # of a group's title: units, then shares of its type
 _SLOT_HEIGHT, _WIDGET_HEIGHT = 20, 24
 _SLOT_INSET = 10  # of a slot's dot from the node's edge
 _FIRST_SLOT = 0.7  # its middle, in slot heights
@@ -48,6 +50,13 @@ def group_box(group: dict[str, Any]) -> Box:
     """A group's frame."""
     left, top, width, height = group["bounding"]
     return left, top, left + width, top + height
+
+
+def group_number_box(group: dict[str, Any]) -> Box:
+    """The number that a group's title begins with, behind an EM_SPACE where a wire turns at the group's corner."""
+    (left, top, _, _), size = group["bounding"], group["font_size"]
+    start = left + _GROUP_PADDING + size * group["title"].count(EM_SPACE)
+    return start, top + size * _CAPITAL_TOP, start + size * _DIGIT_WIDTH, top + size
 
 
 def whole(workflow: dict[str, Any]) -> Box:

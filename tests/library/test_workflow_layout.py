@@ -10,7 +10,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from harness.fewer_dots import ONE_LINE, without_spare_dots
-from harness.graph_layout import box, fitted_scale, group_box, nodes_crossed, shared_length, whole, wires
+from harness.graph_layout import (
+    box,
+    fitted_scale,
+    group_box,
+    group_number_box,
+    nodes_crossed,
+    shared_length,
+    whole,
+    wires,
+)
 from harness.workflow_api import read_workflow
 from harness.workflow_files import shipped
 
@@ -89,10 +98,21 @@ def test_spare_dots_are_taken_out_and_wires_stay_where_they_are() -> None:
 
 
 @FILES
+def test_no_wire_lies_over_a_group_s_number(path: Path) -> None:
+    workflow = read_workflow(path)
+    dots = [tuple(dot["pos"]) for dot in workflow["extra"].get("reroutes", [])]
+    for group in workflow["groups"]:
+        if group["title"].strip()[0].isdigit():
+            left, top, right, bottom = group_number_box(group)
+            points = [point for wire in wires(workflow) for point in wire.points] + dots
+            assert not [(x, y) for x, y in points if left <= x <= right and top <= y <= bottom], group["title"]
+
+
+@FILES
 def test_groups_lie_apart_and_have_a_title_that_fits(path: Path) -> None:
     groups = read_workflow(path)["groups"]
     for one, other in itertools.combinations(groups, 2):
         a, b = group_box(one), group_box(other)
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (one["title"], other["title"])
     for group in groups:
-        assert len(group["title"]) * group["font_size"] * 0.55 <= group["bounding"][2], group["title"]
+        assert len(group["title"].strip()) * group["font_size"] * 0.55 <= group["bounding"][2], group["title"]
