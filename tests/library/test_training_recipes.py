@@ -29,12 +29,13 @@ from flashvideo.training.loop.checkpointing import BEST, LAST, load_state
 from flashvideo.training.loop.metrics import MetricsFile
 from flashvideo.training.randomness import generator_for
 from flashvideo.training.rows import Rows
+from flashvideo.training.tasks.latent_scale import fold_latent_scale, scale_towards
 from flashvideo.training.tasks.lora import add_lora, lora_state, merged_state
 from flashvideo.training.tasks.losses import Network, stage1_loss
 from flashvideo.training.tasks.networks import NetworkSettings, as_called, attention_products, make_network
 from flashvideo.training.tasks.stage1 import Layout, ShortClips, Stage1Settings, _spread_timesteps
 from flashvideo.training.tasks.text import TextSettings, TextTask, fresh_encoder, text_metadata
-from flashvideo.training.tasks.vae import fold_latent_scale, initialise
+from flashvideo.training.tasks.vae import initialise
 from flashvideo.vae import VideoVAE
 
 
@@ -73,6 +74,21 @@ def test_folding_the_latent_scale_changes_latents_and_nothing_else() -> None:
     assert (vae.decode(after.mean) - decoded).abs().max() <= 1e-4
     with pytest.raises(TrainingError, match="constant"):
         fold_latent_scale(vae, torch.zeros(16))
+
+
+@torch.no_grad()
+def test_latents_are_scaled_to_those_that_stage_2_knows() -> None:
+    known, vae = (VideoVAE(VAEConfig(8, (1, 1, 1, 1), 1, 1, norm_groups=8)) for _ in range(2))
+    initialise(known, seed=1)
+    vae.load_state_dict(known.state_dict())
+    deviation = torch.linspace(0.1, 5, 16)
+    fold_latent_scale(vae, deviation)
+    clips = [torch.randn(1, 3, 5, 16, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    torch.testing.assert_close(scale_towards(vae, known, clips), 1 / deviation)
+    last = vae.encoder.conv_out.conv
+    last.weight[0], last.bias[0] = -last.weight[0], -last.bias[0]
+    with pytest.raises(TrainingError, match="a latent channel has nothing in common"):
+        scale_towards(vae, known, clips)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from ..randomness import generator_for, normal_like, randint
 from ..rows import Batches, Rows
 from ..scenes.stream import SceneStream
 from .fused_vae import FusedVAE, fused_or_plain
+from .latent_scale import fold_latent_scale, scale_towards
 from .losses import PixelWeights, vae_loss
 from .widening import widened
 
@@ -120,6 +121,8 @@ class VAESettings:
     start: str = ""
     fused: bool = False  # learns through the kernels of `fused_vae`, where the CPU and its compiler can
     eight_bits: bool = False  # the exported file's large weights are stored in 8 bits
+    # A VAE's file: the exported latents are scaled to be near its latents, so that a stage II that knows these fits.
+    latents_like: str = ""
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
     clips: Footage = field(default_factory=Footage)  # where clips come from
@@ -305,7 +308,7 @@ class VAETask:
         """Write vae.safetensors with normalised latents in half precision; returns the metrics of what it holds."""
         with torch.no_grad():
             if not (self._exported and self.settings.decoder_only):
-                fold_latent_scale(self.model, self._latent_deviation())
+                fold_latent_scale(self.model, self._latent_scale())
             self.model.load_state_dict(as_stored(self.model.state_dict(), eight_bits=self.settings.eight_bits))
             scores = self.validate()
         metadata = {STAGE_METADATA: "vae", "flashvideo.trained": "true", "flashvideo.step": str(step)}
@@ -315,6 +318,15 @@ class VAETask:
         path = folder / "vae.safetensors"
         export_weights(path, self.model.state_dict(), metadata, eight_bits=self.settings.eight_bits)
         return {path: scores}
+
+    def _latent_scale(self) -> Tensor:
+        """What the latent's channels are divided by: [16]."""
+        if not self.settings.latents_like:
+            return self._latent_deviation()
+        known = load_vae(Path(self.settings.latents_like), dtype=torch.float32)
+        return scale_towards(
+            self.model, known, [clip for kind in self.settings.validation for clip in self._clips(kind)]
+        )
 
     @torch.no_grad()
     def _preview(self) -> Tensor:
@@ -335,27 +347,6 @@ class VAETask:
                 noise = normal_like(posterior.mean, generator_for(VALIDATION_SEED, kind.name, len(draws)))
                 draws.append(rearrange(posterior.sample(noise)[0], "c t h w -> c (t h w)"))
         return torch.cat(draws, dim=1).std(dim=1)
-
-
-@torch.no_grad()
-def fold_latent_scale(vae: VideoVAE, deviation: Tensor) -> None:
-    """Divide the latent's channels by `deviation` [C], exactly: the encoder's last and the decoder's first layers.
-
-    Only a scale can be folded: a shift would meet the zeros around the picture in the decoder's first convolution.
-    """
-    if not bool((deviation > 0).all()):
-        raise TrainingError("A latent channel of the VAE is constant; it isn't trained enough to be exported.")
-    channels = len(deviation)
-    last = vae.encoder.conv_out.conv
-    last.weight[:channels] /= deviation[:, None, None, None, None]
-    last.bias[:channels] /= deviation
-    last.bias[channels:] -= 2 * deviation.log()
-    readers = [vae.decoder.conv_in.conv]
-    for module in vae.decoder.modules():
-        if isinstance(module, SpatialNorm):
-            readers += [module.conv_y.conv, module.conv_b.conv]
-    for conv in readers:
-        conv.weight *= deviation[None, :, None, None, None]
 
 
 def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
