@@ -26,6 +26,7 @@ COLOR_MATCHES = ("none", "wavelet", "adain")
 DETAIL_SIZE = 70  # pixels: half of a pattern this long is low band, half is detail
 MIN_DETAIL_SIZE, MAX_DETAIL_SIZE = 5, 1000
 NANO_DETAIL_SIZE = 9  # the miniature is trained on drafts a quarter as large, whose shortest pattern is 8 pixels long
+NANO_RESAMPLER = "bicubic"  # for real footage: what the networks add to is sharper than with bilinear
 NANO_DETAIL_GAIN = 2.5  # the miniature for real footage makes detail too weak: docs/nano_footage.md
 NO_MOTION = "none"
 MOTIONS = (NO_MOTION, "very low", "low", "medium", "high", "very high")

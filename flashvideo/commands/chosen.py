@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import shown, width_and_height
-from ..config import AUTO, OVERLAP_FRAMES, TEMPORAL_FACTOR
+from ..config import AUTO, OVERLAP_FRAMES, RESAMPLERS, TEMPORAL_FACTOR
 from ..devices import GIB
 from ..errors import CommandError
 from ..frames import MAX_SIDE, TargetSize
@@ -185,7 +185,7 @@ def refine_settings(options: argparse.Namespace, size: TargetSize) -> RefineSett
     try:
         settings = RefineSettings(
             size=size,
-            resample=options.resample,
+            resample=options.resample or RESAMPLERS[0],
             **PRESETS[options.preset].choices | own,
             solver=options.solver,
             seed=options.seed,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import NANO_REFINERS, NANO_STRENGTH
+from ..config import NANO_FOOTAGE_STAGE2, NANO_REFINERS, NANO_RESAMPLER, NANO_STRENGTH
 from ..devices import is_out_of_memory
 from ..errors import CommandError
 from ..parallel import Ranks
@@ -25,8 +25,9 @@ from .terminal import say
 class RefineOptions:
     """The command's options.
 
-    `source` and `target` are both files, or both folders. `own_strength`: the user chose a strength or `auto`;
-    otherwise the model decides. `farm`: where clips are spread to. `context`: an encoded prompt in place of `prompt`.
+    `source` and `target` are both files, or both folders. `own_strength`: the user chose a strength or `auto`,
+    `own_resample`: how pixels are interpolated; otherwise the model decides. `farm`: where clips are spread to.
+    `context`: an encoded prompt in place of `prompt`.
     """
 
     source: Path
@@ -40,6 +41,7 @@ class RefineOptions:
     ranks: Ranks | None = None
     farm: FarmOptions | None = None
     context: Tensor | None = None
+    own_resample: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def refine_job(
         options = replace(options, prompt=job.prompt, settings=job.settings)
         context = encoded_prompt(job.prompt, options.motion, text, networks.dit.config.text_dim, options.ranks)
         networks = replace(networks, context=context)
-    options = with_own_strength(options, networks)
+    options = with_own_choices(options, networks)
     settings, output = options.settings, options.output
     if is_picture(job.source):
         refine_picture(networks, job.source, job.target, settings, force=output.force, on_progress=report, note=note)
@@ -82,11 +84,14 @@ def refine_job(
     return refine_video(networks, job.source, job.target, settings, files, report)
 
 
-def with_own_strength(options: RefineOptions, networks: Networks) -> RefineOptions:
-    """The options with the strength of these networks, where the user has chosen none."""
-    if options.own_strength or networks.dit.config not in NANO_REFINERS:
-        return options
-    return replace(options, settings=replace(options.settings, strength=NANO_STRENGTH))
+def with_own_choices(options: RefineOptions, networks: Networks) -> RefineOptions:
+    """The options with the strength and the resampler of these networks, where the user has chosen none."""
+    settings, config = options.settings, networks.dit.config
+    if not options.own_strength and config in NANO_REFINERS:
+        settings = replace(settings, strength=NANO_STRENGTH)
+    if not options.own_resample and config == NANO_FOOTAGE_STAGE2:
+        settings = replace(settings, resample=NANO_RESAMPLER)
+    return replace(options, settings=settings)
 
 
 def reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from ..config import (
     MIN_DETAIL_SIZE,
     MOTIONS,
     NANO_DETAIL_SIZE,
+    NANO_RESAMPLER,
     NANO_STRENGTH,
     OVERLAP_FRAMES,
     RESAMPLERS,
@@ -70,7 +71,12 @@ def add_size_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scale", type=real, metavar="F", help="both sides times this")
     group.add_argument("--exact", metavar="WxH", help="exactly this size; stretches the picture if the shape differs")
     group.add_argument("--keep-size", action="store_true", help="keep the size")
-    group.add_argument("--resample", choices=RESAMPLERS, default=RESAMPLERS[0], help="how pixels are interpolated")
+    group.add_argument(
+        "--resample",
+        choices=RESAMPLERS,
+        help=f"how pixels are interpolated (default: {RESAMPLERS[0]}; FlashVideo-Nano for real footage: "
+        f"{NANO_RESAMPLER})",
+    )
 
 
 def add_refiner_options(group: argparse._ArgumentGroup) -> None:

@@ -14,7 +14,7 @@ from ..parallel import RankEndedError, agree
 from ..parallel.farm import check_farm
 from ..refiner.run import REFINE, Networks
 from .chosen import model_options, output_options, refine_settings, target_size
-from .jobs import Job, RefineOptions, is_done, reason, refine_job, refiner_networks, with_own_strength, work_of
+from .jobs import Job, RefineOptions, is_done, reason, refine_job, refiner_networks, with_own_choices, work_of
 from .loading import TextEncoder
 from .on_workers import farm_options
 from .refine_on_workers import refine_on_workers
@@ -29,6 +29,7 @@ def refine_options(options: argparse.Namespace, source: Path, default_size: Targ
         target=options.target,
         settings=refine_settings(options, target_size(options, default_size)),
         own_strength=options.strength is not None,
+        own_resample=options.resample is not None,
         prompt=options.prompt,
         motion=options.motion,
         models=model_options(options),
@@ -52,7 +53,7 @@ def _try(options: RefineOptions, place: tuple[float, float]) -> int:
 
     check_trial(options.source, options.target)
     networks = refiner_networks(options)
-    settings = with_own_strength(options, networks).settings
+    settings = with_own_choices(options, networks).settings
     return run_trial(networks, options.source, options.target, settings, options.output, place)
 
 
