@@ -310,6 +310,19 @@ def test_the_strength_suits_the_model_unless_it_is_given(
     assert strengths == [NANO_STRENGTH, NANO_STRENGTH, None, None, 500]
 
 
+def test_the_resampler_suits_the_model_unless_it_is_given(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: used.append(arguments[3].resample) or ())
+    for part in ("stage2", "vae"):
+        save_file(nano_state(part), tmp_path / f"{part}.safetensors")
+    drawn = ("--model", tmp_path / "stage2.safetensors", "--vae", tmp_path / "vae.safetensors")
+    for options in ((), drawn, ("--resample", "bilinear"), (*drawn, "--resample", "area")):
+        assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
+    assert used == ["bicubic", "bilinear", "bilinear", "area"]
+
+
 def test_the_detail_size_suits_the_model_unless_it_is_given(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
