@@ -18,15 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..color import (
-    AdainMatch,
-    Detail,
-    auto_detail,
-    check_detail_size,
-    clip_statistics,
-    frame_statistics,
-    wavelet_match,
-)
+from .. import color
 from ..config import (
     COLOR_MATCHES,
     DEGRADATION_STEP,
@@ -131,7 +123,7 @@ class RefineSettings:
         if self.tile:
             plan_tiles(2, 2, self.tile)
         if self.detail_size is not None:
-            check_detail_size(self.detail_size)
+            color.check_detail_size(self.detail_size)
         if not 0 <= self.cfg <= MAX_SCALE:
             raise ValueError(f"cfg must be 0 to {MAX_SCALE:g}; got {self.cfg}.")
         if not 0 <= self.seed <= MAX_SEED:
@@ -145,9 +137,9 @@ class RefineSettings:
         strength = AutoStrength() if self.strength is None else self.strength
         return strength(*padded_shape(1, *size)[1:]) if isinstance(strength, AutoStrength) else strength
 
-    def detail_for(self, config: DiTConfig) -> Detail:
+    def detail_for(self, config: DiTConfig) -> color.Detail:
         """What is taken from a stage II of this form."""
-        return auto_detail(config) if self.detail_size is None else Detail(self.detail_size)
+        return color.auto_detail(config) if self.detail_size is None else color.Detail(self.detail_size)
 
 
 @dataclass(frozen=True)
@@ -365,12 +357,12 @@ class RefineRun:
         if self.settings.color_match == "adain":
             parts = [self.work.get(_STATISTICS, number) for number in range(len(self._segments))]
             refined, reference = (
-                clip_statistics(torch.cat([part[name] for part in parts])) for name in ("refined", "reference")
+                color.clip_statistics(torch.cat([part[name] for part in parts])) for name in ("refined", "reference")
             )
-            match = AdainMatch(refined, reference, self.networks.device)
+            match = color.AdainMatch(refined, reference, self.networks.device)
         else:
             detail = self.settings.detail_for(self.networks.dit.config)
-            match = wavelet_match(self.height, self.width, self.networks.device, detail)
+            match = color.wavelet_match(self.height, self.width, self.networks.device, detail)
         return lambda *pair: torch.stack([match(*frames) for frames in zip(*pair, strict=True)])
 
     def _drop(self, kind: str, start: int, stop: int) -> int:
@@ -381,7 +373,7 @@ class RefineRun:
 
 def _measure(pairs: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Statistics of each refined frame and of each reference frame, [t, 2, 3]."""
-    numbers = [[torch.stack([frame_statistics(frame) for frame in frames]) for frames in pair] for pair in pairs]
+    numbers = [[torch.stack([color.frame_statistics(frame) for frame in frames]) for frames in pair] for pair in pairs]
     refined, reference = zip(*numbers, strict=True)
     return {"refined": torch.cat(refined), "reference": torch.cat(reference)}
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from on_ranks import Run, on_ranks
-from safetensors.torch import load_file
 from small_models import write_models
 from small_recipes import CROPS, LOOP, SMALL_VAE, VALIDATION, head
 from torch import Tensor
@@ -122,11 +121,7 @@ def test_three_processes_learn_what_one_learns_and_take_turns_with_one(folder: P
 
 @pytest.mark.slow
 def test_the_files_are_those_of_one_process(folder: Path, one: Trained, two: list[Trained]) -> None:
-    """Latents to the bit, whichever process has made them, and checkpoints of the same tensors.
-
-    Strongly degraded drafts went through a video codec, which makes much of a pixel's rounding. They differ now and
-    then, in either process, on the same machine; seen were 4 % of the latents' size, and another draft has 100 %.
-    """
+    """Latents to the bit, whichever process has made them, and checkpoints of the same tensors."""
     alone, together = (
         {path.relative_to(folder / run) for path in (folder / run).rglob("*.*")} for run in ("one", "two")
     )
@@ -134,14 +129,7 @@ def test_the_files_are_those_of_one_process(folder: Path, one: Trained, two: lis
     latents = [path for path in alone if path.suffix == ".safetensors"]
     assert len(latents) == 5  # drafts in two files, pairs, and what is held out of both
     for path in latents:
-        first, second = (load_file(folder / run / path) for run in ("one", "two"))
-        assert first.keys() == second.keys()
-        for name, latent in first.items():
-            if name == "strong":
-                away = (latent.float() - second[name].float()).abs().mean()
-                assert away < 0.1 * latent.float().abs().mean(), path
-            else:
-                assert torch.equal(latent, second[name]), (path, name)
+        assert (folder / "one" / path).read_bytes() == (folder / "two" / path).read_bytes(), path
     for kind in KINDS:
         states = [load_state(folder / run / kind / LAST) for run in ("one", "two")]
         assert outline(states[0]) == outline(states[1])

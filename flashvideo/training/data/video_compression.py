@@ -22,6 +22,7 @@ FRAME_RATE = 24  # only for the encoder's rate control
 MAX_CRF = 51  # x264's scale: 0 is lossless
 MAX_QUANTISER = 31  # MPEG-4's scale: 1 is the finest
 _THREADS = "1"  # data are made in several processes; and the result doesn't depend on the machine's cores
+_STEADY_X264 = "mbtree=0"  # else no two results are the same for some widths: see video_files/encoding.py
 _KEY_EVERY = 12  # frames between whole pictures of MPEG-4, FFmpeg's own default
 
 
@@ -44,7 +45,7 @@ def compress_h264(video: Tensor, crf: int) -> Tensor:
     """
     if not 0 <= crf <= MAX_CRF:
         raise ValueError(f"crf is 0 to {MAX_CRF}; got {crf}")
-    return _through_codec(video, "libx264", {"crf": str(crf), "preset": "veryfast"})
+    return _through_codec(video, "libx264", {"crf": str(crf), "preset": "veryfast", "x264-params": _STEADY_X264})
 
 
 def compress_mpeg4(video: Tensor, quantiser: int) -> Tensor:
