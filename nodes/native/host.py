@@ -74,3 +74,8 @@ def keep_quantised(stage: Any, state: dict[str, Tensor], layers: Mapping[str, Fo
     for name, form in layers.items():
         state[f"{name}.{FORMAT}"] = form.description(full_precision_matrix_mult=True)
     return True
+
+
+def holds_quantised(patcher: ModelPatcher) -> bool:
+    """Whether ComfyUI's own quantised layers hold the model's weights, as `keep_quantised` arranged it."""
+    return bool(getattr(patcher.model.model_config, "quant_config", None))

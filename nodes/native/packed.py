@@ -1,18 +1,21 @@
 """GGUF's packed weights in ComfyUI: layers that keep them as they are in the file and unpack them when they run.
 
-LoRAs are added to the unpacked matrix, so that the packed one stays. Where ComfyUI needs a matrix with the LoRA in it
-(saving, hooks), `convert_weight` and `set_weight`, which ComfyUI looks for, put a plain one in its place for a while.
+LoRAs, those of hooks as well, are added to the unpacked matrix, so that the packed one stays. Where ComfyUI needs a
+matrix with the LoRA in it, to save it, `convert_weight` and `set_weight`, which ComfyUI looks for, put a plain one in
+its place for a while.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import torch
+from comfy.hooks import HookGroup
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from torch import Tensor
 
@@ -96,6 +99,7 @@ class PackedPatcher(ModelPatcher):
     """ComfyUI's patcher, which leaves packed weights packed: LoRAs are added whenever a layer unpacks its own."""
 
     _merging = False  # while ComfyUI asks for weights with the LoRA in them
+    _hooked: Mapping[str, list] = MappingProxyType({})  # patches of the hooks that are in force, by the weights' names
 
     def _packed_layers(self) -> dict[str, PackedOperations.Linear]:
         """Layers by the names of their weights."""
@@ -104,20 +108,47 @@ class PackedPatcher(ModelPatcher):
         return {key: layer for key, layer in found.items() if layer.packing is not None}
 
     def _attach(self, *, patches: bool) -> None:
-        """Have each packed layer add this patcher's LoRAs, once; none if not `patches`."""
+        """Have each packed layer add this patcher's LoRAs, and those of its hooks, once; none if not `patches`."""
+        wanted = (self.patches, self._hooked) if patches else ()
         for key, layer in self._packed_layers().items():
-            others = [change for change in layer.weight_function if not isinstance(change, LowVramPatch)]
-            if patches and key in self.patches and layer.weight.dtype == torch.uint8:
-                others.append(LowVramPatch(key, self.patches, layer.convert_weight, layer.set_weight))
-            layer.weight_function = others
+            changes = [change for change in layer.weight_function if not isinstance(change, LowVramPatch)]
+            if layer.weight.dtype == torch.uint8:
+                changes += [
+                    LowVramPatch(key, found, layer.convert_weight, layer.set_weight) for found in wanted if key in found
+                ]
+            layer.weight_function = changes
+
+    def _is_packed(self, key: str) -> bool:
+        if not key.endswith(_WEIGHT):
+            return False
+        layer = self.model.get_submodule(key.removesuffix(_WEIGHT))
+        return isinstance(layer, PackedOperations.Linear) and layer.packing is not None
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's, but a packed weight stays as it is unless the merged one is needed."""
-        if not self._merging and key.endswith(_WEIGHT):
-            layer = self.model.get_submodule(key.removesuffix(_WEIGHT))
-            if isinstance(layer, PackedOperations.Linear) and layer.packing is not None:
-                return None
+        if not self._merging and self._is_packed(key):
+            return None
         return super().patch_weight_to_device(key, *args, **kwargs)
+
+    def patch_hooks(self, hooks: HookGroup | None) -> None:
+        """ComfyUI's; packed layers add what `hooks` say whenever they unpack."""
+        super().patch_hooks(hooks)
+        self._hooked = self.get_combined_hook_patches(hooks) if hooks is not None else {}
+        self._attach(patches=True)
+
+    def patch_hook_weight_to_device(
+        self, hooks: HookGroup, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
+    ) -> None:
+        """ComfyUI's, but a packed weight stays as it is."""
+        if not self._is_packed(key):
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        """ComfyUI's."""
+        super().unpatch_hooks(whitelist_keys_set)
+        if not whitelist_keys_set and self._hooked:
+            self._hooked = {}
+            self._attach(patches=True)
 
     def load(self, *args: Any, force_patch_weights: bool = False, **kwargs: Any) -> Any:
         """ComfyUI's."""

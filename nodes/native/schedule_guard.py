@@ -13,11 +13,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.hooks
 import comfy.samplers
 import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from .host import holds_quantised
 from .idle_patches import warn_of_idle_patches
 from .notices import warn
 from .out_of_memory import explained
@@ -26,6 +28,10 @@ from .sampling import Stage1ExactSampling, Stage1Sampling
 STAGE1 = "FlashVideo stage I"
 STAGE1_ADVICE = "Use FlashVideo Stage I Sampler, or dpmpp_2m_sde with FlashVideo Stage I Scheduler or simple."
 NOT_FINITE = "holds numbers that are not finite (NaN); look at its weights, such as (word:1.2), and at the text encoder"
+HOOKED = (
+    "has a LoRA on a hook, which ComfyUI can't add to quantised weights. Set Load FlashVideo Model's weight_dtype to "
+    "bf16 or an fp8, take a GGUF file, or use Load LoRA on the model."
+)
 DYNAMIC = "flashvideo_dynamic_cfg"  # an attribute of FlashVideo's own guidance
 SHAPE = (1, 16, 1, 16, 16)  # the spread of so many random numbers is known to 3.5 % (three deviations)
 RIGHT = 0.725, 1.255  # spreads without a warning: 0.7 to 1.3, less what chance may add
@@ -136,9 +142,17 @@ def guard_stage1(
 
 
 def check_conditions(guider: Any) -> None:
-    """Refuse a prompt that holds numbers which are not finite, such as of (cat:1e400). Raises ValueError."""
+    """Refuse a prompt that can't be used with this model. Raises ValueError.
+
+    It may hold numbers which are not finite, such as of (cat:1e400), or hooks that change weights which ComfyUI's
+    quantised layers can't change in a run.
+    """
+    quantised = holds_quantised(guider.model_patcher)
     for name, conditions in guider.conds.items():
         for condition in conditions or ():
+            hooks = condition.get("hooks")
+            if quantised and hooks is not None and hooks.get_type(comfy.hooks.EnumHookType.Weight):
+                raise ValueError(f"FlashVideo: the {name} prompt {HOOKED}")
             text = condition.get("cross_attn")
             if isinstance(text, Tensor) and not torch.isfinite(text).all():
                 raise ValueError(f"FlashVideo: the {name} prompt {NOT_FINITE}")
