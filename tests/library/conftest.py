@@ -1,77 +1,16 @@
-"""The library alone: `import flashvideo` finds it, and ComfyUI is nowhere."""
+"""The models and their mathematics, files, frames and plans: `flashvideo` without its training and without ComfyUI."""
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-
-class _FlashVideoFinder:
-    """Finds the package `flashvideo` and nothing else.
-
-    The repository's root on `sys.path` would do too, but then `import nodes` would find the pack's nodes, also in a
-    test that means ComfyUI's.
-    """
-
-    ROOT = str(Path(__file__).resolve().parents[2])
-
-    @classmethod
-    def find_spec(cls, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        """The package's spec; None for every other module (submodules are found through the package)."""
-        return importlib.machinery.PathFinder.find_spec(name, [cls.ROOT]) if name == "flashvideo" else None
-
-
-sys.meta_path.insert(0, _FlashVideoFinder)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share
+from alone import *  # noqa: F403
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`python -m pytest tests/library/test_damaged_files.py --damaged 300`, or `tests/library/test_farm.py --farm-clips
-    40 --farm-kills 10 --farm-workers 4`: for people, with minutes to spare.
-    """
+    """`python -m pytest tests/library/test_damaged_files.py --damaged 300`: for people, with minutes to spare."""
     parser.getgroup("fuzz").addoption("--damaged", type=int, default=40, help="damaged files to try of each kind")
-    for name, default, text in (
-        ("clips", 6, "clips to refine on a Ray cluster"),
-        ("kills", 2, "workers of it that are killed"),
-        ("workers", 2, "workers at a time"),
-    ):
-        parser.getgroup("farm").addoption(f"--farm-{name}", type=int, default=default, help=text)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first."""
-    from slow_first import slow_first
-
-    slow_first(items)
-
-
-@pytest.fixture(scope="module")
-def tiny_networks() -> Any:
-    """Stage II, VAE and prompt (`refiner.Networks`), small enough for many runs, with random weights."""
-    from small_models import tiny_networks
-
-    return tiny_networks()
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    """A small tokenizer in T5's format: words of the procedural captions, </s> at the end, padding 0."""
-    pytest.importorskip("tokenizers")
-    from small_models import write_tokenizer
-
-    write_tokenizer(tmp_path / "tokenizer.json")
-    return tmp_path / "tokenizer.json"
-
-
-@pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes wheels from, and nowhere else."""
-    folder = tmp_path / "shelf"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder

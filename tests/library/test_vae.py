@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from flashvideo.checkpoints import load_vae
 from flashvideo.config import STAGE2_LATENT_SCALE, VAE, VAEConfig
-from flashvideo.nano import build_part
-from flashvideo.training.loop.precision import cpu_has_bf16
 from flashvideo.vae import Posterior, VideoVAE, decode_chunks, decode_in_halves, encode_chunks
 from flashvideo.vae.layers import ChunkContext, LayerFactory, Upsample, group_norm, group_statistics
 from flashvideo.vae.moments import by_moments
@@ -390,30 +387,3 @@ def test_a_convolution_of_moments_side_by_side_is_the_convolution_in_time(kernel
     conv = torch.nn.Conv3d(4, 6, kernel, padding=(0, kernel // 2, kernel // 2))
     video = torch.randn(2, 4, frames, 5, 7)
     torch.testing.assert_close(by_moments(conv, video), conv(video), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(not cpu_has_bf16(), reason="the processor has no bfloat16 instructions")
-@pytest.mark.parametrize("frames", [5, 9])
-def test_training_in_bfloat16_on_the_cpu_gives_the_gradient_of_float32(frames: int) -> None:
-    """In a process of its own: what went wrong here ended it."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        gradient, wanted = pool.apply_async(_two_gradients, (frames,)).get(timeout=300)
-    assert torch.nn.functional.cosine_similarity(gradient, wanted, dim=0) > 0.999
-    assert gradient.norm() == pytest.approx(wanted.norm(), rel=0.02)
-
-
-def _two_gradients(frames: int) -> tuple[Tensor, Tensor]:
-    """Of all weights, side by side, in bfloat16 and in float32."""
-    vae = load_vae(build_part("footage_vae", 1), dtype=torch.float32).requires_grad_(True)
-    video = torch.nn.functional.interpolate(
-        torch.randn(1, 3, frames, 12, 12, generator=torch.Generator().manual_seed(2)), size=(frames, 96, 96)
-    )
-    found = []
-    for half in (True, False):
-        vae.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = vae.decode(vae.encode(video).mean)
-        (out.float() - video).square().mean().backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in vae.parameters()]))
-    return found[0], found[1]
