@@ -268,6 +268,29 @@ def degrade_and_refine(comfy_nodes: dict[str, Any], text: dict[str, list]) -> Ca
     return run
 
 
+@pytest.fixture(scope="module")
+def refined(submodule: Callable[[str], ModuleType]) -> Callable[[Any], Any]:
+    """What stage II makes of one latent in four steps of ComfyUI's own sampler."""
+    import comfy.sample
+    import comfy.samplers
+    import torch
+
+    stages = submodule("nodes.native.stages")
+
+    def run(model: Any) -> torch.Tensor:
+        make = torch.Generator().manual_seed(3)
+        latent, text = torch.randn(1, 16, 3, 8, 12, generator=make), torch.randn(1, 12, 48, generator=make)
+        model = stages.refiner_settings(model, 300, 2.5)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+        texts = [[text, {}]], [[torch.zeros_like(text), {}]]
+        euler = comfy.samplers.sampler_object("euler")
+        return comfy.sample.sample_custom(
+            model, latent, 1.0, euler, sigmas, *texts, torch.zeros_like(latent), disable_pbar=True
+        )
+
+    return run
+
+
 @pytest.fixture()
 def asked_memory(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Bytes beside the weights that ComfyUI was asked to make room for in this test, a number each time."""

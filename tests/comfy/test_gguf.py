@@ -8,11 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from distances import distance
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,30 +43,6 @@ def files(submodule: Callable[[str], ModuleType], tmp_path_factory: pytest.TempP
 def load(submodule: Callable[[str], ModuleType]) -> Callable[..., Any]:
     """Load a file as a MODEL."""
     return submodule("nodes.native.model").load_model
-
-
-@pytest.fixture(scope="module")
-def refined(submodule: Callable[[str], ModuleType]) -> Callable[[Any], Tensor]:
-    """What the refiner makes of one latent with a model."""
-    stages = submodule("nodes.native.stages")
-
-    def run(model: Any) -> Tensor:
-        make = torch.Generator().manual_seed(3)
-        latent, text = torch.randn(1, 16, 2, 8, 8, generator=make), torch.randn(1, 12, 48, generator=make)
-        model = stages.refiner_settings(model, 300, 2.5)
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
-        texts = [[text, {}]], [[torch.zeros_like(text), {}]]
-        euler = comfy.samplers.sampler_object("euler")
-        return comfy.sample.sample_custom(
-            model, latent, 1.0, euler, sigmas, *texts, torch.zeros_like(latent), disable_pbar=True
-        )
-
-    return run
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, relative to the expected."""
-    return float((found - expected).norm() / expected.norm())
 
 
 def with_change(model: Any, strength: float = 1.0) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from distances import distance
 from safetensors.torch import save_file
 from small_graphs import NANO_STAGE1, text_to_video
 from torch import Tensor
@@ -81,11 +82,6 @@ def refuses(submodule: Callable[[str], ModuleType], folder: Path) -> Callable[[s
         return FILES[kind] is not None and host.holds_quantised(load_model(folder / "diffusion_models" / FILES[kind]))
 
     return ask
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, relative to the expected."""
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -10,11 +10,10 @@ from typing import Any
 
 import comfy.model_management
 import comfy.ops
-import comfy.sample
-import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from distances import distance
 from torch import Tensor
 
 # Relative error of a stage II that has run four steps; and of one whose layers also round what flows through them.
@@ -42,30 +41,6 @@ def files(submodule: Callable[[str], ModuleType], tmp_path_factory: pytest.TempP
     for name, path in paths.items():
         submodule("flashvideo.checkpoints.convert").convert_file(folder / "stage2.safetensors", path, dtype=name)
     return paths
-
-
-@pytest.fixture(scope="module")
-def refined(submodule: Callable[[str], ModuleType]) -> Callable[[Any], Tensor]:
-    """What the refiner makes of one latent with a model."""
-    stages = submodule("nodes.native.stages")
-
-    def run(model: Any) -> Tensor:
-        make = torch.Generator().manual_seed(3)
-        latent, text = torch.randn(1, 16, 3, 8, 12, generator=make), torch.randn(1, 12, 48, generator=make)
-        model = stages.refiner_settings(model, 300, 2.5)
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
-        texts = [[text, {}]], [[torch.zeros_like(text), {}]]
-        euler = comfy.samplers.sampler_object("euler")
-        return comfy.sample.sample_custom(
-            model, latent, 1.0, euler, sigmas, *texts, torch.zeros_like(latent), disable_pbar=True
-        )
-
-    return run
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, relative to the expected."""
-    return float((found - expected).norm() / expected.norm())
 
 
 def keeps(name: str) -> bool:
