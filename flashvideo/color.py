@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 
 from .config import (
     DETAIL_SIZE,
@@ -48,6 +49,7 @@ from .config import (
 from .progress import Progress, no_progress
 
 _KNOTS_PER_SIZE = 70 / 16  # sinc(16 / 70)^8 = 1/2
+_BANDED = 40  # pixels: a CPU is faster with the few numbers of finer splines' matrices that aren't 0
 _MAX_GAIN = 4.0  # of adain: a larger one, or less than its inverse, means a clip without contrast, not a colour cast
 _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
 # Of SupportedDetail, measured on clips of FlashVideo-Nano (docs/nano_footage.md, "What the reference supports").
@@ -73,9 +75,15 @@ class LowBand:
         spacing = detail_size / _KNOTS_PER_SIZE
         self._rows, self._row_means = (matrix.to(device) for matrix in _splines(height, spacing))
         self._columns, self._column_means = (matrix.to(device) for matrix in _splines(width, spacing))
+        self._banded: tuple[_BandMatrix, ...] = ()
+        if detail_size <= _BANDED and torch.device(device).type == "cpu":
+            matrices = self._row_means, self._column_means, self._columns, self._rows
+            self._banded = tuple(map(_BandMatrix, matrices))
 
     def __call__(self, picture: Tensor, out: Tensor | None = None) -> Tensor:
         """The low band of a picture [H, W, 3], float32; `out`, contiguous, receives it if given."""
+        if self._banded:
+            return self._by_bands(picture, out)
         low = self._row_means @ rearrange(picture, "h w c -> h (w c)")
         low = rearrange(low, "h (w c) -> h c w", c=picture.shape[2])
         low = low @ self._column_means.T @ self._columns.T
@@ -83,10 +91,34 @@ class LowBand:
         torch.mm(self._rows, rearrange(low, "h c w -> h (w c)"), out=out.view(len(out), -1))
         return out
 
+    def _by_bands(self, picture: Tensor, out: Tensor | None) -> Tensor:
+        """The same from what isn't 0 in the matrices."""
+        row_means, column_means, columns, rows = self._banded
+        low, channels = row_means @ rearrange(picture, "h w c -> h (w c)"), picture.shape[2]
+        low = columns @ (column_means @ rearrange(low, "h (w c) -> w (h c)", c=channels))
+        low = rows @ rearrange(low, "w (h c) -> h (w c)", c=channels)
+        low = rearrange(low, "h (w c) -> h w c", c=channels)
+        return low if out is None else out.copy_(low)
+
     def of_planes(self, planes: Tensor) -> Tensor:
         """The low band of [..., H, W], float32, as a new tensor that gradients flow through."""
         low = self._row_means @ planes @ self._column_means.T
         return self._rows @ low @ self._columns.T
+
+
+class _BandMatrix:
+    """A matrix [M, N] whose rows have few numbers that aren't 0, side by side: products with it on a CPU."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        filled = matrix != 0
+        count = int(filled.sum(1).max())
+        first = filled.int().argmax(1).clamp_max(matrix.shape[1] - count)
+        self._places = first[:, None] + torch.arange(count)
+        self._weights = matrix.gather(1, self._places)
+
+    def __matmul__(self, rows: Tensor) -> Tensor:
+        """With rows [N, K], float32: [M, K]."""
+        return functional.embedding_bag(self._places, rows, per_sample_weights=self._weights, mode="sum")
 
 
 class Detail(NamedTuple):

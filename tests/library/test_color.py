@@ -274,11 +274,18 @@ def test_the_low_band_is_a_symmetric_average(side: int) -> None:
     assert -rounding < eigenvalues.min() <= eigenvalues.max() < 1 + rounding
 
 
-def test_planes_have_the_low_band_of_pictures() -> None:
-    pictures = torch.rand(2, 40, 56, 3, generator=torch.Generator().manual_seed(0))
-    low_band = LowBand(40, 56, detail_size=9)
-    planes = low_band.of_planes(pictures.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    assert (torch.stack([low_band(picture) for picture in pictures]) - planes).abs().max() < 1e-6
+@pytest.mark.parametrize("detail_size", [5, 9, 40, 41, 70])
+@pytest.mark.parametrize("shape", [(40, 56), (1, 1), (3, 90), (131, 2), (17, 18)])
+def test_planes_have_the_low_band_of_pictures(shape: tuple[int, int], detail_size: float) -> None:
+    """Also where pictures take a shorter way, on a CPU with fine splines."""
+    pictures = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    low_band = LowBand(*shape, detail_size=detail_size)
+    planes = low_band.of_planes(pictures).permute(0, 2, 3, 1)
+    for picture, expected in zip(pictures.permute(0, 2, 3, 1), planes, strict=True):
+        assert (low_band(picture) - expected).abs().max() < 1e-6
+        given = torch.empty(*shape, 3)
+        assert low_band(picture, given) is given
+        assert (given - expected).abs().max() < 1e-6
 
 
 def test_wavelet_gives_each_frame_the_reference_mean() -> None:
