@@ -37,10 +37,10 @@ _NEWEST = "--newest"
 _NEWEST_TESTS = [
     f"tests/{folder}/test_{name}.py"
     for folder, names in (
-        ("library", "checkpoints color convert damaged_videos deep_colour frames golden_pipeline media_cases"),
-        ("library", "picture_sequences refiner_files transparency video_files weights"),
+        ("library", "checkpoints color damaged_videos deep_colour frames golden_pipeline media_cases"),
+        ("library", "refiner_files transparency video_files weights"),
         ("training", "no_reference real_clips"),
-        ("commands", "generate_command refine_command"),
+        ("commands", "convert generate_command picture_sequences refine_command"),
     )
     for name in names.split()
 ]
