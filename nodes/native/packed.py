@@ -14,6 +14,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.ops
+import comfy.utils
 import torch
 from comfy.hooks import HookGroup
 from comfy.model_patcher import LowVramPatch, ModelPatcher
@@ -139,8 +140,8 @@ class PackedPatcher(ModelPatcher):
     def patch_hook_weight_to_device(
         self, hooks: HookGroup, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
     ) -> None:
-        """ComfyUI's, but a packed weight stays as it is."""
-        if not self._is_packed(key):
+        """ComfyUI's, but a packed weight stays as it is; one that was merged to be saved isn't packed."""
+        if not (self._is_packed(key) and comfy.utils.get_attr(self.model, key).dtype == torch.uint8):
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
