@@ -56,6 +56,7 @@ _FLAT = 1e-4  # a standard deviation of 1/40 of an 8-bit step: nothing to scale
 _AREA = 4 / 3  # times the detail size: over what contrast and disagreement are averaged
 _FINEST = 5 / 9  # of the detail size: what is smaller still tells how sharp the reference is
 _SHARP, _SOFT = 0.19, 0.15  # the finest detail's part of the reference's detail: enlarged 2 times, and 4 times
+_ON_SHARP = 0.5  # the gain where the reference is as sharp as that
 _CONTRAST, _DETAIL = 1e-5, 1e-6  # variances of 0.8 and 0.25 of an 8-bit step: less tells nothing
 
 
@@ -167,7 +168,7 @@ class SupportedDetail:
       squared difference of the two low bands there. A network that has put larger things in the wrong place, such as
       behind fast motion, has put their detail there, too. This is a Wiener filter's weight for a signal c and noise d.
     - Where the reference is soft, the detail is `gain` times as strong: a small network trained on errors makes detail
-      weaker than it is. Where it has the finest detail itself, so that the refiner has nothing to add, the gain is 1.
+      weaker than it is. Where it has the finest detail itself, the refiner has little to add: detail is half as strong.
     """
 
     def __init__(self, height: int, width: int, device: torch.device | str, detail: Detail) -> None:
@@ -187,7 +188,7 @@ class SupportedDetail:
         finest = (self._power(reference - self._finer(reference)) + _SOFT * _DETAIL) / power
         softness = ((_SHARP - finest) / (_SHARP - _SOFT)).clamp_(0, 1)
         kept = ((self._mean(added * shown) + _DETAIL) / power).clamp_(0, 1)
-        added.addcmul_(kept, shown, value=-1).mul_(belief.mul_(softness.mul_(self._gain - 1).add_(1)))
+        added.addcmul_(kept, shown, value=-1).mul_(belief.mul_(softness.mul_(self._gain - _ON_SHARP).add_(_ON_SHARP)))
         return torch.add(reference, added, out=out).clamp_(0, 1)
 
     def _power(self, picture: Tensor) -> Tensor:

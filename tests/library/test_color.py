@@ -185,11 +185,13 @@ def test_what_the_reference_shows_isnt_lost_where_the_refined_clip_is_softer() -
     assert (result - truth).square().mean() < 0.1 * lost
 
 
-def test_a_sharp_references_detail_isnt_made_stronger() -> None:
+def test_on_a_sharp_reference_detail_is_half_as_strong_whatever_the_gain() -> None:
     truth, _ = enlarged_clip(1)
     other = truth + 0.03 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
     strong, plain = (match_colors(other, truth, "wavelet", Detail(9, gain)) for gain in (2.5, 1.0))
     assert torch.equal(strong, plain)
+    whole = fine(other - truth)
+    assert 0.4 < float(((strong - truth) * whole).sum() / whole.square().sum()) <= 0.501
 
 
 def test_supported_detail_of_a_frame_follows_from_that_frame_alone() -> None:
