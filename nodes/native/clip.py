@@ -25,7 +25,7 @@ from ...flashvideo.config import TEXT_TOKENS, T5Config
 from ...flashvideo.nano import nano_state
 from ...flashvideo.t5 import t5_shapes
 from .host import ModelPatcher, has_dynamic, remember_loader
-from .packed import PackedOperations, keep_packed
+from .packed import PackedOperations, keep_packed, leave_packed
 
 try:
     from comfy.utils import convert_old_quants
@@ -130,6 +130,8 @@ def load_clip_native(path: Path | None, *, disable_dynamic: bool = False) -> com
         },
         **({"disable_dynamic": True} if disable_dynamic or (packings and has_dynamic()) else {}),
     )
+    if packings:
+        leave_packed(clip.patcher)
     remember_loader(clip.patcher, _load_patcher, path)  # Set CLIP Hooks loads it once more, too
     return clip
 

@@ -185,6 +185,11 @@ class PackedPatcher(ModelPatcher):
         return state
 
 
+def leave_packed(patcher: ModelPatcher) -> None:
+    """Have a patcher that ComfyUI has made, and may have loaded already, leave packed weights packed from now on."""
+    patcher.__class__ = PackedPatcher  # which has the same attributes
+
+
 def keep_packed(state: dict[str, Tensor], packings: Mapping[str, Packing]) -> None:
     """Mark packed weights for the layers above, in place; `packings` by the weights' names."""
     for name, packing in packings.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -170,6 +171,29 @@ def test_a_packed_text_encoder_reads_prompts_and_is_saved(
     assert "gguf_type" in kinds
     save_file({name: each.contiguous() for name, each in clip.get_sd().items()}, tmp_path / "saved.safetensors")
     assert torch.equal(encoded(load_clip(tmp_path / "saved.safetensors")), found)
+
+
+def test_a_hooked_lora_changes_a_packed_text_encoder_as_a_loaded_one_does(
+    text_file: Path, comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType]
+) -> None:
+    clip = submodule("nodes.native.clip").load_clip_native(text_file)
+
+    def encoded(clip: Any) -> Tensor:
+        return comfy_nodes["CLIPTextEncode"]().encode(clip, "a red ball rolls to the left")[0][0][0]
+
+    key = next(key for key, module in clip.cond_stage_model.named_modules() if getattr(module, "packing", None))
+    rows = clip.cond_stage_model.get_submodule(key)
+    change = torch.randn(rows.out_features, rows.in_features, generator=torch.Generator().manual_seed(4))
+    lora = {f"text_encoders.{key}.diff": change}
+    plain = encoded(clip)
+    _, loaded = comfy.sd.load_lora_for_models(None, clip, lora, 0.0, 1.0)
+    expected = encoded(loaded)
+    assert distance(expected, plain) > 0.01
+    hooked = comfy_nodes["SetClipHooks"]().apply_hooks(
+        clip, False, False, comfy.hooks.create_hook_lora(lora, 0.0, 1.0)
+    )[0]
+    assert distance(encoded(hooked), expected) < 1e-5
+    assert torch.equal(encoded(clip), plain)
 
 
 def test_the_loaders_offer_gguf_files(
