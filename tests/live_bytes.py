@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.live = self.peak = 0
-        self._storages: set[int] = set()
+        self._storages: dict[int, weakref.ref] = {}
         for tensor in known:
             self._note(tensor)
         self.before = self.live
@@ -52,14 +52,15 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if id(storage) in self._storages or self.device not in (None, _device(tensor).type):
             return
-        self._storages.add(id(storage))
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+        key, count = id(storage), storage.nbytes()
 
-    def _forget(self, storage: int, count: int) -> None:
-        self._storages.discard(storage)
-        self.live -= count
+        def forget(_gone: object) -> None:
+            del self._storages[key]
+            self.live -= count
+
+        self._storages[key] = weakref.ref(storage, forget)
 
 
 def _device(tensor: Tensor) -> torch.device:

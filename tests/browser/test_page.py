@@ -22,6 +22,9 @@ SMALLER = {  # for all others, which differ from these two by what else they hol
     "FlashVideoStage1Sampler": {"steps": 6},
     "FlashVideoStage1Scheduler": {"steps": 6},
     "FlashVideoPrepareFrames": {"scale": 2.0, "short_side": 96},
+    "FlashVideoStage2Refiner": {"steps": 2, "cfg": 1.0},
+    "KSampler": {"steps": 2, "cfg": 1.0},
+    "ImageScaleBy": {"scale_by": 2.0},
 }
 
 

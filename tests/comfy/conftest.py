@@ -124,7 +124,13 @@ class Executor:
         return self._executor.history_result["outputs"], self.events
 
     def forget(self) -> None:
-        """Let go of the cached results, and so of the models in them."""
+        """Let go of the cached results and of the models in them, as ComfyUI does when its page asks for memory.
+
+        A loaded model whose results are gone would let ComfyUI look for lost memory at every step from then on.
+        """
+        import comfy.model_management
+
+        comfy.model_management.unload_all_models()
         self._executor.reset()
 
     def progress_hook(

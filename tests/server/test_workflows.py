@@ -79,6 +79,9 @@ def reduced(prompt: dict[str, Any]) -> dict[str, Any]:
         "FlashVideoStage1Sampler": {"steps": 4},
         "FlashVideoStage1Scheduler": {"steps": 4},
         "FlashVideoPrepareFrames": {"scale": 2.0, "short_side": 88},
+        "FlashVideoStage2Refiner": {"steps": 2, "cfg": 1.0},
+        "KSampler": {"steps": 2, "cfg": 1.0},
+        "ImageScaleBy": {"scale_by": 2.0},
     }
     for node in prompt.values():
         node["inputs"].update(small.get(node["class_type"], {}))
