@@ -4,8 +4,8 @@
 
 Without a file or folder it runs all. Each folder of tests has processes of its own, because a process can hold one
 ComfyUI, and the library's tests none. Most are spread over several processes, file by file, as their tensors are too
-small for several threads. With --newest those that depend most on other packages run once more with the newest versions
-of these.
+small for several threads; the page's and the server's, which wait for a ComfyUI, run at once. With --newest those that
+depend most on other packages run once more with the newest versions of these.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,7 +26,9 @@ from harness import install
 from harness.bed import CANCELLED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
 _SPREAD = ("tests/library", "tests/training", "tests/commands", "tests/comfy")  # over several processes
-FOLDERS = (*_SPREAD, "tests/fuzz", "tests/browser", "tests/server")
+_AT_ONCE = ("tests/browser", "tests/server")  # a process each: they wait for their ComfyUI most of the time
+FOLDERS = (*_SPREAD, "tests/fuzz", *_AT_ONCE)
+_POLL_SECONDS = 0.2
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
 _PROCESSES = 4  # at most; each takes up to 2 GB of main memory
@@ -65,19 +68,22 @@ def main() -> int:
     options = [each for each in sys.argv[1:] if not _is_place(each) and each != _NEWEST]
     newest = _NEWEST in sys.argv
     style_is_good = lint.check()
+    started = time.monotonic()
     TEMPORARY.mkdir(parents=True, exist_ok=True)
     try:
         # Of this run alone: another one, or a server, may use its own beside it.
         with tempfile.TemporaryDirectory(prefix="tests-", dir=TEMPORARY, ignore_cleanup_errors=True) as own:
             places = _places(chosen)
-            outcomes = [_run(folder, places[folder], options, Path(own)) for folder in places]
-            if newest and FOLDERS[0] in places and _newest_fit():
-                again = places[FOLDERS[0]] if chosen else _NEWEST_TESTS
-                outcomes.append(_run(FOLDERS[0], again, options, Path(own), newest=True))
+            outcomes = _run(places, options, Path(own))
+            if newest and _SPREAD[0] in places and _newest_fit():
+                again = places[_SPREAD[0]] if chosen else _NEWEST_TESTS
+                say(f"\n{' '.join(again)} with the newest packages")
+                with _Tests(_SPREAD[0], again, options, Path(own), newest=True) as tests:
+                    outcomes.append(tests.outcome())
     except KeyboardInterrupt:
         say("\nCancelled.")
         return CANCELLED
-    return _sum_up(outcomes, style_is_good)
+    return _sum_up(outcomes, time.monotonic() - started, style_is_good)
 
 
 def _is_place(argument: str) -> bool:
@@ -102,31 +108,91 @@ def _newest_fit() -> bool:
     return fit
 
 
-def _run(folder: str, places: list[str], options: list[str], temporary: Path, *, newest: bool = False) -> Outcome:
-    """Run tests of one folder in a process of their own, with the newest packages or the bed's."""
-    say(f"\n{' '.join(places)}{' with the newest packages' if newest else ''}")
-    name = f"{Path(folder).name}-newest" if newest else Path(folder).name
-    report = temporary / f"{name}.xml"
-    own = [f"--junitxml={report}", f"--basetemp={temporary / name}", "-q"]
-    env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
-    if folder in _SPREAD and not _ONE_PROCESS & set(options):
-        own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
-        own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
-        env["OMP_NUM_THREADS"] = "1"
-    if newest:
-        front = str(install.newest_packages(Path(sys.executable)))
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (front, env.get("PYTHONPATH"))))
-    started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "pytest", *places, *own, *options], cwd=ROOT, env=env)
-    try:
-        code = process.wait()
-    except BaseException:
-        process.terminate()  # pytest then stops the server that it may have started
-        process.wait(30)
-        raise
-    spent = time.monotonic() - started
-    chosen_none = code == _NO_TESTS_SELECTED and bool(options)
-    return _outcome(name if newest else folder, report, spent, broken=code != 0 and not chosen_none)
+def _run(places: dict[str, list[str]], options: list[str], temporary: Path) -> list[Outcome]:
+    """Run the tests at these places, by folder; those of `_AT_ONCE` side by side."""
+    together = [folder for folder in places if folder in _AT_ONCE]
+    if _ONE_PROCESS & set(options) or (os.cpu_count() or 1) < 2:
+        together = []
+    outcomes = []
+    for folder in places:
+        if folder not in together:
+            say(f"\n{' '.join(places[folder])}")
+            with _Tests(folder, places[folder], options, temporary) as tests:
+                outcomes.append(tests.outcome())
+    if together:
+        say(f"\n{', '.join(together)} at once; what they print comes at the end")
+        logs = [temporary / f"{Path(folder).name}.txt" for folder in together]
+        with ExitStack() as running:
+            started = [
+                running.enter_context(_Tests(folder, places[folder], options, temporary, log=log))
+                for folder, log in zip(together, logs, strict=True)
+            ]
+            while sum(not tests.has_ended() for tests in started):  # each is asked: one notes when it ended
+                time.sleep(_POLL_SECONDS)
+            outcomes += [tests.outcome() for tests in started]
+        for folder, log in zip(together, logs, strict=True):
+            say(f"\n{' '.join(places[folder])}\n{log.read_text(errors='replace').rstrip()}")
+    return outcomes
+
+
+class _Tests:
+    """Tests of one folder in a process of their own, with the newest packages or the bed's.
+
+    What they print goes to the terminal, or to the file `log`. Left before the end, the process is ended.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        places: list[str],
+        options: list[str],
+        temporary: Path,
+        *,
+        newest: bool = False,
+        log: Path | None = None,
+    ) -> None:
+        name = f"{Path(folder).name}-newest" if newest else Path(folder).name
+        self._folder = name if newest else folder
+        self._report = temporary / f"{name}.xml"
+        self._may_be_empty = bool(options)
+        own = [f"--junitxml={self._report}", f"--basetemp={temporary / name}", "-q"]
+        env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
+        spread = folder in _SPREAD and not _ONE_PROCESS & set(options)
+        if spread:
+            own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
+            own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
+        if spread or log is not None:
+            env["OMP_NUM_THREADS"] = "1"  # threads of two processes on the same cores wait for each other
+        if newest:
+            front = str(install.newest_packages(Path(sys.executable)))
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, (front, env.get("PYTHONPATH"))))
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        command = [sys.executable, "-m", "pytest", *places, *own, *options]
+        with nullcontext() if log is None else log.open("wb") as output:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
+
+    def __enter__(self) -> _Tests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()  # pytest then stops the server that it may have started
+            self._process.wait(30)
+
+    def has_ended(self) -> bool:
+        """Whether all tests are done."""
+        if self._ended is None and self._process.poll() is not None:
+            self._ended = time.monotonic()
+        return self._ended is not None
+
+    def outcome(self) -> Outcome:
+        """Wait for the end; how the tests went."""
+        code = self._process.wait()
+        self.has_ended()
+        chosen_none = code == _NO_TESTS_SELECTED and self._may_be_empty
+        spent = (self._ended or time.monotonic()) - self._started
+        return _outcome(self._folder, self._report, spent, broken=code != 0 and not chosen_none)
 
 
 def _outcome(folder: str, report: Path, spent: float, *, broken: bool) -> Outcome:
@@ -142,19 +208,18 @@ def _outcome(folder: str, report: Path, spent: float, *, broken: bool) -> Outcom
     return Outcome(folder, total - failed - skipped, failed, skipped, spent, broken)
 
 
-def _sum_up(outcomes: list[Outcome], style_is_good: bool) -> int:
+def _sum_up(outcomes: list[Outcome], spent: float, style_is_good: bool) -> int:
     say()
     for outcome in outcomes:
         state = "broken" if outcome.broken else "good"
         say(f"{outcome.folder:<15} {outcome.passed:>4} passed  {seconds(outcome.seconds):>12}  {state}")
-        if outcome.folder == FOLDERS[0] and outcome.seconds > _LIBRARY_SECONDS:
+        if outcome.folder == _SPREAD[0] and outcome.seconds > _LIBRARY_SECONDS:
             say(f"Note: the library's tests should take less than {_LIBRARY_SECONDS} s.")
     passed, failed, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("passed", "failed", "skipped"))
     if not passed + failed + skipped:
         say("No test was chosen.")
     good = style_is_good and passed + failed + skipped > 0 and not any(outcome.broken for outcome in outcomes)
     style = "" if style_is_good else ", the style check failed"
-    spent = sum(outcome.seconds for outcome in outcomes)
     say(f"{'Good' if good else 'Not good'}: {len(outcomes)} folders in {seconds(spent)}{style}")
     say(f"{passed} passed, {failed} failed, {skipped} skipped in {spent:.2f}s")  # as pytest's own last line
     return 0 if good else 1
