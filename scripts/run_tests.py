@@ -109,9 +109,9 @@ def _newest_fit() -> bool:
 
 
 def _run(places: dict[str, list[str]], options: list[str], temporary: Path) -> list[Outcome]:
-    """Run the tests at these places, by folder; those of `_AT_ONCE` side by side."""
+    """Run the tests at these places, by folder; those of `_AT_ONCE` side by side where there are both."""
     together = [folder for folder in places if folder in _AT_ONCE]
-    if _ONE_PROCESS & set(options) or (os.cpu_count() or 1) < 2:
+    if len(together) < 2 or _ONE_PROCESS & set(options) or (os.cpu_count() or 1) < 2:
         together = []
     outcomes = []
     for folder in places:
