@@ -120,18 +120,24 @@ def _run(places: dict[str, list[str]], options: list[str], temporary: Path) -> l
             with _Tests(folder, places[folder], options, temporary) as tests:
                 outcomes.append(tests.outcome())
     if together:
-        say(f"\n{', '.join(together)} at once; what they print comes at the end")
-        logs = [temporary / f"{Path(folder).name}.txt" for folder in together]
-        with ExitStack() as running:
-            started = [
-                running.enter_context(_Tests(folder, places[folder], options, temporary, log=log))
-                for folder, log in zip(together, logs, strict=True)
-            ]
-            while sum(not tests.has_ended() for tests in started):  # each is asked: one notes when it ended
-                time.sleep(_POLL_SECONDS)
-            outcomes += [tests.outcome() for tests in started]
-        for folder, log in zip(together, logs, strict=True):
-            say(f"\n{' '.join(places[folder])}\n{log.read_text(errors='replace').rstrip()}")
+        outcomes += _run_at_once({folder: places[folder] for folder in together}, options, temporary)
+    return outcomes
+
+
+def _run_at_once(places: dict[str, list[str]], options: list[str], temporary: Path) -> list[Outcome]:
+    """Run the tests of several folders side by side; what one of them printed comes when it has ended."""
+    say(f"\n{', '.join(places)} at once")
+    outcomes = []
+    with ExitStack() as stack:
+        running = {}
+        for folder in places:
+            log = temporary / f"{Path(folder).name}.txt"
+            running[log] = stack.enter_context(_Tests(folder, places[folder], options, temporary, log=log))
+        while running:
+            time.sleep(_POLL_SECONDS)
+            for log in [log for log, tests in running.items() if tests.has_ended()]:
+                outcomes.append(running.pop(log).outcome())
+                say(f"\n{outcomes[-1].folder}\n{log.read_text(errors='replace').rstrip()}")
     return outcomes
 
 
@@ -167,7 +173,6 @@ class _Tests:
             front = str(install.newest_packages(Path(sys.executable)))
             env["PYTHONPATH"] = os.pathsep.join(filter(None, (front, env.get("PYTHONPATH"))))
         self._started = time.monotonic()
-        self._ended: float | None = None
         command = [sys.executable, "-m", "pytest", *places, *own, *options]
         with nullcontext() if log is None else log.open("wb") as output:
             self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
@@ -182,16 +187,13 @@ class _Tests:
 
     def has_ended(self) -> bool:
         """Whether all tests are done."""
-        if self._ended is None and self._process.poll() is not None:
-            self._ended = time.monotonic()
-        return self._ended is not None
+        return self._process.poll() is not None
 
     def outcome(self) -> Outcome:
         """Wait for the end; how the tests went."""
         code = self._process.wait()
-        self.has_ended()
+        spent = time.monotonic() - self._started
         chosen_none = code == _NO_TESTS_SELECTED and self._may_be_empty
-        spent = (self._ended or time.monotonic()) - self._started
         return _outcome(self._folder, self._report, spent, broken=code != 0 and not chosen_none)
 
 
