@@ -140,7 +140,7 @@ def test_a_small_detail_size_keeps_the_draft_and_adds_finer_detail() -> None:
     assert alike > 0.8
 
 
-SUPPORTED = Detail(NANO_DETAIL_SIZE, gain=2.5)
+SUPPORTED = Detail(NANO_DETAIL_SIZE, gain=2.6)
 
 
 def enlarged_clip(factor: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ def test_supported_detail_of_a_frame_follows_from_that_frame_alone() -> None:
 
 def test_only_the_miniature_is_held_to_its_draft_by_itself() -> None:
     assert auto_detail(NANO_STAGE2) == Detail(9)
-    assert auto_detail(NANO_FOOTAGE_STAGE2) == Detail(9, gain=2.5)
+    assert auto_detail(NANO_FOOTAGE_STAGE2) == Detail(9, gain=2.6)
     assert auto_detail(STAGE2) == auto_detail(None) == COLORS_ONLY == Detail(70)
 
 
