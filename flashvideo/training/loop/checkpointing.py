@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import atomic_files
 from ..errors import TrainingError
 
-LARGE = 60_000  # numbers in a weight, from which on it may be stored in 8 bits
+LARGE = 20_000  # numbers in a weight, from which on it may be stored in 8 bits
 LAST = "last.pt"
 BEST = "best.pt"
 FORMAT = 1
