@@ -66,7 +66,7 @@ def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[st
     refined, reference = torch.rand(2, 5, 32, 48, 3)
     drawn, footage = ({"model": load(nano_state(name))} for name in ("stage2", "footage_stage2"))
     for chosen, used in [
-        ({}, color.Detail(70)), (drawn, color.Detail(9)), (footage, color.Detail(9, gain=2.5)),
+        ({}, color.Detail(70)), (drawn, color.Detail(9)), (footage, color.Detail(9, gain=2.6)),
         ({"detail_size": 20}, color.Detail(20)), ({"detail_size": 9} | footage, color.Detail(9)),
     ]:  # fmt: skip
         finished, _ = finish(refined, reference, "wavelet", **chosen).result

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.color import Detail, match_colors
-from flashvideo.config import COLOR_MATCHES, STAGE2_LATENT_SCALE
+from flashvideo.config import COLOR_MATCHES, NANO_DETAIL_GAIN, NANO_DETAIL_SIZE, STAGE2_LATENT_SCALE
 from flashvideo.degradation import auto_strength, degrade_latent
 from flashvideo.errors import CommandError
 from flashvideo.frames import PictureSize, TargetSize, finish, prepare, to_frames, to_video
@@ -113,7 +113,7 @@ def test_the_refiner_for_real_footage_gives_the_detail_that_its_source_supports(
     refined, result = (
         refine_frames(networks, frames, replace(settings, color_match=name)) for name in ("none", "wavelet")
     )
-    expected = match_colors(refined, prepare(frames, settings.size).reference, "wavelet", Detail(9, gain=2.5))
+    expected = match_colors(refined, prepare(frames, settings.size).reference, "wavelet", Detail(NANO_DETAIL_SIZE, NANO_DETAIL_GAIN))
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
     assert (result - match_colors(refined, expected, "wavelet", Detail(9))).abs().max() > 1e-3
 
