@@ -113,7 +113,9 @@ def test_the_refiner_for_real_footage_gives_the_detail_that_its_source_supports(
     refined, result = (
         refine_frames(networks, frames, replace(settings, color_match=name)) for name in ("none", "wavelet")
     )
-    expected = match_colors(refined, prepare(frames, settings.size).reference, "wavelet", Detail(NANO_DETAIL_SIZE, NANO_DETAIL_GAIN))
+    expected = match_colors(
+        refined, prepare(frames, settings.size).reference, "wavelet", Detail(NANO_DETAIL_SIZE, NANO_DETAIL_GAIN)
+    )
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
     assert (result - match_colors(refined, expected, "wavelet", Detail(9))).abs().max() > 1e-3
 
