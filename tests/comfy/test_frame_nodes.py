@@ -63,7 +63,8 @@ def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[st
     finish, frames = comfy_nodes["FlashVideoFinishFrames"].execute, submodule("flashvideo.frames")
     load, nano_state = submodule("nodes.native.model").load_model, submodule("flashvideo.nano").nano_state
     color = submodule("flashvideo.color")
-    refined, reference = torch.rand(2, 5, 32, 48, 3)
+    refined, coarse = torch.rand(5, 32, 48, 3), torch.rand(5, 8, 12, 3)
+    reference = frames.resize(coarse, 32, 48, "bicubic").clamp(0, 1)  # soft: only there the gain counts in full
     drawn, footage = ({"model": load(nano_state(name))} for name in ("stage2", "footage_stage2"))
     for chosen, used in [
         ({}, color.Detail(70)), (drawn, color.Detail(9)), (footage, color.Detail(9, gain=2.6)),

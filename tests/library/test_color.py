@@ -27,6 +27,7 @@ from flashvideo.config import (
     DETAIL_SIZE,
     MAX_DETAIL_SIZE,
     MIN_DETAIL_SIZE,
+    NANO_DETAIL_GAIN,
     NANO_DETAIL_SIZE,
     NANO_FOOTAGE_STAGE2,
     NANO_STAGE2,
@@ -140,7 +141,7 @@ def test_a_small_detail_size_keeps_the_draft_and_adds_finer_detail() -> None:
     assert alike > 0.8
 
 
-SUPPORTED = Detail(NANO_DETAIL_SIZE, gain=2.6)
+SUPPORTED = Detail(NANO_DETAIL_SIZE, NANO_DETAIL_GAIN)
 
 
 def enlarged_clip(factor: int) -> tuple[Tensor, Tensor]:

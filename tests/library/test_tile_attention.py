@@ -139,7 +139,7 @@ def test_the_network_gives_the_same_in_pieces_whole_and_compiled(
     nano: FlashVideoDiT, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     arguments = inputs(*GRID)
-    windows = WindowAttention(TEXT, GRID, VIEWS["wide"])
+    windows = WindowAttention(TEXT, GRID, VIEWS["medium"])
     run = {"degradation_step": 675, "attention": windows, "order": windows.order}
     whole = nano(*arguments, **run).detach()  # under autograd
     exact = nano(*arguments, degradation_step=675).detach()
@@ -148,7 +148,8 @@ def test_the_network_gives_the_same_in_pieces_whole_and_compiled(
     monkeypatch.setattr(token_chunks, "CHUNK_BYTES_CPU", piece * row * torch.float32.itemsize)
     torch._dynamo.reset()
     network = load_dit(nano.state_dict(), dtype=torch.float32)
-    network.blocks[1].compile(backend="eager", fullgraph=True)  # they are all alike
+    for block in network.blocks:
+        block.compile(backend="eager", fullgraph=True)
     with torch.inference_mode():
         assert (nano(*arguments, **run) - whole).abs().max() <= TOLERANCE
         assert (network(*arguments, **run) - whole).abs().max() <= TOLERANCE
