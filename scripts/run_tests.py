@@ -4,8 +4,8 @@
 
 Without a file or folder it runs all. Each folder of tests has processes of its own, because a process can hold one
 ComfyUI, and the library's tests none. Most are spread over several processes, file by file, as their tensors are too
-small for several threads; the page's and the server's, which wait for a ComfyUI, run at once. With --newest those that
-depend most on other packages run once more with the newest versions of these.
+small for several threads. Folders whose tests wait for other programs most of the time run at once. With --newest the
+tests that depend most on other packages run once more with the newest versions of these.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ import set_up
 from harness import install
 from harness.bed import CANCELLED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
-_SPREAD = ("tests/library", "tests/training", "tests/commands", "tests/comfy")  # over several processes
-_AT_ONCE = ("tests/browser", "tests/server")  # a process each: they wait for their ComfyUI most of the time
-FOLDERS = (*_SPREAD, "tests/fuzz", *_AT_ONCE)
+_LIBRARY = "tests/library"
+_SPREAD = (_LIBRARY, "tests/training", "tests/commands", "tests/comfy")  # over several processes
+# One row after the other; a row's folders run at once, as commands, workers, a page and a server are waited for.
+_ROWS = (
+    (_LIBRARY,),
+    ("tests/training", "tests/commands"),
+    ("tests/comfy",),
+    ("tests/fuzz", "tests/browser", "tests/server"),
+)
+FOLDERS = tuple(folder for row in _ROWS for folder in row)
 _POLL_SECONDS = 0.2
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
-_PROCESSES = 4  # at most; each takes up to 2 GB of main memory
+_PROCESSES = 4  # at most, for one folder; each takes up to 2 GB of main memory
+_CORES_FOR_ROWS = 2  # fewer, and folders that run at once would only wait for each other
 _NEWEST = "--newest"
 # Video files, weights, numbers and text: what PyAV, safetensors, numpy and transformers may change.
 _NEWEST_TESTS = [
@@ -46,6 +54,20 @@ _NEWEST_TESTS = [
 ]
 _NEWEST_NEEDS = (3, 11)
 _ONE_PROCESS = {"-s", "--pdb", "--capture=no"}  # what somebody does who looks closely
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Tests of one folder."""
+
+    folder: str
+    places: tuple[str, ...]  # files or folders
+    newest: bool = False  # with the newest packages
+
+    @property
+    def name(self) -> str:
+        """What the tests are called in what is printed."""
+        return f"{Path(self.folder).name}-newest" if self.newest else self.folder
 
 
 @dataclass(frozen=True)
@@ -73,13 +95,9 @@ def main() -> int:
     try:
         # Of this run alone: another one, or a server, may use its own beside it.
         with tempfile.TemporaryDirectory(prefix="tests-", dir=TEMPORARY, ignore_cleanup_errors=True) as own:
-            places = _places(chosen)
-            outcomes = _run(places, options, Path(own))
-            if newest and _SPREAD[0] in places and _newest_fit():
-                again = places[_SPREAD[0]] if chosen else _NEWEST_TESTS
-                say(f"\n{' '.join(again)} with the newest packages")
-                with _Tests(_SPREAD[0], again, options, Path(own), newest=True) as tests:
-                    outcomes.append(tests.outcome())
+            outcomes = []
+            for row in _rows(chosen, newest=newest):
+                outcomes += _run_row(row, options, Path(own))
     except KeyboardInterrupt:
         say("\nCancelled.")
         return CANCELLED
@@ -100,6 +118,17 @@ def _places(chosen: list[str]) -> dict[str, list[str]]:
     return {folder: places for folder, places in found.items() if places}
 
 
+def _rows(chosen: list[str], *, newest: bool) -> list[list[_Task]]:
+    """What to run one after the other, and in each of these what to run at once."""
+    places = _places(chosen)
+    rows = [[_Task(folder, tuple(places[folder])) for folder in row if folder in places] for row in _ROWS]
+    if newest and _LIBRARY in places and _newest_fit():
+        rows[-1].append(_Task(_LIBRARY, tuple(places[_LIBRARY] if chosen else _NEWEST_TESTS), newest=True))
+    if (os.cpu_count() or 1) < _CORES_FOR_ROWS:
+        return [[task] for row in rows for task in row]
+    return [row for row in rows if row]
+
+
 def _newest_fit() -> bool:
     """Whether the newest packages run on this Python; prints a line if they don't."""
     fit = sys.version_info[:2] >= _NEWEST_NEEDS
@@ -108,31 +137,22 @@ def _newest_fit() -> bool:
     return fit
 
 
-def _run(places: dict[str, list[str]], options: list[str], temporary: Path) -> list[Outcome]:
-    """Run the tests at these places, by folder; those of `_AT_ONCE` side by side where there are both."""
-    together = [folder for folder in places if folder in _AT_ONCE]
-    if len(together) < 2 or _ONE_PROCESS & set(options) or (os.cpu_count() or 1) < 2:
-        together = []
-    outcomes = []
-    for folder in places:
-        if folder not in together:
-            say(f"\n{' '.join(places[folder])}")
-            with _Tests(folder, places[folder], options, temporary) as tests:
+def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outcome]:
+    """Run the tests of a row at once; what one of several printed comes when it has ended."""
+    if len(row) == 1 or _ONE_PROCESS & set(options):
+        outcomes = []
+        for task in row:
+            say(f"\n{' '.join(task.places)}{' with the newest packages' if task.newest else ''}")
+            with _Tests(task, options, temporary) as tests:
                 outcomes.append(tests.outcome())
-    if together:
-        outcomes += _run_at_once({folder: places[folder] for folder in together}, options, temporary)
-    return outcomes
-
-
-def _run_at_once(places: dict[str, list[str]], options: list[str], temporary: Path) -> list[Outcome]:
-    """Run the tests of several folders side by side; what one of them printed comes when it has ended."""
-    say(f"\n{', '.join(places)} at once")
+        return outcomes
+    say(f"\n{', '.join(task.name for task in row)} at once")
     outcomes = []
     with ExitStack() as stack:
         running = {}
-        for folder in places:
-            log = temporary / f"{Path(folder).name}.txt"
-            running[log] = stack.enter_context(_Tests(folder, places[folder], options, temporary, log=log))
+        for task in row:
+            log = temporary / f"{Path(task.name).name}.txt"
+            running[log] = stack.enter_context(_Tests(task, options, temporary, log=log))
         while running:
             time.sleep(_POLL_SECONDS)
             for log in [log for log, tests in running.items() if tests.has_ended()]:
@@ -147,33 +167,24 @@ class _Tests:
     What they print goes to the terminal, or to the file `log`. Left before the end, the process is ended.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        places: list[str],
-        options: list[str],
-        temporary: Path,
-        *,
-        newest: bool = False,
-        log: Path | None = None,
-    ) -> None:
-        name = f"{Path(folder).name}-newest" if newest else Path(folder).name
-        self._folder = name if newest else folder
+    def __init__(self, task: _Task, options: list[str], temporary: Path, *, log: Path | None = None) -> None:
+        name = Path(task.name).name
+        self._folder = task.name
         self._report = temporary / f"{name}.xml"
         self._may_be_empty = bool(options)
         own = [f"--junitxml={self._report}", f"--basetemp={temporary / name}", "-q"]
         env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
-        spread = folder in _SPREAD and not _ONE_PROCESS & set(options)
+        spread = task.folder in _SPREAD and not _ONE_PROCESS & set(options)
         if spread:
             own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
             own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
         if spread or log is not None:
             env["OMP_NUM_THREADS"] = "1"  # threads of two processes on the same cores wait for each other
-        if newest:
+        if task.newest:
             front = str(install.newest_packages(Path(sys.executable)))
             env["PYTHONPATH"] = os.pathsep.join(filter(None, (front, env.get("PYTHONPATH"))))
         self._started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", *places, *own, *options]
+        command = [sys.executable, "-m", "pytest", *task.places, *own, *options]
         with nullcontext() if log is None else log.open("wb") as output:
             self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
 
@@ -215,7 +226,7 @@ def _sum_up(outcomes: list[Outcome], spent: float, style_is_good: bool) -> int:
     for outcome in outcomes:
         state = "broken" if outcome.broken else "good"
         say(f"{outcome.folder:<15} {outcome.passed:>4} passed  {seconds(outcome.seconds):>12}  {state}")
-        if outcome.folder == _SPREAD[0] and outcome.seconds > _LIBRARY_SECONDS:
+        if outcome.folder == _LIBRARY and outcome.seconds > _LIBRARY_SECONDS:
             say(f"Note: the library's tests should take less than {_LIBRARY_SECONDS} s.")
     passed, failed, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("passed", "failed", "skipped"))
     if not passed + failed + skipped:

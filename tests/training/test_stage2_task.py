@@ -12,16 +12,18 @@ import torch
 from small_models import write_tokenizer
 from torch import Tensor
 
+from flashvideo.checkpoints import load_dit
 from flashvideo.config import STAGE2_LATENT_SCALE
 from flashvideo.nano import NANO_FOLDER
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings, ScenePieces
 from flashvideo.training.errors import TrainingError
+from flashvideo.training.loop.checkpointing import LARGE
 from flashvideo.training.loop.metrics import psnr
 from flashvideo.training.rows import Rows
 from flashvideo.training.tasks import stage2 as stage2_module
 from flashvideo.training.tasks.losses import FlowStep, Network, flow_step, own_flow_step
-from flashvideo.training.tasks.networks import NetworkSettings, make_network
+from flashvideo.training.tasks.networks import NetworkSettings, export_network, make_network, round_as_stored
 from flashvideo.training.tasks.pixels import PixelSettings, visible_loss
 from flashvideo.training.tasks.stage2 import (
     DegradationSettings,
@@ -288,3 +290,17 @@ def test_pixels_beyond_a_piece_are_refused() -> None:
     Stage2Settings(1, Path(), Path(), Path(), "", loop, phases, pixels=PixelSettings(1.0, since=1, window=8))
     with pytest.raises(TrainingError, match="leave something of a window of 4; got 2"):
         PixelSettings(1.0, window=4, edge=2)
+
+
+def test_what_is_measured_is_what_a_file_of_8_bits_gives_back(tmp_path: Path) -> None:
+    settings = NetworkSettings(eight_bits=True)
+    network = make_network(settings, 2, 1, torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    round_as_stored(network, settings)
+    file = load_dit(export_network(tmp_path, network, settings, 1, {}), dtype=torch.float32, stage=2)
+    measured = network.state_dict()
+    assert all(torch.equal(weight, measured[name]) for name, weight in file.state_dict().items())
+    changed = {name for name, weight in measured.items() if not torch.allclose(weight, before[name], rtol=2**-10)}
+    assert changed == {name for name, weight in before.items() if weight.numel() >= LARGE}
+    with pytest.raises(TrainingError, match="eight_bits is for whole networks, not for adapters"):
+        NetworkSettings(eight_bits=True, lora_rank=4)

@@ -22,7 +22,7 @@ from ...nano import build_part
 from ...t5 import T5Encoder, T5Tokens, contexts, load_encoder
 from ..data.latents import LatentCache
 from ..errors import TrainingError
-from ..loop.checkpointing import export_weights
+from ..loop.checkpointing import as_stored, export_weights
 from .lora import LORA_PREFIX, add_lora, lora_state, merged_state
 
 SHORT_SEQUENCE = 1024  # tokens up to which attention's matrix may be kept for the backward pass
@@ -44,12 +44,15 @@ class NetworkSettings:
     dtype: str = "fp32"  # of the weights in training; with LoRA, of the frozen ones
     checkpoint_blocks: bool = False  # trade a third more time for much less memory
     export_dtype: str = "fp16"
+    eight_bits: bool = False  # the written file's large weights are stored in 8 bits, see `as_stored`
 
     def __post_init__(self) -> None:
-        """Refuse unknown data types."""
+        """Refuse unknown data types, and adapters in 8 bits."""
         for name in (self.dtype, self.export_dtype):
             if name not in DTYPES:
                 raise TrainingError(f"[network] data types are {', '.join(DTYPES)}; got {name!r}.")
+        if self.eight_bits and self.lora_rank:
+            raise TrainingError("[network] eight_bits is for whole networks, not for adapters: drop it or lora_rank.")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,12 @@ def attention_products(q: Tensor, k: Tensor, v: Tensor, heads: int, start: int =
     return rearrange(torch.bmm(weights, v), "(b heads) n width -> b n (heads width)", heads=heads)
 
 
+def round_as_stored(dit: FlashVideoDiT, settings: NetworkSettings) -> None:
+    """Give a network the weights that its file will hold, so that what is measured is what is shipped."""
+    if settings.eight_bits:
+        dit.load_state_dict(as_stored(dit.state_dict(), DTYPES[settings.export_dtype], eight_bits=True))
+
+
 def export_network(
     folder: Path, dit: FlashVideoDiT, settings: NetworkSettings, step: int, scores: Mapping[str, float]
 ) -> Path:
@@ -170,7 +179,7 @@ def export_network(
         metadata["flashvideo.lora_prefix"] = LORA_PREFIX
     else:
         path, state = folder / f"stage{stage}.safetensors", merged_state(dit)
-    export_weights(path, state, metadata, DTYPES[settings.export_dtype])
+    export_weights(path, state, metadata, DTYPES[settings.export_dtype], eight_bits=settings.eight_bits)
     return path
 
 

@@ -304,6 +304,7 @@ class Stage1Task:
     def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
         """Write stage1.safetensors, and text_encoder.safetensors if it learnt too."""
         with torch.no_grad():
+            networks.round_as_stored(self.model["dit"], self.settings.network)
             scores = self.validate()
         written: dict[Path, dict[str, Any]] = {
             networks.export_network(folder, self.model["dit"], self.settings.network, step, scores): scores

@@ -394,5 +394,6 @@ class Stage2Task:
     def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
         """Write stage2.safetensors, or stage2_lora.safetensors."""
         with torch.no_grad():
+            networks.round_as_stored(self.model, self.settings.network)
             scores = self.validate()
         return {networks.export_network(folder, self.model, self.settings.network, step, scores): scores}
