@@ -173,8 +173,8 @@ def test_what_pixels_say_of_a_latent_reaches_it_and_is_best_for_the_clean_one(pi
     clean, reference = (batch[name] * STAGE2_LATENT_SCALE for name in ("clean", "reference"))
     shown = batch["video"], batch["place"], pixel_task.settings.pixels
     guess = reference.clone().requires_grad_()
-    worse = visible_loss(pixel_task.vae.network, guess / STAGE2_LATENT_SCALE, *shown)
-    assert visible_loss(pixel_task.vae.network, clean / STAGE2_LATENT_SCALE, *shown).item() < worse.item()
+    worse = visible_loss(pixel_task.vae.network.decode, guess / STAGE2_LATENT_SCALE, *shown)
+    assert visible_loss(pixel_task.vae.network.decode, clean / STAGE2_LATENT_SCALE, *shown).item() < worse.item()
     worse.backward()
     row, column = batch["place"].tolist()
     touched = guess.grad.abs().sum((0, 1, 2)) > 0
@@ -195,10 +195,10 @@ def test_with_a_detail_size_only_finer_errors_count(pixel_task: Stage2Task) -> N
         exact = network.decode(batch["clean"][..., row : row + 6, column : column + 6])
         stripes = 0.2 * (torch.arange(48) % 4 < 2)
         cast = {
-            settings: visible_loss(network, batch["clean"], exact + 0.2, place, settings)
+            settings: visible_loss(network.decode, batch["clean"], exact + 0.2, place, settings)
             for settings in (all_sizes, fine)
         }
-        detail = visible_loss(network, batch["clean"], exact + stripes, place, fine)
+        detail = visible_loss(network.decode, batch["clean"], exact + stripes, place, fine)
     assert cast[all_sizes].item() == pytest.approx(0.2, abs=1e-4)
     assert cast[fine].item() < 1e-5
     assert detail.item() > 0.05

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...config import SPATIAL_FACTOR, video_frames
 from ...vae import VideoVAE
 from ..errors import TrainingError
 from ..randomness import randint
+from .fused_vae import fused_or_plain
 from .losses import PixelWeights, pixel_loss
 
 
@@ -33,6 +34,7 @@ class PixelSettings:
     detail_size: float = (
         0.0  # pixels: what is larger isn't compared, since Finish Frames takes it from the draft; 0: all
     )
+    fused: bool = False  # decodes through the kernels of `fused_vae`, where the CPU and its compiler can
     terms: PixelWeights = field(default_factory=PixelWeights)
 
     def __post_init__(self) -> None:
@@ -64,12 +66,20 @@ def visible_part(
     return {"video": torch.stack([video[:, :frames, rows, columns] for video in videos]), "place": torch.tensor(place)}
 
 
-def visible_loss(vae: VideoVAE, latent: Tensor, video: Tensor, place: Tensor, settings: PixelSettings) -> Tensor:
+def decoder_of(vae: VideoVAE, *, fused: bool) -> Callable[[Tensor], Tensor]:
+    """What decodes latents with a VAE's weights: the VAE, or the kernels of `fused_vae` where these can."""
+    learner = fused_or_plain(vae) if fused else vae
+    return learner.decode if learner is not vae else lambda latent: vae.decode(latent.to(vae.dtype))
+
+
+def visible_loss(
+    decode: Callable[[Tensor], Tensor], latent: Tensor, video: Tensor, place: Tensor, settings: PixelSettings
+) -> Tensor:
     """Decode the part of a latent in raw scale that `visible_part` chose, and compare it."""
     rows, columns = (slice(start, start + settings.window) for start in place.tolist())
     edge = settings.edge * SPATIAL_FACTOR
     inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
-    shown = vae.decode(latent[..., rows, columns].to(vae.dtype)).float()
+    shown = decode(latent[..., rows, columns]).float()
     if settings.detail_size:
         shown = shown + LowBand(*shown.shape[-2:], shown.device, settings.detail_size).of_planes(video - shown)
     return weighted_loss(shown[..., inner, inner], video[..., inner, inner], settings.terms)

@@ -33,7 +33,7 @@ from ..randomness import generator_for, normal_like, randint, spread_uniform
 from ..rows import Batches, Rows
 from . import networks
 from .losses import CAPTION_DROPOUT, Network, drop_captions, flow_step, own_flow_step
-from .pixels import PixelSettings, visible_loss, visible_part, weighted_loss
+from .pixels import PixelSettings, decoder_of, visible_loss, visible_part, weighted_loss
 
 VALIDATION_SEED = 1
 
@@ -230,6 +230,7 @@ class Stage2Task:
         self.model = self.network()
         self.data = PairData(settings, self.clips)
         self.description = networks.describe_network(self.model, settings.network)
+        self._decode = decoder_of(self.vae.network, fused=settings.pixels.fused)
         self._references: list[tuple[Tensor, Tensor]] = []
 
     def network(self) -> FlashVideoDiT:
@@ -292,7 +293,7 @@ class Stage2Task:
         if "video" not in batch:
             return {"loss": step.loss}
         latent = step.clean / STAGE2_LATENT_SCALE
-        pixels = visible_loss(self.vae.network, latent, batch["video"], batch["place"], settings.pixels)
+        pixels = visible_loss(self._decode, latent, batch["video"], batch["place"], settings.pixels)
         return {"loss": step.loss + settings.pixels.weight * pixels, "velocity": step.loss, "pixels": pixels}
 
     def _degrade(self, reference: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
