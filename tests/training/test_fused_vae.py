@@ -17,6 +17,7 @@ from flashvideo.commands.main import main
 from flashvideo.config import VAEConfig
 from flashvideo.training.tasks.fused_vae import FusedVAE, fused_or_plain
 from flashvideo.training.tasks.fused_vae.kernels import Modulation, doubled, kernels_problem, norm_silu_stack
+from flashvideo.training.tasks.pixels import PixelSettings, decoder_of, visible_loss
 from flashvideo.training.tasks.vae import initialise
 from flashvideo.vae import VideoVAE
 
@@ -89,6 +90,19 @@ def test_values_and_gradients_are_the_plain_networks(frames: int, groups: int) -
     assert found.pop("video") < 0.05
     assert max(found.values()) < 0.15
     assert sorted(found.values())[len(found) // 2] < 0.06
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_vae_that_does_not_learn_hands_gradients_to_its_latents() -> None:
+    """As stage II needs them, whose pixels may be decoded so."""
+    vae, clips = small_vae().requires_grad_(False), smooth_clips(9)
+    settings, gradients = PixelSettings(1.0, window=3, edge=0), {}
+    for fused in (False, True):
+        latent = vae.encode(clips).mode().requires_grad_()
+        decode = decoder_of(vae, fused=fused)
+        visible_loss(decode, latent, clips[..., 8:], torch.tensor([0, 1]), settings).backward()
+        gradients[fused] = {"latent": latent.grad}
+    assert distances(gradients[True], gradients[False])["latent"] < 0.1
 
 
 @pytest.mark.usefixtures("kernels")

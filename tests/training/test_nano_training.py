@@ -37,7 +37,7 @@ from flashvideo.training.scenes.captions import caption, parse_prompt
 from flashvideo.training.scenes.prompts import HELD_OUT_PROMPTS, judge_prompts
 from flashvideo.training.scenes.stream import SceneStream
 from flashvideo.training.scenes.vocabulary import HELD_OUT, contrasts
-from flashvideo.training.tasks.vae import fit_preview
+from flashvideo.training.tasks.latent_preview import fit_preview
 
 # Muon
 

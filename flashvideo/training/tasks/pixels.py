@@ -80,9 +80,15 @@ def visible_loss(
     edge = settings.edge * SPATIAL_FACTOR
     inner = slice(edge, settings.window * SPATIAL_FACTOR - edge)
     shown = decode(latent[..., rows, columns]).float()
-    if settings.detail_size:
-        shown = shown + LowBand(*shown.shape[-2:], shown.device, settings.detail_size).of_planes(video - shown)
+    shown = with_large_of(video, shown, settings.detail_size)
     return weighted_loss(shown[..., inner, inner], video[..., inner, inner], settings.terms)
+
+
+def with_large_of(video: Tensor, shown: Tensor, detail_size: float) -> Tensor:
+    """`shown` [B, 3, T, H, W], but what is larger than `detail_size` pixels is `video`'s; all is its own with 0."""
+    if not detail_size:
+        return shown
+    return shown + LowBand(*shown.shape[-2:], shown.device, detail_size).of_planes(video - shown)
 
 
 def weighted_loss(shown: Tensor, video: Tensor, terms: PixelWeights) -> Tensor:

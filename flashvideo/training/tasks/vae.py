@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
 from ...checkpoints import STAGE_METADATA, load_vae
 from ...checkpoints.architecture import NORM_GROUPS_METADATA, default_norm_groups
-from ...config import TEMPORAL_FACTOR, VAEConfig
+from ...config import VAEConfig
 from ...nano import PREVIEW_METADATA
 from ...parallel import Ranks
 from ...vae import VideoVAE
@@ -34,8 +33,11 @@ from ..randomness import generator_for, normal_like, randint
 from ..rows import Batches, Rows
 from ..scenes.stream import SceneStream
 from .fused_vae import FusedVAE, fused_or_plain
+from .latent_preview import fit_preview
 from .latent_scale import fold_latent_scale, scale_towards
-from .losses import PixelWeights, vae_loss
+from .losses import PixelWeights, pixel_loss, vae_loss
+from .pixels import with_large_of
+from .refined import RefinedLatents, RefinedSettings
 from .widening import widened
 
 START_LOGVAR = -4.0  # of the posterior: noise of its usual size, 1, would drown what the first steps learn
@@ -126,6 +128,7 @@ class VAESettings:
     decoder_only: bool = False  # the encoder, and with it every latent, stays as it is
     latent_noise: float = 0.0  # up to so much noise, in deviations of the latent, is added to what is decoded
     clips: Footage = field(default_factory=Footage)  # where clips come from
+    refined: RefinedSettings = field(default_factory=RefinedSettings)  # what the decoder learns from beside its latents
 
     def __post_init__(self) -> None:
         """Refuse noise on latents that still learn: they could grow until the noise no longer counts.
@@ -136,6 +139,8 @@ class VAESettings:
             self.clips.check_source(each.source or self.clips.source)
         if self.latent_noise and not self.decoder_only:
             raise TrainingError("latent_noise is for a decoder that learns alone: add decoder_only = true.")
+        if self.refined.share and not self.decoder_only:
+            raise TrainingError("[refined] is for a decoder that learns alone: add decoder_only = true.")
 
 
 class CropData(Batches):
@@ -220,6 +225,7 @@ class VAETask:
         self.model.encoder.requires_grad_(not settings.decoder_only)
         self.model.to(device)
         self._held_out: dict[str, list[Tensor]] = {}
+        self._refined = RefinedLatents(settings.refined, settings.seed, device) if settings.refined.share else None
         self._noise = settings.latent_noise * self._latent_deviation() if settings.latent_noise else None
 
     def _start_from(self, path: Path) -> None:
@@ -249,7 +255,9 @@ class VAETask:
         return fused_or_plain(self.model) if self.settings.fused else self.model
 
     def loss(self, batch: Tensor, rows: Rows) -> dict[str, Tensor]:
-        """Encode, draw a latent, decode, compare."""
+        """Encode, draw a latent, decode, compare; or decode what stage II makes of drafts, in the batches for it."""
+        if self._refined is not None and self._refined.chosen(rows.index):
+            return self._of_drafts(self._refined(self._learner.encode, batch, rows), batch)
         posterior = self._learner.encode(batch)
         generator = generator_for(self.settings.seed, "latent", rows.index)
         latent = posterior.sample(rows.normal_like(posterior.mean, generator))
@@ -259,25 +267,43 @@ class VAETask:
         video = self._learner.decode(latent)
         return vae_loss(video, batch, posterior.mean, posterior.logvar, **dataclasses.asdict(self.settings.loss))
 
+    def _of_drafts(self, latent: Tensor, batch: Tensor) -> dict[str, Tensor]:
+        """The loss of refined drafts; what the draft shows is compared as if it were true."""
+        video = with_large_of(batch, self._learner.decode(latent), self.settings.refined.detail_size)
+        terms = pixel_loss(video, batch, **_pixel_weights(self.settings.loss))
+        loss = terms.pop("loss")
+        return {
+            "loss": self.settings.refined.weight * loss,
+            **{f"drafts_{name}": value for name, value in terms.items()},
+        }
+
     def validate(self) -> dict[str, float]:
         """Scores of held-out clips: first minus the loss, then PSNR and the latents' deviation.
 
         PSNR alone would prefer a blur where texture is learnt.
         """
         scores: dict[str, float] = {}
+        of_drafts: dict[str, float] = {}
         losses, spreads = [], []
         for kind in self.settings.validation:
-            values = []
+            values, refined = [], []
             for clip in self._clips(kind):
                 video, latent = self._reconstruct(clip)
                 clip = clip.to(video.device)
                 values.append(psnr(video, clip))
                 losses.append(self._distance(video, clip))
                 spreads.append(latent.std().item())
+                if self._refined is not None:
+                    latent = self._refined(self.model.encode, clip, Rows.whole(0, 1))
+                    video = with_large_of(clip, self.model.decode(latent), self.settings.refined.detail_size)
+                    refined.append(psnr(video, clip))
+                    losses.append(self._distance(video, clip))
             scores[f"psnr_{kind.name}"] = sum(values) / len(values)
+            if refined:
+                of_drafts[f"psnr_{kind.name}_drafts"] = sum(refined) / len(refined)
         mean = sum(scores.values()) / len(scores)
         score = -sum(losses) / len(losses)
-        return {"score": score, "psnr": mean, **scores, "latent_std": sum(spreads) / len(spreads)}
+        return {"score": score, "psnr": mean, **scores, **of_drafts, "latent_std": sum(spreads) / len(spreads)}
 
     def _distance(self, video: Tensor, clip: Tensor) -> float:
         """The loss of a reconstruction without the latent's part."""
@@ -349,22 +375,8 @@ class VAETask:
         return torch.cat(draws, dim=1).std(dim=1)
 
 
-def fit_preview(latents: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
-    """Least-squares map from latents [16, n + 1, h, w] to what they show, the mean colours of [3, 4n + 1, 8h, 8w].
-
-    Returns [17, 3]: red, green and blue in [-1, 1] a channel, and in the last row for a latent of zeros.
-    """
-    rows, colours = [], []
-    for latent, video in zip(latents, videos, strict=True):
-        size = latent.shape[2:]
-        starts = range(1, video.shape[1], TEMPORAL_FACTOR)  # the first frame stands alone
-        frames = [video[:, :1], *(video[:, start : start + TEMPORAL_FACTOR] for start in starts)]
-        small = torch.stack([F.adaptive_avg_pool2d(part.mean(dim=1), size) for part in frames], dim=1)
-        rows.append(rearrange(latent.float(), "c t h w -> c (t h w)").T)
-        colours.append(rearrange(small.float(), "c t h w -> c (t h w)").T)
-    inputs = torch.cat(rows)
-    inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), dim=1)
-    return torch.linalg.lstsq(inputs, torch.cat(colours)).solution
+def _pixel_weights(loss: PixelWeights) -> dict[str, float]:
+    return {each.name: getattr(loss, each.name) for each in dataclasses.fields(PixelWeights)}
 
 
 def _describe(numbers: VAENumbers) -> dict[str, Any]:
