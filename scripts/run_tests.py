@@ -38,7 +38,7 @@ FOLDERS = tuple(folder for row in _ROWS for folder in row)
 _POLL_SECONDS = 0.2
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
-_PROCESSES = 4  # at most, for one folder; each takes up to 2 GB of main memory
+_PROCESSES = 4  # at most, for a row; each takes up to 2 GB of main memory
 _CORES_FOR_ROWS = 2  # fewer, and folders that run at once would only wait for each other
 _NEWEST = "--newest"
 # Video files, weights, numbers and text: what PyAV, safetensors, numpy and transformers may change.
@@ -152,7 +152,7 @@ def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outc
         running = {}
         for task in row:
             log = temporary / f"{Path(task.name).name}.txt"
-            running[log] = stack.enter_context(_Tests(task, options, temporary, log=log))
+            running[log] = stack.enter_context(_Tests(task, options, temporary, beside=len(row) - 1, log=log))
         while running:
             time.sleep(_POLL_SECONDS)
             for log in [log for log, tests in running.items() if tests.has_ended()]:
@@ -164,10 +164,13 @@ def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outc
 class _Tests:
     """Tests of one folder in a process of their own, with the newest packages or the bed's.
 
-    What they print goes to the terminal, or to the file `log`. Left before the end, the process is ended.
+    What they print goes to the terminal, or to the file `log`. So many others run `beside` them. Left before the end,
+    the process is ended.
     """
 
-    def __init__(self, task: _Task, options: list[str], temporary: Path, *, log: Path | None = None) -> None:
+    def __init__(
+        self, task: _Task, options: list[str], temporary: Path, *, beside: int = 0, log: Path | None = None
+    ) -> None:
         name = Path(task.name).name
         self._folder = task.name
         self._report = temporary / f"{name}.xml"
@@ -176,7 +179,7 @@ class _Tests:
         env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
         spread = task.folder in _SPREAD and not _ONE_PROCESS & set(options)
         if spread:
-            own += ["-n", str(min(_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
+            own += ["-n", str(max(1, min(_PROCESSES // (1 + beside), os.cpu_count() or 1))), "--dist", "loadfile"]
             own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
         if spread or log is not None:
             env["OMP_NUM_THREADS"] = "1"  # threads of two processes on the same cores wait for each other
