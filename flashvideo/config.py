@@ -154,7 +154,7 @@ NANO_STAGE1 = DiTConfig(
 NANO_STAGE2 = replace(NANO_STAGE1, num_layers=4, degradation_embedding=True, frame_count_embedding=True)
 NANO_VAE = VAEConfig(16, (1, 2, 2, 4), encoder_blocks=1, decoder_blocks=2, norm_groups=16)
 # For real footage, beside those for drawn scenes: what moves in it needs a wider VAE and a deeper stage II.
-NANO_FOOTAGE_STAGE2 = replace(NANO_STAGE2, num_layers=6)
+NANO_FOOTAGE_STAGE2 = replace(NANO_STAGE2, num_layers=12)
 NANO_FOOTAGE_VAE = VAEConfig(16, (1, 2, 6, 8), encoder_blocks=1, decoder_blocks=2, norm_groups=4)
 NANO_REFINERS = (NANO_STAGE2, NANO_FOOTAGE_STAGE2)
 NANO_TEXT_ENCODER = T5Config(num_layers=3, d_model=48, d_ff=128, d_kv=16, num_heads=4)

@@ -75,6 +75,12 @@ def test_a_decoder_learns_from_drafts_alone_or_from_both_kinds(tmp_path: Path) -
         after = load_file(out / "vae.safetensors")
         changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
         assert changed == {"decoder"}
+        config.write_text(config.read_text().replace("factor = 2", "factor = 2\nblend = 0.25"))
+        assert main([*command, str(config), "--export", str(out)]) == 0
+        blended = load_file(out / "vae.safetensors")
+        for name in before:
+            quarter = before[name].float().lerp(after[name].float(), 0.25)
+            torch.testing.assert_close(blended[name].float(), quarter, rtol=2e-3, atol=1e-6)
 
 
 def test_drafts_are_chosen_and_weighed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,6 +111,7 @@ def test_drafts_are_chosen_and_weighed(monkeypatch: pytest.MonkeyPatch, tmp_path
     [
         (lambda: RefinedSettings(share=1.5), r"\[refined\] share must be 0 to 1; got 1.5"),
         (lambda: RefinedSettings(weight=0), r"\[refined\] weight must be above 0; got 0"),
+        (lambda: RefinedSettings(blend=0), r"\[refined\] blend must be above 0, and at most 1; got 0"),
         (lambda: RefinedSettings(factor=0.5), r"\[refined\] factor must be 1 or more; got 0.5"),
         (lambda: RefinedSettings(strength=1000), r"\[refined\] strength must be 0 to 999; got 1000"),
         (lambda: RefinedSettings(steps=0), r"\[refined\] steps must be 1 or more; got 0"),

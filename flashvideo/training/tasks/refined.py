@@ -6,7 +6,7 @@ shows more of what the guess knows; of true latents it must still give back the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class RefinedSettings:
 
     share: float = 0.0  # of batches; 0: none
     weight: float = 1.0  # of their loss; that of detail alone is small beside a whole picture's
+    blend: float = 1.0  # of the written decoder's weights, so much is learnt and the rest what it began with
     stage2: str = ""  # its file
     text: str = ""  # the text encoder's, whose context of an empty prompt is used
     tokenizer: str = ""
@@ -40,9 +41,11 @@ class RefinedSettings:
     detail_size: float = 0.0  # pixels: what is larger isn't compared, see `pixels.PixelSettings`
 
     def __post_init__(self) -> None:
-        """Refuse what is no share, weight, strength or number of evaluations."""
+        """Refuse what is no share, weight, blend, strength or number of evaluations."""
         if not 0 <= self.share <= 1:
             raise TrainingError(f"[refined] share must be 0 to 1; got {self.share:g}.")
+        if not 0 < self.blend <= 1:
+            raise TrainingError(f"[refined] blend must be above 0, and at most 1; got {self.blend:g}.")
         if self.weight <= 0:
             raise TrainingError(f"[refined] weight must be above 0; got {self.weight:g}.")
         if self.factor < 1:
@@ -51,6 +54,14 @@ class RefinedSettings:
             raise TrainingError(f"[refined] strength must be 0 to {TRAIN_STEPS - 1}; got {self.strength}.")
         if self.steps < 1:
             raise TrainingError(f"[refined] steps must be 1 or more; got {self.steps}.")
+
+
+def blend_weights(began: Mapping[str, Tensor], learnt: Mapping[str, Tensor], blend: float) -> dict[str, Tensor]:
+    """Weights between those that a training began with and those that it has learnt.
+
+    In between, a network is nearly as good at what is new, and better at what it knew (arXiv 2109.01903).
+    """
+    return {name: began[name].to(weight).lerp(weight, blend) for name, weight in learnt.items()}
 
 
 class RefinedLatents:

@@ -37,7 +37,7 @@ from .latent_preview import fit_preview
 from .latent_scale import fold_latent_scale, scale_towards
 from .losses import PixelWeights, pixel_loss, vae_loss
 from .pixels import with_large_of
-from .refined import RefinedLatents, RefinedSettings
+from .refined import RefinedLatents, RefinedSettings, blend_weights
 from .widening import widened
 
 START_LOGVAR = -4.0  # of the posterior: noise of its usual size, 1, would drown what the first steps learn
@@ -222,10 +222,12 @@ class VAETask:
         self.data = CropData(settings.crops, settings.seed, settings.clips)
         if settings.start:
             self._start_from(Path(settings.start))
+        refines = settings.refined.share > 0
+        self._began = {name: weight.clone() for name, weight in self.model.state_dict().items()} if refines else {}
         self.model.encoder.requires_grad_(not settings.decoder_only)
         self.model.to(device)
         self._held_out: dict[str, list[Tensor]] = {}
-        self._refined = RefinedLatents(settings.refined, settings.seed, device) if settings.refined.share else None
+        self._refined = RefinedLatents(settings.refined, settings.seed, device) if refines else None
         self._noise = settings.latent_noise * self._latent_deviation() if settings.latent_noise else None
 
     def _start_from(self, path: Path) -> None:
@@ -270,12 +272,11 @@ class VAETask:
     def _of_drafts(self, latent: Tensor, batch: Tensor) -> dict[str, Tensor]:
         """The loss of refined drafts; what the draft shows is compared as if it were true."""
         video = with_large_of(batch, self._learner.decode(latent), self.settings.refined.detail_size)
-        terms = pixel_loss(video, batch, **_pixel_weights(self.settings.loss))
-        loss = terms.pop("loss")
-        return {
-            "loss": self.settings.refined.weight * loss,
-            **{f"drafts_{name}": value for name, value in terms.items()},
-        }
+        weights = dataclasses.asdict(self.settings.loss)
+        del weights["kl"]
+        terms = pixel_loss(video, batch, **weights)
+        loss = self.settings.refined.weight * terms.pop("loss")
+        return {"loss": loss, **{f"drafts_{name}": value for name, value in terms.items()}}
 
     def validate(self) -> dict[str, float]:
         """Scores of held-out clips: first minus the loss, then PSNR and the latents' deviation.
@@ -333,6 +334,9 @@ class VAETask:
     def export(self, folder: Path, step: int) -> dict[Path, dict[str, float]]:
         """Write vae.safetensors with normalised latents in half precision; returns the metrics of what it holds."""
         with torch.no_grad():
+            if self._began:
+                blend = self.settings.refined.blend
+                self.model.load_state_dict(blend_weights(self._began, self.model.state_dict(), blend))
             if not (self._exported and self.settings.decoder_only):
                 fold_latent_scale(self.model, self._latent_scale())
             self.model.load_state_dict(as_stored(self.model.state_dict(), eight_bits=self.settings.eight_bits))
@@ -373,10 +377,6 @@ class VAETask:
                 noise = normal_like(posterior.mean, generator_for(VALIDATION_SEED, kind.name, len(draws)))
                 draws.append(rearrange(posterior.sample(noise)[0], "c t h w -> c (t h w)"))
         return torch.cat(draws, dim=1).std(dim=1)
-
-
-def _pixel_weights(loss: PixelWeights) -> dict[str, float]:
-    return {each.name: getattr(loss, each.name) for each in dataclasses.fields(PixelWeights)}
 
 
 def _describe(numbers: VAENumbers) -> dict[str, Any]:
