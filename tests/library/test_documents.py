@@ -16,6 +16,7 @@ from flashvideo.training.config import LoopSettings, build, load_toml
 from flashvideo.training.tasks.losses import PixelWeights
 from flashvideo.training.tasks.networks import NetworkSettings, ShortText
 from flashvideo.training.tasks.pixels import PixelSettings
+from flashvideo.training.tasks.refined import RefinedSettings
 from flashvideo.training.tasks.stage2 import DegradationSettings, Phase, SheetSettings, Stage2Settings
 from flashvideo.training.tasks.vae import VAESettings
 
@@ -38,7 +39,7 @@ TABLES = {
     "network",
     "sheet",
 }  # of a config of stage II
-VAE_TABLES = {"model", "loop", "loss", "crops", "validation", "clips"}
+VAE_TABLES = {"model", "loop", "loss", "crops", "validation", "clips", "refined"}
 TOLERANCE = 0.1  # GiB; the table has one decimal
 
 
@@ -106,6 +107,7 @@ def test_training_page_explains_the_keys_and_its_small_config_is_one(tmp_path: P
     for settings in (Stage2Settings, *parts):
         assert {each.name for each in fields(settings)} - TABLES <= explained, settings
     assert {each.name for each in fields(VAESettings)} - VAE_TABLES <= explained
+    assert {each.name for each in fields(RefinedSettings)} <= explained
     (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.+?)```", text, re.S).group(1), encoding="utf-8")
     settings = build(Stage2Settings, load_toml(tmp_path / "mine.toml"), "mine.toml")
     assert (settings.network.lora_rank, settings.phases[-1].until) == (16, settings.loop.steps)
