@@ -115,6 +115,7 @@ def test_drafts_are_chosen_and_weighed(monkeypatch: pytest.MonkeyPatch, tmp_path
         (lambda: RefinedSettings(factor=0.5), r"\[refined\] factor must be 1 or more; got 0.5"),
         (lambda: RefinedSettings(strength=1000), r"\[refined\] strength must be 0 to 999; got 1000"),
         (lambda: RefinedSettings(steps=0), r"\[refined\] steps must be 1 or more; got 0"),
+        (lambda: RefinedSettings(detail_size=2), r"\[refined\] detail_size must be 5 to 1000 pixels; got 2"),
         (lambda: RefinedLatents(RefinedSettings(), 1, torch.device("cpu")), "there is no such stage II"),
         (
             lambda: RefinedLatents(dataclasses.replace(NANO, text="nowhere"), 1, torch.device("cpu")),
@@ -127,8 +128,18 @@ def test_what_cannot_be_refined_is_told(make: Callable[[], object], problem: str
         make()
 
 
-def test_refined_drafts_are_for_a_decoder_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("first_lines", "problem"),
+    [
+        ("", "[refined] is for a decoder that learns alone: add decoder_only = true."),
+        ("decoder_only = true\n", "[refined] needs `start` to be a VAE's file, whose latents stage II knows."),
+    ],
+)
+def test_refined_drafts_are_for_a_decoder_alone_in_latents_that_are_known(
+    first_lines: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A run's latents aren't scaled yet as those of its file are."""
     config = tmp_path / "vae.toml"
-    config.write_text(head(tmp_path / "run") + "[refined]\nshare = 0.5\n" + VAE)
+    config.write_text(head(tmp_path / "run") + first_lines + "[refined]\nshare = 0.5\n" + VAE)
     assert main(["train", "vae", "--config", str(config), "--device", "cpu"]) == 1
-    assert "[refined] is for a decoder that learns alone: add decoder_only = true." in capsys.readouterr().err
+    assert problem in capsys.readouterr().err

@@ -43,11 +43,16 @@ class PixelSettings:
             raise TrainingError(
                 f"[pixels] edge must be 0 or more, and leave something of a window of {self.window}; got {self.edge}."
             )
-        if self.detail_size:
-            try:
-                check_detail_size(self.detail_size)
-            except ValueError as error:
-                raise TrainingError(f"[pixels] {error}") from None
+        check_detail(self.detail_size, "[pixels]")
+
+
+def check_detail(size: float, table: str) -> None:
+    """Refuse a detail size, of a config's `table`, that no picture is split at; 0 is none."""
+    if size:
+        try:
+            check_detail_size(size)
+        except ValueError as error:
+            raise TrainingError(f"{table} {error}") from None
 
 
 def visible_part(

@@ -23,6 +23,7 @@ from ..errors import TrainingError
 from ..randomness import generator_for
 from ..rows import Rows
 from .networks import FrozenText, as_called
+from .pixels import check_detail
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RefinedSettings:
     detail_size: float = 0.0  # pixels: what is larger isn't compared, see `pixels.PixelSettings`
 
     def __post_init__(self) -> None:
-        """Refuse what is no share, weight, blend, strength or number of evaluations."""
+        """Refuse what is no share, weight, blend, strength, number of evaluations or size."""
         if not 0 <= self.share <= 1:
             raise TrainingError(f"[refined] share must be 0 to 1; got {self.share:g}.")
         if not 0 < self.blend <= 1:
@@ -54,6 +55,7 @@ class RefinedSettings:
             raise TrainingError(f"[refined] strength must be 0 to {TRAIN_STEPS - 1}; got {self.strength}.")
         if self.steps < 1:
             raise TrainingError(f"[refined] steps must be 1 or more; got {self.steps}.")
+        check_detail(self.detail_size, "[refined]")
 
 
 def blend_weights(began: Mapping[str, Tensor], learnt: Mapping[str, Tensor], blend: float) -> dict[str, Tensor]:

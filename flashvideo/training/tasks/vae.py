@@ -223,6 +223,8 @@ class VAETask:
         if settings.start:
             self._start_from(Path(settings.start))
         refines = settings.refined.share > 0
+        if refines and not self._exported:
+            raise TrainingError("[refined] needs `start` to be a VAE's file, whose latents stage II knows.")
         self._began = {name: weight.clone() for name, weight in self.model.state_dict().items()} if refines else {}
         self.model.encoder.requires_grad_(not settings.decoder_only)
         self.model.to(device)
