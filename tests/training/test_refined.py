@@ -6,22 +6,27 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_recipes import VAE, head
+from torch import Tensor
 
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.commands.main import main
+from flashvideo.degradation import degrade_latent
 from flashvideo.frames import TargetSize, resize, to_frames, to_video
 from flashvideo.nano import NANO_FOLDER
 from flashvideo.refiner.run import Networks, RefineSettings, refine_frames
+from flashvideo.samplers import sample_stage2
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.errors import TrainingError
 from flashvideo.training.loop.metrics import psnr
 from flashvideo.training.rows import Rows
 from flashvideo.training.scenes.stream import SceneStream
+from flashvideo.training.tasks import refined as refined_module
 from flashvideo.training.tasks.refined import RefinedLatents, RefinedSettings
 from flashvideo.training.tasks.vae import Crop, VAELossSettings, VAENumbers, VAESettings, VAETask, ValidationClip
 
@@ -48,6 +53,29 @@ def test_latents_are_those_of_a_refined_draft() -> None:
         found = vae.decode(made[None])
         assert psnr(found, seeds[0]) == pytest.approx(psnr(seeds[1], seeds[0]), abs=1)
         assert psnr(found, seeds[0]) > psnr(found, clip[None]) + 3
+
+
+@torch.no_grad()
+def test_strengths_are_drawn_from_their_whole_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start and stage II are told the same one."""
+    started, told = [], []
+
+    def degrade(latent: Tensor, noise: Tensor, step: int) -> Tensor:
+        started.append(step)
+        return degrade_latent(latent, noise, step)
+
+    def sample(*inputs: Any, degradation_step: int, **options: Any) -> Tensor:
+        told.append(degradation_step)
+        return sample_stage2(*inputs, degradation_step=degradation_step, **options)
+
+    monkeypatch.setattr(refined_module, "degrade_latent", degrade)
+    monkeypatch.setattr(refined_module, "sample_stage2", sample)
+    vae = load_vae(NANO_FOLDER / "vae.safetensors", dtype=torch.float32)
+    refined = RefinedLatents(dataclasses.replace(NANO, strengths=(100, 104), steps=1), 1, torch.device("cpu"))
+    for number in range(40):
+        refined(vae.encode, torch.zeros(1, 3, 1, 16, 16), Rows.whole(number, 1))
+    assert started == told
+    assert set(told) == set(range(100, 105))
 
 
 def test_a_decoder_learns_from_drafts_alone_or_from_both_kinds(tmp_path: Path) -> None:
@@ -113,7 +141,11 @@ def test_drafts_are_chosen_and_weighed(monkeypatch: pytest.MonkeyPatch, tmp_path
         (lambda: RefinedSettings(weight=0), r"\[refined\] weight must be above 0; got 0"),
         (lambda: RefinedSettings(blend=0), r"\[refined\] blend must be above 0, and at most 1; got 0"),
         (lambda: RefinedSettings(factor=0.5), r"\[refined\] factor must be 1 or more; got 0.5"),
-        (lambda: RefinedSettings(strength=1000), r"\[refined\] strength must be 0 to 999; got 1000"),
+        (
+            lambda: RefinedSettings(strengths=(60, 1000)),
+            r"\[refined\] strengths must be two of 0 to 999, the smaller first; got \[60, 1000\]",
+        ),
+        (lambda: RefinedSettings(strengths=(150, 60)), r"the smaller first; got \[150, 60\]"),
         (lambda: RefinedSettings(steps=0), r"\[refined\] steps must be 1 or more; got 0"),
         (lambda: RefinedSettings(detail_size=2), r"\[refined\] detail_size must be 5 to 1000 pixels; got 2"),
         (lambda: RefinedLatents(RefinedSettings(), 1, torch.device("cpu")), "there is no such stage II"),

@@ -37,7 +37,7 @@ class RefinedSettings:
     text: str = ""  # the text encoder's, whose context of an empty prompt is used
     tokenizer: str = ""
     factor: float = 4.0  # by which drafts are enlarged
-    strength: int = 60
+    strengths: tuple[int, int] = (60, 60)  # each batch has one of these and what is between
     steps: int = 4  # evaluations
     detail_size: float = 0.0  # pixels: what is larger isn't compared, see `pixels.PixelSettings`
 
@@ -51,8 +51,10 @@ class RefinedSettings:
             raise TrainingError(f"[refined] weight must be above 0; got {self.weight:g}.")
         if self.factor < 1:
             raise TrainingError(f"[refined] factor must be 1 or more; got {self.factor:g}.")
-        if not 0 <= self.strength < TRAIN_STEPS:
-            raise TrainingError(f"[refined] strength must be 0 to {TRAIN_STEPS - 1}; got {self.strength}.")
+        lowest, highest = self.strengths
+        if not 0 <= lowest <= highest < TRAIN_STEPS:
+            problem = f"must be two of 0 to {TRAIN_STEPS - 1}, the smaller first; got {list(self.strengths)}"
+            raise TrainingError(f"[refined] strengths {problem}.")
         if self.steps < 1:
             raise TrainingError(f"[refined] steps must be 1 or more; got {self.steps}.")
         check_detail(self.detail_size, "[refined]")
@@ -89,11 +91,13 @@ class RefinedLatents:
         settings, generator = self.settings, generator_for(self.seed, "drafts", rows.index)
         posterior = encode(torch.stack([self._enlarged_draft(clip) for clip in video]))
         reference = posterior.sample(rows.normal_like(posterior.mean, generator)) * STAGE2_LATENT_SCALE
-        start = degrade_latent(reference, rows.normal_like(reference, generator), settings.strength)
+        lowest, highest = settings.strengths
+        strength = int(torch.randint(lowest, highest + 1, (), generator=generator))
+        start = degrade_latent(reference, rows.normal_like(reference, generator), strength)
         context = self._context.expand(len(video), -1, -1)
         latent = sample_stage2(
             self._network, start, context, torch.zeros_like(context),
-            steps=settings.steps, cfg=1.0, degradation_step=settings.strength,
+            steps=settings.steps, cfg=1.0, degradation_step=strength,
         )  # fmt: skip
         return latent / STAGE2_LATENT_SCALE
 
