@@ -205,7 +205,7 @@ def test_supported_detail_of_a_frame_follows_from_that_frame_alone() -> None:
 
 def test_only_the_miniature_is_held_to_its_draft_by_itself() -> None:
     assert auto_detail(NANO_STAGE2) == Detail(9)
-    assert auto_detail(NANO_FOOTAGE_STAGE2) == Detail(9, gain=3.1)
+    assert auto_detail(NANO_FOOTAGE_STAGE2) == Detail(9, gain=3.2)
     assert auto_detail(STAGE2) == auto_detail(None) == COLORS_ONLY == Detail(70)
 
 
