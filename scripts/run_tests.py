@@ -4,9 +4,8 @@
 
 Without a file or folder it runs all. Each folder of tests has processes of its own, because a process can hold one
 ComfyUI, and the library's tests none. Most are spread over several processes, file by file, as their tensors are too
-small for several threads. After the library's, which have the machine for themselves, folders run beside each other, as
-many tests wait for other programs: each begins as soon as others have left it enough processes. With --newest the tests
-that depend most on other packages run once more with the newest versions of these.
+small for several threads. Folders whose tests wait for other programs most of the time run at once. With --newest the
+tests that depend most on other packages run once more with the newest versions of these.
 """
 
 from __future__ import annotations
@@ -27,16 +26,20 @@ from harness import install
 from harness.bed import CANCELLED, ROOT, TEMPORARY, say, seconds, stop_on_terminate
 
 _LIBRARY = "tests/library"
-# The order in which folders begin: the longest first, and at the end those that several processes share.
-FOLDERS = (
-    _LIBRARY, "tests/browser", "tests/server", "tests/comfy", "tests/commands", "tests/fuzz", "tests/training",
-)  # fmt: skip
 _SPREAD = (_LIBRARY, "tests/training", "tests/commands", "tests/comfy")  # over several processes
-_SHARE = 2  # processes of each of these beside others
+# One row after the other; a row's folders run at once, as commands, workers, a page and a server are waited for.
+_ROWS = (
+    (_LIBRARY,),
+    ("tests/training", "tests/commands"),
+    ("tests/comfy",),
+    ("tests/fuzz", "tests/browser", "tests/server"),
+)
+FOLDERS = tuple(folder for row in _ROWS for folder in row)
 _POLL_SECONDS = 0.2
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
-_PROCESSES = 4  # at most at once; each takes up to 2 GB of main memory
+_PROCESSES = 4  # at most, for a row; each takes up to 2 GB of main memory
+_CORES_FOR_ROWS = 2  # fewer, and folders that run at once would only wait for each other
 _NEWEST = "--newest"
 # Video files, weights, numbers and text: what PyAV, safetensors, numpy and transformers may change.
 _NEWEST_TESTS = [
@@ -66,12 +69,6 @@ class _Task:
         """What the tests are called in what is printed."""
         return f"{Path(self.folder).name}-newest" if self.newest else self.folder
 
-    def processes(self, *, alone: bool) -> int:
-        """How many share the tests."""
-        if self.folder not in _SPREAD or (self.newest and not alone):
-            return 1
-        return min(_PROCESSES if alone else _SHARE, os.cpu_count() or 1)
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -98,7 +95,9 @@ def main() -> int:
     try:
         # Of this run alone: another one, or a server, may use its own beside it.
         with tempfile.TemporaryDirectory(prefix="tests-", dir=TEMPORARY, ignore_cleanup_errors=True) as own:
-            outcomes = _run(_tasks(chosen, newest=newest), options, Path(own))
+            outcomes = []
+            for row in _rows(chosen, newest=newest):
+                outcomes += _run_row(row, options, Path(own))
     except KeyboardInterrupt:
         say("\nCancelled.")
         return CANCELLED
@@ -119,13 +118,15 @@ def _places(chosen: list[str]) -> dict[str, list[str]]:
     return {folder: places for folder, places in found.items() if places}
 
 
-def _tasks(chosen: list[str], *, newest: bool) -> list[_Task]:
-    """What to run, in its order."""
+def _rows(chosen: list[str], *, newest: bool) -> list[list[_Task]]:
+    """What to run one after the other, and in each of these what to run at once."""
     places = _places(chosen)
-    tasks = [_Task(folder, tuple(places[folder])) for folder in FOLDERS if folder in places]
+    rows = [[_Task(folder, tuple(places[folder])) for folder in row if folder in places] for row in _ROWS]
     if newest and _LIBRARY in places and _newest_fit():
-        tasks.append(_Task(_LIBRARY, tuple(places[_LIBRARY] if chosen else _NEWEST_TESTS), newest=True))
-    return tasks
+        rows[-1].append(_Task(_LIBRARY, tuple(places[_LIBRARY] if chosen else _NEWEST_TESTS), newest=True))
+    if (os.cpu_count() or 1) < _CORES_FOR_ROWS:
+        return [[task] for row in rows for task in row]
+    return [row for row in rows if row]
 
 
 def _newest_fit() -> bool:
@@ -136,65 +137,58 @@ def _newest_fit() -> bool:
     return fit
 
 
-def _run(tasks: list[_Task], options: list[str], temporary: Path) -> list[Outcome]:
-    """Run the library's tests, then all others beside each other; one core, or a close look, takes them one by one."""
-    one_by_one = (os.cpu_count() or 1) == 1 or _ONE_PROCESS & set(options)
-    alone = [task for task in tasks if one_by_one or len(tasks) == 1 or (task.folder == _LIBRARY and not task.newest)]
-    outcomes = []
-    for task in alone:
-        say(f"\n{' '.join(task.places)}{' with the newest packages' if task.newest else ''}")
-        with _Tests(task, options, temporary) as tests:
-            outcomes.append(tests.outcome())
-    return outcomes + _run_beside([task for task in tasks if task not in alone], options, temporary)
-
-
-def _run_beside(waiting: list[_Task], options: list[str], temporary: Path) -> list[Outcome]:
-    """Run tasks in their order, each once there are processes for it; what it printed comes when it has ended."""
-    outcomes: list[Outcome] = []
-    running: dict[_Task, _Tests] = {}
-    with ExitStack() as stack:
-        while waiting or running:
-            free = _PROCESSES - sum(task.processes(alone=False) for task in running)
-            fits = next((task for task in waiting if task.processes(alone=False) <= free), None)
-            if fits is not None:
-                waiting.remove(fits)
-                say(f"\n{fits.name} begins")
-                running[fits] = stack.enter_context(_Tests(fits, options, temporary, beside=True))
-                continue
-            time.sleep(_POLL_SECONDS)
-            for task in [task for task, tests in running.items() if tests.has_ended()]:
-                tests = running.pop(task)
+def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outcome]:
+    """Run the tests of a row at once; what one of several printed comes when it has ended."""
+    if len(row) == 1 or _ONE_PROCESS & set(options):
+        outcomes = []
+        for task in row:
+            say(f"\n{' '.join(task.places)}{' with the newest packages' if task.newest else ''}")
+            with _Tests(task, options, temporary) as tests:
                 outcomes.append(tests.outcome())
-                say(f"\n{task.name}\n{tests.printed()}")
+        return outcomes
+    say(f"\n{', '.join(task.name for task in row)} at once")
+    outcomes = []
+    with ExitStack() as stack:
+        running = {}
+        for task in row:
+            log = temporary / f"{Path(task.name).name}.txt"
+            running[log] = stack.enter_context(_Tests(task, options, temporary, beside=len(row) - 1, log=log))
+        while running:
+            time.sleep(_POLL_SECONDS)
+            for log in [log for log, tests in running.items() if tests.has_ended()]:
+                outcomes.append(running.pop(log).outcome())
+                say(f"\n{outcomes[-1].folder}\n{log.read_text(errors='replace').rstrip()}")
     return outcomes
 
 
 class _Tests:
     """Tests of one folder in a process of their own, with the newest packages or the bed's.
 
-    What they print goes to the terminal; `beside` others, `printed` has it. Left before the end, the process is ended.
+    What they print goes to the terminal, or to the file `log`. So many others run `beside` them. Left before the end,
+    the process is ended.
     """
 
-    def __init__(self, task: _Task, options: list[str], temporary: Path, *, beside: bool = False) -> None:
+    def __init__(
+        self, task: _Task, options: list[str], temporary: Path, *, beside: int = 0, log: Path | None = None
+    ) -> None:
         name = Path(task.name).name
         self._folder = task.name
         self._report = temporary / f"{name}.xml"
-        self._log = temporary / f"{name}.txt"
         self._may_be_empty = bool(options)
         own = [f"--junitxml={self._report}", f"--basetemp={temporary / name}", "-q"]
         env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
         spread = task.folder in _SPREAD and not _ONE_PROCESS & set(options)
         if spread:
-            own += ["-n", str(task.processes(alone=not beside)), "--dist", "loadfile"]
+            own += ["-n", str(max(1, min(_PROCESSES // (1 + beside), os.cpu_count() or 1))), "--dist", "loadfile"]
             own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
-        if spread or beside:
+        if spread or log is not None:
             env["OMP_NUM_THREADS"] = "1"  # threads of two processes on the same cores wait for each other
         if task.newest:
             front = str(install.newest_packages(Path(sys.executable)))
             env["PYTHONPATH"] = os.pathsep.join(filter(None, (front, env.get("PYTHONPATH"))))
         self._started = time.monotonic()
         command = [sys.executable, "-m", "pytest", *task.places, *own, *options]
-        with self._log.open("wb") if beside else nullcontext() as output:
+        with nullcontext() if log is None else log.open("wb") as output:
             self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
 
     def __enter__(self) -> _Tests:
@@ -208,10 +202,6 @@ class _Tests:
     def has_ended(self) -> bool:
         """Whether all tests are done."""
         return self._process.poll() is not None
-
-    def printed(self) -> str:
-        """What tests beside others have printed."""
-        return self._log.read_text(errors="replace").rstrip()
 
     def outcome(self) -> Outcome:
         """Wait for the end; how the tests went."""
