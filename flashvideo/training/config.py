@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..config import TRAIN_STEPS
 from .errors import TrainingError
 
 Settings = TypeVar("Settings")
+
+
+def check_strengths(strengths: tuple[int, int], key: str) -> None:
+    """Refuse what is no range of degradation strengths; `key` names it as in a config."""
+    low, high = strengths
+    if not 0 <= low <= high < TRAIN_STEPS:
+        raise TrainingError(f"{key} must be two of 0 to {TRAIN_STEPS - 1}, the smaller first; got {low} and {high}.")
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,9 @@ def test_drafts_are_chosen_and_weighed(monkeypatch: pytest.MonkeyPatch, tmp_path
         (lambda: RefinedSettings(factor=0.5), r"\[refined\] factor must be 1 or more; got 0.5"),
         (
             lambda: RefinedSettings(strengths=(60, 1000)),
-            r"\[refined\] strengths must be two of 0 to 999, the smaller first; got \[60, 1000\]",
+            r"\[refined\] strengths must be two of 0 to 999, the smaller first; got 60 and 1000",
         ),
-        (lambda: RefinedSettings(strengths=(150, 60)), r"the smaller first; got \[150, 60\]"),
+        (lambda: RefinedSettings(strengths=(150, 60)), r"the smaller first; got 150 and 60"),
         (lambda: RefinedSettings(steps=0), r"\[refined\] steps must be 1 or more; got 0"),
         (lambda: RefinedSettings(detail_size=2), r"\[refined\] detail_size must be 5 to 1000 pixels; got 2"),
         (lambda: RefinedLatents(RefinedSettings(), 1, torch.device("cpu")), "there is no such stage II"),

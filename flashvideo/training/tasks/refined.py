@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ...checkpoints import load_dit
-from ...config import STAGE2_LATENT_SCALE, TRAIN_STEPS
+from ...config import STAGE2_LATENT_SCALE
 from ...degradation import degrade_latent
 from ...samplers import sample_stage2
 from ...vae import Posterior
+from ..config import check_strengths
 from ..data.degradations import resize_frames
 from ..errors import TrainingError
-from ..randomness import generator_for
+from ..randomness import generator_for, randint
 from ..rows import Rows
 from .networks import FrozenText, as_called
 from .pixels import check_detail
@@ -51,10 +52,7 @@ class RefinedSettings:
             raise TrainingError(f"[refined] weight must be above 0; got {self.weight:g}.")
         if self.factor < 1:
             raise TrainingError(f"[refined] factor must be 1 or more; got {self.factor:g}.")
-        lowest, highest = self.strengths
-        if not 0 <= lowest <= highest < TRAIN_STEPS:
-            problem = f"must be two of 0 to {TRAIN_STEPS - 1}, the smaller first; got {list(self.strengths)}"
-            raise TrainingError(f"[refined] strengths {problem}.")
+        check_strengths(self.strengths, "[refined] strengths")
         if self.steps < 1:
             raise TrainingError(f"[refined] steps must be 1 or more; got {self.steps}.")
         check_detail(self.detail_size, "[refined]")
@@ -91,8 +89,7 @@ class RefinedLatents:
         settings, generator = self.settings, generator_for(self.seed, "drafts", rows.index)
         posterior = encode(torch.stack([self._enlarged_draft(clip) for clip in video]))
         reference = posterior.sample(rows.normal_like(posterior.mean, generator)) * STAGE2_LATENT_SCALE
-        lowest, highest = settings.strengths
-        strength = int(torch.randint(lowest, highest + 1, (), generator=generator))
+        strength = randint(generator, *settings.strengths)
         start = degrade_latent(reference, rows.normal_like(reference, generator), strength)
         context = self._context.expand(len(video), -1, -1)
         latent = sample_stage2(

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...config import DEGRADATION_STEP, SPATIAL_FACTOR, STAGE2_LATENT_SCALE, STAGE2_SHIFT, TRAIN_STEPS
+from ...config import DEGRADATION_STEP, SPATIAL_FACTOR, STAGE2_LATENT_SCALE, STAGE2_SHIFT
 from ...degradation import degrade_latent
 from ...dit import FlashVideoDiT
 from ...parallel import Ranks
 from ...samplers import sample_stage2
-from ..config import LoopSettings
+from ..config import LoopSettings, check_strengths
 from ..data.degradations import LatentDegradation, StrongDegradation, WeakDegradation
 from ..data.frozen_vae import FrozenVAE
 from ..data.latents import (
@@ -103,12 +103,7 @@ class DegradationSettings:
                 "[degradation] strong_probability and coded_probability must be 0 or more, and at most 1 together; "
                 f"got {' and '.join(map(str, chances))}."
             )
-        low, high = self.latent_steps
-        if not 0 <= low <= high < TRAIN_STEPS:
-            raise TrainingError(
-                f"[degradation] latent_steps must be two of 0 to {TRAIN_STEPS - 1}, the smaller first; "
-                f"got {low} and {high}."
-            )
+        check_strengths(self.latent_steps, "[degradation] latent_steps")
         if not 1 <= self.factor[0] <= self.factor[1]:
             raise TrainingError(
                 f"[degradation] factor must be two numbers of 1 or more, the smaller first; got {list(self.factor)}."
