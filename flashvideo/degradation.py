@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .config import DEGRADATION_STEP, TRAIN_STEPS
+from .config import DEGRADATION_STEP, NANO_REFINERS, NANO_STRENGTH, TRAIN_STEPS, DiTConfig
 from .schedule import zero_snr_signal
 
 OFFICIAL_SHORT_SIDE = 1072  # pixels: 1920x1072, the size that FlashVideo's strengths belong to
@@ -65,6 +65,15 @@ class AutoStrength:
 
     def __str__(self) -> str:
         return f"auto, from {self.official} at 1080p"
+
+
+def suited_strength(strength: int | AutoStrength | None, config: DiTConfig | None) -> int | AutoStrength | None:
+    """What an automatic strength means for a stage II of this form; a number stays.
+
+    The official form's follows from the size; None is the official 675's. FlashVideo-Nano has one of its own at every
+    size, for every preset: it was trained for little noise (docs/nano_footage.md).
+    """
+    return NANO_STRENGTH if config in NANO_REFINERS and not isinstance(strength, int) else strength
 
 
 def degrade_latent(latent: Tensor, noise: Tensor, step: int = DEGRADATION_STEP) -> Tensor:

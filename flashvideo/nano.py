@@ -48,6 +48,7 @@ NANO_NOTICE = (
 
 # Whose latents a network reads and makes, in words: networks of two families don't belong together.
 DRAWN, FOOTAGE, OFFICIAL = "FlashVideo-Nano for drawn scenes", "FlashVideo-Nano for real footage", "the official models"
+NANO_FAMILIES = (DRAWN, FOOTAGE)
 _FAMILIES = {"stage1": DRAWN, "stage2": DRAWN, "vae": DRAWN, "footage_stage2": FOOTAGE, "footage_vae": FOOTAGE}
 
 _STAGES = {"stage1": NANO_STAGE1, "stage2": NANO_STAGE2, "footage_stage2": NANO_FOOTAGE_STAGE2}

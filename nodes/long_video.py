@@ -137,7 +137,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             choices["strength"] = chosen_strength(choices["strength"])
             if (known := chosen_preset(preset)) is not None:
                 choices |= known.choices
-                note(f"{cls.NAME}: preset {preset}: {known}", own_id(cls))
+                note(cls.NAME, f"preset {preset}: {known}", own_id(cls))
             choices["detail_size"] = choices.get("detail_size", AUTO_DETAIL_SIZE) or None
             settings = RefineSettings(target, **choices)
             ways = {
@@ -147,7 +147,7 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
                     codec=codec,
                 ),
                 "warn": lambda text: warn(f"{cls.NAME}: {text}", own_id(cls)),
-                "note": lambda text: note(f"{cls.NAME}: {text}", own_id(cls)),
+                "note": lambda text: note(cls.NAME, text, own_id(cls)),
             }
             try:
                 if cluster.strip():

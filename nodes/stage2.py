@@ -17,7 +17,7 @@ from ..flashvideo.config import (
     TRAIN_STEPS,
     WINDOW,
 )
-from ..flashvideo.degradation import degradation_weights
+from ..flashvideo.degradation import degradation_weights, suited_strength
 from ..flashvideo.presets import PRESETS, Preset
 from ..flashvideo.refiner.tiles import SMALLEST_TILE_PIXELS
 from .checks import batch_of, check_batch, check_latent, check_stage, check_text
@@ -31,11 +31,11 @@ from .native.degradation import (
     degrade,
     looks_like_noise,
     preset_of,
+    suited_to_latent,
     was_degraded,
 )
 from .native.multidiffusion import with_tiles, with_windows
 from .native.notices import note, warn
-from .native.sampling import auto_latent_strength
 from .native.stages import latent_noise, refiner_settings, run_stage2
 
 MAX_WINDOW = 1001  # frames; no card holds as many at once
@@ -46,14 +46,14 @@ SOLVERS = ["euler", "heun", "dpmpp_2m", "res_multistep"]
 AUTO = -1  # the value of the strength widget that means auto
 STRENGTH_TOOLTIP = (
     "How much of the input's detail is hidden before it is generated again. -1 is auto: what the official 675 at 1080p "
-    "means for this size, such as 298 at 448x256; the number is shown. Lower stays closer to the input, flaws "
-    "included; higher invents more and can drift. FlashVideo-Nano is best at 60. Default: -1."
+    "means for this size, such as 298 at 448x256; for FlashVideo-Nano 60. The number is shown. Lower stays closer to "
+    "the input, flaws included; higher invents more and can drift. Default: -1."
 )
 CUSTOM = "custom"  # the preset widget's choice that is none
 PRESET_TOOLTIP = (
     "The refiner's numbers in one word, {overrides}. custom: the widgets count. faithful stays closer to the clip, "
     "rich repairs and invents more, fast takes 3 evaluations of the network in place of 8, balanced has the official "
-    "numbers. The numbers are shown. FlashVideo-Nano: custom, with strength 60. Default: custom."
+    "numbers. The numbers are shown; FlashVideo-Nano keeps its strength of 60. Default: custom."
 )
 SHIFT_TOOLTIP = (
     "How the steps are spaced. Higher takes smaller steps at the start, where the layout is settled; 2 to 3.5 works "
@@ -176,13 +176,13 @@ class FlashVideoLatentDegradation(io.ComfyNode):
             known = chosen_preset(preset)
             chosen = chosen_strength(strength) if known is None else known.choices["strength"]
             is_own = isinstance(chosen, int)
-            used = chosen if is_own else auto_latent_strength(samples, chosen)
+            used = suited_to_latent(samples, chosen)
             noise = latent_noise(samples.shape, seed, check_batch(latent)).to(samples)
             degraded = degrade(latent, noise, used, None if known is None else preset)
         if is_own:
             return io.NodeOutput(degraded)
         text = f"strength {used} (auto)" if known is None else f"preset {preset}: strength {used}"
-        note(f"{cls.NAME}: {text}", own_id(cls))
+        note(cls.NAME, text, own_id(cls))
         return io.NodeOutput(degraded, ui=ui.PreviewText(text))
 
 
@@ -294,7 +294,7 @@ class FlashVideoStage2Refiner(io.ComfyNode):
         if preset is None:
             return io.NodeOutput(refined)
         text = f"preset {preset}: {PRESETS[preset]}"
-        note(f"{cls.NAME}: {text}", own_id(cls))
+        note(cls.NAME, text, own_id(cls))
         return io.NodeOutput(refined, ui=ui.PreviewText(text))
 
 
@@ -339,16 +339,18 @@ class FlashVideoRefinerSettings(io.ComfyNode):
         known = chosen_preset(preset)
         with named(cls.NAME):
             check_stage(model, 2)
-            if known is None:
-                ready = refiner_settings(model, chosen_strength(strength), shift)
-            else:
-                ready = refiner_settings(model, known.choices["strength"], known.shift)
-            ready = with_windows(ready, window, overlap)
-        if known is None:
-            return io.NodeOutput(ready)
-        text = f"preset {preset}: strength auto from {known.strength}, shift {known.shift:g}. For KSampler: steps "
-        text += f"{known.steps}, cfg {known.cfg:g}"
-        note(f"{cls.NAME}: {text}", own_id(cls))
+            chosen = chosen_strength(strength) if known is None else known.choices["strength"]
+            suited = suited_strength(chosen, model.model.diffusion_model.config)
+            shift = shift if known is None else known.shift
+            ready = with_windows(refiner_settings(model, suited, shift), window, overlap)
+        if known is None and suited == chosen:
+            return io.NodeOutput(ready)  # a number that is seen, or one that the latent's size decides
+        text = f"strength {suited} (auto)"
+        if known is not None:
+            used = suited if isinstance(suited, int) else f"auto from {known.strength}"
+            text = f"preset {preset}: strength {used}, shift {shift:g}. For KSampler: steps "
+            text += f"{known.steps}, cfg {known.cfg:g}"
+        note(cls.NAME, text, own_id(cls))
         return io.NodeOutput(ready, ui=ui.PreviewText(text))
 
 

@@ -38,6 +38,7 @@ FOLDERS = tuple(folder for row in _ROWS for folder in row)
 _POLL_SECONDS = 0.2
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
+_WRONG_USE = 2
 _PROCESSES = 4  # at most, for a row; each takes up to 2 GB of main memory
 _CORES_FOR_ROWS = 2  # fewer, and folders that run at once would only wait for each other
 _NEWEST = "--newest"
@@ -89,6 +90,10 @@ def main() -> int:
     chosen = [each for each in sys.argv[1:] if _is_place(each)]
     options = [each for each in sys.argv[1:] if not _is_place(each) and each != _NEWEST]
     newest = _NEWEST in sys.argv
+    missing = [each for each in chosen if not _path(each).exists()]
+    if missing:
+        say(f"There are no tests in {', '.join(missing)}.")
+        return _WRONG_USE
     style_is_good = lint.check()
     started = time.monotonic()
     TEMPORARY.mkdir(parents=True, exist_ok=True)
@@ -105,9 +110,13 @@ def main() -> int:
 
 
 def _is_place(argument: str) -> bool:
-    """Whether an argument is a file or folder of tests, or a test in a file (tests/x/test_y.py::test_z)."""
-    path = Path(argument.partition("::")[0])
-    return path.parts[:1] == ("tests",) and (ROOT / path).exists()
+    """Whether an argument names a file or folder of tests, or a test in a file (tests/x/test_y.py::test_z)."""
+    return _path(argument).is_relative_to(ROOT / "tests")
+
+
+def _path(place: str) -> Path:
+    """The file or folder that a place is, or is in."""
+    return ROOT / place.partition("::")[0]
 
 
 def _places(chosen: list[str]) -> dict[str, list[str]]:

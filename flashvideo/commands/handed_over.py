@@ -98,7 +98,7 @@ class HandedOver:
         )
         farm = FarmOptions(self.address, None, cards=True)
         return RefineOptions(
-            self.source, self.target, self.settings, own_strength=True, prompt=None, motion=NO_MOTION, models=models,
+            self.source, self.target, self.settings, prompt=None, motion=NO_MOTION, models=models,
             output=output, farm=farm, context=self.context,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import NANO_FOOTAGE_STAGE2, NANO_REFINERS, NANO_RESAMPLER, NANO_STRENGTH
+from ..config import NANO_FOOTAGE_STAGE2, NANO_RESAMPLER
 from ..devices import is_out_of_memory
 from ..errors import CommandError
 from ..parallel import Ranks
@@ -25,15 +25,14 @@ from .terminal import say
 class RefineOptions:
     """The command's options.
 
-    `source` and `target` are both files, or both folders. `own_strength`: the user chose a strength or `auto`,
-    `own_resample`: how pixels are interpolated; otherwise the model decides. `farm`: where clips are spread to.
+    `source` and `target` are both files, or both folders. `own_resample`: the user chose how
+    pixels are interpolated; otherwise the model decides. `farm`: where clips are spread to.
     `context`: an encoded prompt in place of `prompt`.
     """
 
     source: Path
     target: Path
     settings: RefineSettings
-    own_strength: bool
     prompt: str | None
     motion: str
     models: ModelOptions
@@ -85,13 +84,10 @@ def refine_job(
 
 
 def with_own_choices(options: RefineOptions, networks: Networks) -> RefineOptions:
-    """The options with the strength and the resampler of these networks, where the user has chosen none."""
-    settings, config = options.settings, networks.dit.config
-    if not options.own_strength and config in NANO_REFINERS:
-        settings = replace(settings, strength=NANO_STRENGTH)
-    if not options.own_resample and config == NANO_FOOTAGE_STAGE2:
-        settings = replace(settings, resample=NANO_RESAMPLER)
-    return replace(options, settings=settings)
+    """The options with the resampler of these networks, where the user has chosen none."""
+    if options.own_resample or networks.dit.config != NANO_FOOTAGE_STAGE2:
+        return options
+    return replace(options, settings=replace(options.settings, resample=NANO_RESAMPLER))
 
 
 def reason(error: Exception) -> str:

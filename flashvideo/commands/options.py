@@ -116,7 +116,7 @@ def add_refiner_options(group: argparse._ArgumentGroup) -> None:
         type=_or_auto(0, TRAIN_STEPS - 1),
         metavar="N",
         help="how much detail is made new, 0 to 999, or auto: the equivalent of the official 675 at 1080p for the size "
-        f"of the result (default: what --preset says, {AUTO}; FlashVideo-Nano: {NANO_STRENGTH})",
+        f"of the result, and {NANO_STRENGTH} for FlashVideo-Nano (default: what --preset says, {AUTO})",
     )
     group.add_argument("--solver", choices=SOLVERS, default=SOLVERS[0], help="default: euler")
     group.add_argument(

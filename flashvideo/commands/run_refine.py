@@ -28,7 +28,6 @@ def refine_options(options: argparse.Namespace, source: Path, default_size: Targ
         source=source,
         target=options.target,
         settings=refine_settings(options, target_size(options, default_size)),
-        own_strength=options.strength is not None,
         own_resample=options.resample is not None,
         prompt=options.prompt,
         motion=options.motion,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
 from ..color import COLORS_ONLY
 from ..config import latent_frames
-from ..degradation import AutoStrength
+from ..degradation import AutoStrength, suited_strength
 from ..devices import GIB, main_memory
 from ..errors import CommandError
 from ..frames import PictureSize, odd_size_notice, padded_shape
@@ -192,7 +192,8 @@ def _lead(
     for text in (odd_size_notice(size), *clip.notes, *output.form.losses(), *damage):
         if text:
             options.warn(text)
-    with closing(_work_folder(source, target, size, settings, options)) as folder:
+    about = replace(settings, strength=suited_strength(settings.strength, networks.dit.config))
+    with closing(_work_folder(source, target, size, about, options)) as folder:
         if target.exists() and not options.force:
             folder.remove()
             raise InUseError(f"Another program has made {target} in the meantime.")
@@ -222,9 +223,11 @@ def note_automatic(
     networks: Networks, settings: RefineSettings, size: PictureSize, note: Callable[[str], None]
 ) -> None:
     """Report what was chosen automatically."""
+    config = networks.dit.config
     if not isinstance(settings.strength, int):
-        note(f"strength {settings.strength_for(size)} (auto, for {size})")
-    detail = settings.detail_for(networks.dit.config)
+        suited = size if suited_strength(settings.strength, config) == settings.strength else "FlashVideo-Nano"
+        note(f"strength {settings.strength_for(size, config)} (auto, for {suited})")
+    detail = settings.detail_for(config)
     if settings.detail_size is None and settings.color_match == "wavelet" and detail != COLORS_ONLY:
         note(
             f"detail size {detail.size:g} (auto, for FlashVideo-Nano): what is larger than {detail.size:g} pixels "

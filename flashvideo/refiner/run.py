@@ -34,7 +34,7 @@ from ..config import (
     latent_shape,
     video_frames,
 )
-from ..degradation import AutoStrength, degradation_weights, degrade_latent
+from ..degradation import AutoStrength, degradation_weights, degrade_latent, suited_strength
 from ..dit import FlashVideoDiT
 from ..frames import PictureSize, TargetSize, clean, enlarge, padded_shape, to_frames, to_video
 from ..guidance import MAX_SCALE
@@ -96,9 +96,9 @@ class TensorClip:
 class RefineSettings:
     """What the user can choose. Raises ValueError for invalid values.
 
-    An AutoStrength follows from the result's size, and so does None, from the official strength; `detail_size` None
-    follows from the model (`color.auto_detail`). `window` and `overlap` are in frames, `tile` and `detail_size` in
-    pixels; with tile 0 stage II sees whole frames.
+    An AutoStrength follows from the result's size and the model (`degradation.suited_strength`), and so does None,
+    from the official strength; `detail_size` None follows from the model (`color.auto_detail`). `window` and `overlap`
+    are in frames, `tile` and `detail_size` in pixels; with tile 0 stage II sees whole frames.
     """
 
     size: TargetSize = field(default_factory=TargetSize)
@@ -132,10 +132,12 @@ class RefineSettings:
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}.")
 
-    def strength_for(self, size: PictureSize) -> int:
-        """The strength for a result of this size."""
-        strength = AutoStrength() if self.strength is None else self.strength
-        return strength(*padded_shape(1, *size)[1:]) if isinstance(strength, AutoStrength) else strength
+    def strength_for(self, size: PictureSize, config: DiTConfig) -> int:
+        """The strength for a result of this size from a stage II of this form."""
+        strength = suited_strength(self.strength, config)
+        if isinstance(strength, int):
+            return strength
+        return (strength or AutoStrength())(*padded_shape(1, *size)[1:])
 
     def detail_for(self, config: DiTConfig) -> color.Detail:
         """What is taken from a stage II of this form."""
@@ -202,7 +204,7 @@ class RefineRun:
         """`size` is what `settings.size` means for this clip, see `TargetSize.resolve`. `noise`: see `frame_noise`."""
         self.networks, self.clip, self.settings, self.work = networks, clip, settings, work
         self.height, self.width = size
-        self.strength = settings.strength_for(size)
+        self.strength = settings.strength_for(size, networks.dit.config)
         self.padded = padded_shape(clip.count, self.height, self.width)
         self.latents = latent_frames(self.padded[0])
         self.plan = plan_windows(self.latents, settings.window, settings.overlap)

@@ -248,7 +248,7 @@ class _Task:
         networks, settings = self.networks, self.settings
         size = settings.size.resolve(height, width)
         note_automatic(networks, settings, size, self.options.note)
-        settings = replace(settings, strength=settings.strength_for(size))
+        settings = replace(settings, strength=settings.strength_for(size, networks.dit.config))
         crop = plan_crop(size, self.place, settings.tile)
         return _Plan(networks, settings, size, crop, self.watch)
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...flashvideo.config import SPATIAL_FACTOR, STAGE2_LATENT_SCALE
-from ...flashvideo.degradation import degrade_latent
+from ...flashvideo.config import NANO_STRENGTH, SPATIAL_FACTOR, STAGE2_LATENT_SCALE
+from ...flashvideo.degradation import AutoStrength, degrade_latent
+from ...flashvideo.nano import NANO_FAMILIES
 from .host import let_go
 from .idle_patches import warn_of_idle_patches
 from .latent_keys import KEY_CHANNELS, KEY_DTYPES, keys_of, probes_of, stored_keys
 from .latent_origin import origin_of, remember_origin
 from .notices import warn
 from .out_of_memory import explained
-from .sampling import AutoRefinerSampling, RefinerSampling
+from .sampling import AutoRefinerSampling, RefinerSampling, auto_latent_strength
 from .schedule_guard import check_conditions, check_spread, running_node
 
 MARK = "flashvideo_degradation"
@@ -88,6 +89,14 @@ def degrade(latent: dict[str, Any], noise: Tensor, strength: int, preset: str | 
     degraded = degrade_latent(samples, noise, strength) / STAGE2_LATENT_SCALE
     remember_origin(degraded, origin_of(latent["samples"]))
     return {**latent, "samples": degraded, MARK: _remember(degraded, strength, preset)}
+
+
+def suited_to_latent(samples: Tensor, strength: int | AutoStrength | None) -> int:
+    """What a strength means for samples [B, C, T, H, W]: a number stays, auto suits whose latent it is and its size."""
+    if isinstance(strength, int):
+        return strength
+    is_nanos = origin_of(samples) in NANO_FAMILIES  # see `flashvideo.degradation.suited_strength`
+    return NANO_STRENGTH if is_nanos else auto_latent_strength(samples, strength)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ def warn(text: str, node_id: str | None) -> None:
     _show(text, node_id)
 
 
-def note(text: str, node_id: str | None) -> None:
-    """Report a choice, such as the strength, in the log and on the node."""
-    logging.info(text)
+def note(name: str, text: str, node_id: str | None) -> None:
+    """Report a choice, such as the strength, in the log with the node's name, and on the node."""
+    logging.info("%s: %s", name, text)
     _show(text, node_id)
 
 

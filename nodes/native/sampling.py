@@ -211,6 +211,6 @@ class AutoRefinerSampling(RefinerSampling):
 
 
 def auto_latent_strength(latent: Tensor, strength: AutoStrength | None = None) -> int:
-    """The strength for a latent [B, C, T, H, W]; without one of its own the official."""
+    """The strength that does to a latent [B, C, T, H, W] what this one, or the official, does at its own size."""
     height, width = (SPATIAL_FACTOR * side for side in latent.shape[-2:])
     return (strength or AutoStrength())(height, width)

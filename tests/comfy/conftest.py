@@ -249,6 +249,14 @@ def model(submodule: Callable[[str], ModuleType]) -> Any:
 
 
 @pytest.fixture(scope="session")
+def other_model(submodule: Callable[[str], ModuleType]) -> Any:
+    """A refiner of another form as a MODEL: Nano's with a block less."""
+    state = submodule("flashvideo.nano").nano_state("stage2")
+    shallow = {name: tensor for name, tensor in state.items() if "blocks.3." not in name}
+    return submodule("nodes.native.model").load_model(shallow)
+
+
+@pytest.fixture(scope="session")
 def text(model: Any) -> dict[str, list]:
     """Both CONDITIONINGs for it: random numbers, and zeros."""
     import torch

@@ -29,9 +29,9 @@ def latent() -> dict[str, Tensor]:
 
 
 @pytest.fixture()
-def settings(comfy_nodes: dict[str, Any], model: Any) -> Callable[[int], Any]:
-    """Nano's refiner with a strength, by Refiner Settings."""
-    return lambda strength: comfy_nodes["FlashVideoRefinerSettings"].execute(model, strength, 2.5).result[0]
+def settings(comfy_nodes: dict[str, Any], other_model: Any) -> Callable[[int], Any]:
+    """A refiner with a strength, by Refiner Settings."""
+    return lambda strength: comfy_nodes["FlashVideoRefinerSettings"].execute(other_model, strength, 2.5).result[0]
 
 
 @pytest.fixture()
@@ -60,6 +60,57 @@ def test_latent_degradation_tells_the_strength_it_chose(
     assert automatic.ui.as_dict()["text"] == (f"strength {chosen} (auto)",)
     assert f"FlashVideo Latent Degradation: strength {chosen} (auto)" in caplog.text
     assert by_hand.ui is None
+
+
+@pytest.mark.parametrize("part", ["vae", "footage_vae"])
+@pytest.mark.parametrize("preset", ["custom", "rich"])
+def test_a_latent_of_nanos_gets_nanos_strength(
+    part: str,
+    preset: str,
+    comfy_nodes: dict[str, Any],
+    submodule: Callable[[str], ModuleType],
+    latent: dict[str, Tensor],
+    chosen: int,
+) -> None:
+    """Also where another node has flipped it; what isn't known to be Nano's gets the number of its size."""
+    nano = submodule("flashvideo.config").NANO_STRENGTH
+    degrade = comfy_nodes["FlashVideoLatentDegradation"].execute
+    vae = submodule("nodes.native.vae").load_vae_native(part)
+    pixels = torch.rand((9, HEIGHT, WIDTH, 3), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        (encoded,) = comfy_nodes["VAEEncode"]().encode(vae, pixels)
+    for own in (encoded, {"samples": encoded["samples"].flip(-1)}):
+        automatic = degrade(own, AUTO, 3, preset)
+        assert torch.equal(automatic.result[0]["samples"], degrade(own, nano, 3).result[0]["samples"])
+        shown = f"strength {nano} (auto)" if preset == "custom" else f"preset rich: strength {nano}"
+        assert automatic.ui.as_dict()["text"] == (shown,)
+    assert degrade(encoded, 300, 3).ui is None
+    changed = degrade({"samples": encoded["samples"] + 1}, AUTO, 3)
+    assert changed.ui.as_dict()["text"] == (f"strength {chosen} (auto)",)
+
+
+def test_refiner_settings_give_nano_its_own_strength_and_show_it(
+    comfy_nodes: dict[str, Any],
+    model: Any,
+    other_model: Any,
+    submodule: Callable[[str], ModuleType],
+    sample: Callable[..., Tensor],
+    latent: dict[str, Tensor],
+) -> None:
+    nano = submodule("flashvideo.config").NANO_STRENGTH
+    settings = comfy_nodes["FlashVideoRefinerSettings"].execute
+    automatic, rich, by_hand = (
+        settings(model, AUTO, 2.5),
+        settings(model, 7, 9, preset="rich"),
+        settings(model, nano, 2.5),
+    )
+    expected = sample(by_hand.result[0], latent)
+    assert torch.equal(sample(automatic.result[0], latent), expected)
+    assert torch.equal(sample(rich.result[0], latent), expected)
+    assert automatic.ui.as_dict()["text"] == (f"strength {nano} (auto)",)
+    assert rich.ui.as_dict()["text"] == (f"preset rich: strength {nano}, shift 2.5. For KSampler: steps 6, cfg 13",)
+    assert by_hand.ui is None
+    assert settings(other_model, AUTO, 2.5).ui is None
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m"])

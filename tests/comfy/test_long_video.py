@@ -378,17 +378,24 @@ def decoded(path: Path) -> Tensor:
         )
 
 
-def test_strength_auto_is_that_of_the_result_and_is_shown(
+@pytest.mark.parametrize("is_nano", [True, False])
+def test_strength_auto_suits_the_model_and_the_result_and_is_shown(
+    is_nano: bool,
     refine: Callable[..., Path],
     short_video: Any,
+    other_model: Any,
     submodule: Callable[[str], ModuleType],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    chosen = submodule("flashvideo.degradation").auto_strength(HEIGHT, WIDTH)
+    chosen, reason = submodule("flashvideo.degradation").auto_strength(HEIGHT, WIDTH), f"{WIDTH}x{HEIGHT}"
     cheap = {"steps": 1, "cfg": 1.0, "color_match": "none"}
+    if is_nano:
+        chosen, reason = submodule("flashvideo.config").NANO_STRENGTH, "FlashVideo-Nano"
+    else:
+        cheap["model"] = other_model
     with caplog.at_level(logging.INFO):
         automatic = refine(short_video, strength=-1, **cheap)
-    assert f"FlashVideo Refine Long Video: strength {chosen} (auto, for {WIDTH}x{HEIGHT})" in caplog.text
+    assert f"FlashVideo Refine Long Video: strength {chosen} (auto, for {reason})" in caplog.text
     by_hand = refine(short_video, strength=chosen, **cheap)
     assert automatic != by_hand and automatic.read_bytes() == by_hand.read_bytes()
 
@@ -396,15 +403,16 @@ def test_strength_auto_is_that_of_the_result_and_is_shown(
 def test_a_preset_takes_the_place_of_its_numbers_which_are_shown(
     refine: Callable[..., Path],
     short_video: Any,
+    other_model: Any,
     submodule: Callable[[str], ModuleType],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     strength = submodule("flashvideo.degradation").auto_strength(HEIGHT, WIDTH, strength=675)
     numbers = {"strength": strength, **submodule("flashvideo.presets").PRESETS["fast"].sampling}
     with caplog.at_level(logging.INFO):
-        chosen = refine(short_video, preset="fast", strength=900, steps=1, cfg=2.0, shift=7.0)
+        chosen = refine(short_video, model=other_model, preset="fast", strength=900, steps=1, cfg=2.0, shift=7.0)
     assert "FlashVideo Refine Long Video: preset fast: steps 3, cfg 1, shift 2.5" in caplog.text
     assert f"FlashVideo Refine Long Video: strength {strength} (auto, for {WIDTH}x{HEIGHT})" in caplog.text
-    by_hand = refine(short_video, **numbers)
+    by_hand = refine(short_video, model=other_model, **numbers)
     assert chosen != by_hand and chosen.read_bytes() == by_hand.read_bytes()
-    assert refine(short_video, preset="custom", **numbers) == by_hand
+    assert refine(short_video, model=other_model, preset="custom", **numbers) == by_hand

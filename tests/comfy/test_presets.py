@@ -127,7 +127,7 @@ def test_a_strength_from_elsewhere_has_no_preset(
 def test_refiner_settings_take_strength_and_shift_and_show_the_rest(
     name: str,
     comfy_nodes: dict[str, Any],
-    model: Any,
+    other_model: Any,
     text: dict[str, list],
     latent: dict,
     presets: Mapping[str, Any],
@@ -140,10 +140,10 @@ def test_refiner_settings_take_strength_and_shift_and_show_the_rest(
         with torch.inference_mode():
             return comfy_nodes["KSampler"]().sample(model=ready, latent_image=latent, **text, **choices)[0]["samples"]
 
-    chosen = settings.execute(model, 900, 7.0, preset=name)
+    chosen = settings.execute(other_model, 900, 7.0, preset=name)
     numbers = f"strength auto from {preset.strength}, shift 2.5. For KSampler: steps {preset.steps}, cfg {preset.cfg:g}"
     assert chosen.ui.as_dict()["text"] == (f"preset {name}: {numbers}",)
-    by_hand = settings.execute(model, strength_of(name), preset.shift)
+    by_hand = settings.execute(other_model, strength_of(name), preset.shift)
     assert by_hand.ui is None
     torch.testing.assert_close(sample(chosen.result[0]), sample(by_hand.result[0]), rtol=0, atol=1e-4)
 

@@ -21,6 +21,7 @@ from flashvideo.checkpoints import CheckpointError
 from flashvideo.commands.refine import add_refine
 from flashvideo.commands.terminal import CANCELLED, DAMAGED, REFUSED
 from flashvideo.config import NANO_STRENGTH
+from flashvideo.degradation import auto_strength
 from flashvideo.errors import CommandError
 from flashvideo.nano import NANO_FOLDER, nano_state
 from flashvideo.refiner import files as refine_files
@@ -292,10 +293,8 @@ def test_the_draft_model_is_no_refiner(clip: Path, tmp_path: Path) -> None:
 
 
 def test_the_strength_suits_the_model_unless_it_is_given(
-    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    strengths = []
-    monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: strengths.append(arguments[3].strength) or ())
     nano = nano_state("stage2")
     shallow = {name: tensor for name, tensor in nano.items() if "blocks.3." not in name}
     save_file(nano, tmp_path / "nano.safetensors")
@@ -305,9 +304,15 @@ def test_the_strength_suits_the_model_unless_it_is_given(
         ("--model", tmp_path / f"{name}.safetensors", "--vae", tmp_path / "vae.safetensors")
         for name in ("nano", "other")
     )
-    for options in ((), same, other, (*same, "--strength", "auto"), ("--strength", "500")):
-        assert refine(clip, tmp_path / "out.mp4", *FAST, *options) == 0
-    assert strengths == [NANO_STRENGTH, NANO_STRENGTH, None, None, 500]
+    own = f"strength {NANO_STRENGTH} (auto, for FlashVideo-Nano)"
+    by_size = f"strength {auto_strength(16, 32)} (auto, for 32x16)"
+    for options, expected in (
+        ((), own), (same, own), ((*same, "--strength", "auto"), own), ((*same, "--preset", "rich"), own),
+        (other, by_size), ((*other, "--strength", "auto"), by_size), (("--strength", "500"), None),
+    ):  # fmt: skip
+        assert refine(clip, tmp_path / "out.mp4", "--force", *FAST, *options) == 0
+        said = capsys.readouterr().err
+        assert ("strength" in said) == (expected is not None) and (expected or "") in said
 
 
 def test_the_resampler_suits_the_model_unless_it_is_given(

@@ -13,7 +13,7 @@ from small_videos import make_video
 from flashvideo.commands.chosen import refine_settings
 from flashvideo.commands.options import add_refiner_options, add_size_options
 from flashvideo.commands.refine import add_refine
-from flashvideo.config import NANO_STRENGTH
+from flashvideo.config import NANO_FOOTAGE_STAGE2, NANO_STAGE2, NANO_STRENGTH, STAGE2, DiTConfig
 from flashvideo.degradation import AutoStrength, auto_strength
 from flashvideo.frames import PictureSize, TargetSize
 from flashvideo.nano import nano_state
@@ -60,7 +60,7 @@ def test_balanced_is_what_there_is_without_a_preset() -> None:
 ])  # fmt: skip
 def test_strengths_follow_the_size(size: tuple[int, int], strengths: dict[str, int]) -> None:
     """As the ratio of signal to noise does."""
-    found = {name: settings("--preset", name).strength_for(PictureSize(*size)) for name in PRESETS}
+    found = {name: settings("--preset", name).strength_for(PictureSize(*size), STAGE2) for name in PRESETS}
     assert found == strengths
     assert found == {name: auto_strength(*size, strength=preset.strength) for name, preset in PRESETS.items()}
 
@@ -107,12 +107,14 @@ def test_a_command_with_a_preset_does_what_it_does_with_the_numbers(
     assert preset == by_hand != default
 
 
-def test_nano_keeps_its_own_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, seen = make_video(tmp_path / "in.mp4", 1), []
-    monkeypatch.setattr(refine_files, "refine_video", lambda *arguments: seen.append(arguments[3]) or ())
-    for options in (("--preset", "rich"), ("--preset", "rich", "--strength", "300")):
-        assert refine(source, tmp_path / "out.mp4", "--keep-size", "--device", "cpu", *options) == 0
-    assert [(each.strength, each.steps) for each in seen] == [(NANO_STRENGTH, 6), (300, 6)]
+@pytest.mark.parametrize("config", [NANO_STAGE2, NANO_FOOTAGE_STAGE2])
+def test_nano_keeps_its_own_strength(config: DiTConfig) -> None:
+    """At every size and with every preset, unless a number is given."""
+    for size in (PictureSize(96, 160), PictureSize(1072, 1920)):
+        for name in PRESETS:
+            assert settings("--preset", name).strength_for(size, config) == NANO_STRENGTH
+        assert settings("--strength", "auto").strength_for(size, config) == NANO_STRENGTH
+        assert settings("--preset", "rich", "--strength", "300").strength_for(size, config) == 300
 
 
 def test_another_preset_does_not_resume_a_run(tmp_path: Path) -> None:

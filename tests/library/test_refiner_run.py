@@ -304,7 +304,7 @@ def test_auto_refines_as_the_number_that_it_stands_for(tiny_networks: Networks) 
     frames, size = picture_waves(5, 40, 64), TargetSize("scale", scale=2)
     settings = RefineSettings(size, steps=1, strength=None)
     chosen = auto_strength(80, 128)  # padded: 80 is a multiple of 16
-    assert settings.strength_for(settings.size.resolve(40, 64)) == chosen
+    assert settings.strength_for(settings.size.resolve(40, 64), tiny_networks.dit.config) == chosen
     automatic = refine_frames(tiny_networks, frames, settings)
     assert torch.equal(automatic, refine_frames(tiny_networks, frames, replace(settings, strength=chosen)))
     assert not torch.equal(automatic, refine_frames(tiny_networks, frames, replace(settings, strength=675)))
