@@ -32,7 +32,8 @@ from flashvideo.vae.tiles import decode_in_tiles, encode_in_tiles
 GIGABYTE = 2**30
 DRAFT, HD, FULL_HD = (13, 34, 60), (13, 90, 160), (13, 136, 240)  # latents of 480x272, 1280x720, 1920x1088, 49 frames
 SHALLOW_1, SHALLOW_2 = replace(STAGE1, num_layers=2), replace(STAGE2, num_layers=2)
-SHALLOW_VAE = replace(VAE, encoder_blocks=1, decoder_blocks=1)  # as wide, and so as large, in a fraction of the time
+# As wide, and so as large, in a fraction of the time.
+SHALLOW_VAE, SHALLOW_NANO_VAE = (replace(vae, encoder_blocks=1, decoder_blocks=1) for vae in (VAE, NANO_VAE))
 
 
 @pytest.fixture()
@@ -184,7 +185,7 @@ def test_a_whole_run(share: float, color_match: str, tile: int, card: PretendedC
 
     `share` is what the VAE may hold of what the whole picture takes.
     """
-    dit, vae = FlashVideoDiT(TINY_REFINER), VideoVAE(NANO_VAE)
+    dit, vae = FlashVideoDiT(TINY_REFINER), VideoVAE(SHALLOW_NANO_VAE)
     room = share * held_bytes(vae.decoder, (4, 10, 20), torch.float32)
     context, device = torch.randn(1, 6, TINY_REFINER.text_dim), torch.device(CARD)
     networks = Networks(dit, vae, context, device, room, vae_store=GIGABYTE)

@@ -139,7 +139,7 @@ def test_the_network_gives_the_same_in_pieces_whole_and_compiled(
     nano: FlashVideoDiT, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     arguments = inputs(*GRID)
-    windows = WindowAttention(TEXT, GRID, VIEWS["medium"])
+    windows = WindowAttention(TEXT, GRID, (1, 1, 5))  # few, as each is a part of the compiled graph
     run = {"degradation_step": 675, "attention": windows, "order": windows.order}
     whole = nano(*arguments, **run).detach()  # under autograd
     exact = nano(*arguments, degradation_step=675).detach()
