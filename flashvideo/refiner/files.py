@@ -192,8 +192,8 @@ def _lead(
     for text in (odd_size_notice(size), *clip.notes, *output.form.losses(), *damage):
         if text:
             options.warn(text)
-    about = replace(settings, strength=suited_strength(settings.strength, networks.dit.config))
-    with closing(_work_folder(source, target, size, about, options)) as folder:
+    suited = replace(settings, strength=suited_strength(settings.strength, networks.dit.config))
+    with closing(_work_folder(source, target, size, suited, options)) as folder:
         if target.exists() and not options.force:
             folder.remove()
             raise InUseError(f"Another program has made {target} in the meantime.")
