@@ -71,7 +71,7 @@ def suited_strength(strength: int | AutoStrength | None, config: DiTConfig | Non
     """What an automatic strength means for a stage II of this form; a number stays.
 
     The official form's follows from the size; None is the official 675's. FlashVideo-Nano has one of its own at every
-    size, for every preset: it was trained for little noise (docs/nano_footage.md).
+    size and for every preset: it is best with little noise (docs/nano_footage.md, "Without weak strengths").
     """
     return NANO_STRENGTH if config in NANO_REFINERS and not isinstance(strength, int) else strength
 

@@ -25,8 +25,8 @@ from .terminal import say
 class RefineOptions:
     """The command's options.
 
-    `source` and `target` are both files, or both folders. `own_resample`: the user chose how
-    pixels are interpolated; otherwise the model decides. `farm`: where clips are spread to.
+    `source` and `target` are both files, or both folders. `own_resample`: the user chose how pixels are interpolated;
+    otherwise the model decides. `farm`: where clips are spread to.
     `context`: an encoded prompt in place of `prompt`.
     """
 

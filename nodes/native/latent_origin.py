@@ -37,7 +37,7 @@ _remembered: list[_Origin] = []  # the newest last
 def remember_origin(samples: Tensor, family: str | None) -> None:
     """Remember whose samples [B, C, ...] these are; nothing where that isn't known."""
     if family is not None and _is_latent(samples):
-        _remembered[:] = [*_remembered[1 - _REMEMBERED :], _Origin(family, *stored_keys(samples))]
+        _recall(_Origin(family, *stored_keys(samples)))
 
 
 def origin_of(samples: Tensor) -> str | None:
@@ -49,8 +49,14 @@ def origin_of(samples: Tensor) -> str | None:
         for each in reversed(_remembered):
             probes = probes_of(keys, each.step)
             if len(probes) and float(torch.isin(probes, each.keys[dtype]).float().mean()) >= _MOST:
+                _recall(each)
                 return each.family
     return None
+
+
+def _recall(origin: _Origin) -> None:
+    """Make a latent the newest one; the oldest is forgotten. One that ComfyUI keeps is used for many runs."""
+    _remembered[:] = [each for each in _remembered if each is not origin][1 - _REMEMBERED :] + [origin]
 
 
 def check_origin(samples: Tensor, *, model: str | None = None, vae: str | None = None) -> bool:

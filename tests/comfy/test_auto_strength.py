@@ -89,6 +89,19 @@ def test_a_latent_of_nanos_gets_nanos_strength(
     assert changed.ui.as_dict()["text"] == (f"strength {chosen} (auto)",)
 
 
+def test_a_latent_stays_nanos_however_often_it_is_used(
+    comfy_nodes: dict[str, Any], submodule: Callable[[str], ModuleType]
+) -> None:
+    """ComfyUI keeps what a node has made: another seed runs the nodes after VAE Encode alone."""
+    nano = submodule("flashvideo.config").NANO_STRENGTH
+    pixels = torch.rand((1, 16, 32, 3), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        (encoded,) = comfy_nodes["VAEEncode"]().encode(submodule("nodes.native.vae").load_vae_native("vae"), pixels)
+    for seed in range(100):
+        run = comfy_nodes["FlashVideoLatentDegradation"].execute(encoded, AUTO, seed)
+        assert run.ui.as_dict()["text"] == (f"strength {nano} (auto)",)
+
+
 def test_refiner_settings_give_nano_its_own_strength_and_show_it(
     comfy_nodes: dict[str, Any],
     model: Any,
