@@ -12,7 +12,7 @@ on how many whole pictures may be stored. `plan_vae_tiles` searches for the leas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -188,13 +188,13 @@ class _Grouping:
         ends: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())] + [None] * count
         for stop in range(1, count + 1):
             found = []
-            for start in range(stop):
+            for start, own in self._works(stop):
                 live = self._live(start, stop)
                 whole = start == 0 and stop == count  # needs no store: there is always this
                 before = ends[start]
                 if before is not None and live is not None and (live <= room or whole):
                     work, most, cuts = before
-                    found.append((work + self._work(start, stop), max(most, live), (*cuts, stop)))
+                    found.append((work + own, max(most, live), (*cuts, stop)))
             ends[stop] = min(found, default=None)
         work, most, cuts = ends[count]
         groups = tuple(tuple(self.units[start:stop]) for start, stop in pairwise((0, *cuts)))
@@ -209,17 +209,18 @@ class _Grouping:
         return self.stored[start] + beside + (0 if self._in_place(start, stop) else self.stored[stop])
 
     def _in_place(self, start: int, stop: int) -> bool:
-        return self.by_chunk and runs_in_place(self.units[start:stop])
+        return self.by_chunk and stop - start == 1 and runs_in_place(self.units[start:stop])
 
-    def _work(self, start: int, stop: int) -> float:
-        group = self.units[start:stop]
-        runs = passes(group)
-        work = sum(
-            unit.work * positions * times
-            for unit, positions, times in zip(group, self.positions[start:stop], runs, strict=True)
-        )
-        reads = runs[0] * (self.stored[start] + (self.stored[start - 1] if group[0].joins else 0))
-        return work + self.rounds * self.move * (reads + self.stored[stop])
+    def _works(self, stop: int) -> Iterator[tuple[int, float]]:
+        """Where a group that ends before unit `stop` may start, the last place first, and the work it takes."""
+        moved = self.rounds * self.move
+        work, runs = 0, 1  # `runs`: how often the unit's convolution runs, see `passes`
+        for start in reversed(range(stop)):
+            unit = self.units[start]
+            work += unit.work * self.positions[start] * runs
+            reads = runs * (self.stored[start] + (self.stored[start - 1] if unit.joins else 0))
+            yield start, work + moved * (reads + self.stored[stop])
+            runs += unit.norms
 
 
 def runs_in_place(group: Sequence[Unit]) -> bool:
