@@ -340,16 +340,14 @@ class FlashVideoRefinerSettings(io.ComfyNode):
         with named(cls.NAME):
             check_stage(model, 2)
             chosen = chosen_strength(strength) if known is None else known.choices["strength"]
-            suited = suited_strength(chosen, model.model.diffusion_model.config)
             shift = shift if known is None else known.shift
-            ready = with_windows(refiner_settings(model, suited, shift), window, overlap)
-        if known is None and suited == chosen:
-            return io.NodeOutput(ready)  # a number that is seen, or one that the latent's size decides
-        text = f"strength {suited} (auto)"
-        if known is not None:
-            used = suited if isinstance(suited, int) else f"auto from {known.strength}"
-            text = f"preset {preset}: strength {used}, shift {shift:g}. For KSampler: steps "
-            text += f"{known.steps}, cfg {known.cfg:g}"
+            ready = with_windows(refiner_settings(model, chosen, shift), window, overlap)
+        if known is None:
+            return io.NodeOutput(ready)
+        suited = suited_strength(chosen, model.model.diffusion_model.config)
+        used = suited if isinstance(suited, int) else f"auto from {known.strength}"
+        text = f"preset {preset}: strength {used}, shift {shift:g}. For KSampler: steps "
+        text += f"{known.steps}, cfg {known.cfg:g}"
         note(cls.NAME, text, own_id(cls))
         return io.NodeOutput(ready, ui=ui.PreviewText(text))
 

@@ -93,10 +93,9 @@ def degrade(latent: dict[str, Any], noise: Tensor, strength: int, preset: str | 
 
 def suited_to_latent(samples: Tensor, strength: int | AutoStrength | None) -> int:
     """What a strength means for samples [B, C, T, H, W]: a number stays, auto suits whose latent it is and its size."""
-    if isinstance(strength, int):
-        return strength
-    is_nanos = origin_of(samples) in NANO_FAMILIES  # see `flashvideo.degradation.suited_strength`
-    return NANO_STRENGTH if is_nanos else auto_latent_strength(samples, strength)
+    if not isinstance(strength, int) and origin_of(samples) in NANO_FAMILIES:
+        return NANO_STRENGTH  # see `flashvideo.degradation.suited_strength`
+    return auto_latent_strength(samples, strength)
 
 
 @contextmanager

@@ -188,7 +188,7 @@ class AutoRefinerSampling(RefinerSampling):
     can be moved to the sigmas of another strength. `guard_degradation` does that when the latent is there.
     """
 
-    def __init__(self, shift: float = STAGE2_SHIFT, strength: AutoStrength | None = None) -> None:
+    def __init__(self, shift: float = STAGE2_SHIFT, strength: int | AutoStrength | None = None) -> None:
         super().__init__(DEGRADATION_STEP, shift)
         self._strength = strength
 
@@ -210,7 +210,9 @@ class AutoRefinerSampling(RefinerSampling):
         return self.at(strength).noise_scaling(self.moved(sigma, strength), noise, latent_image, max_denoise)
 
 
-def auto_latent_strength(latent: Tensor, strength: AutoStrength | None = None) -> int:
-    """The strength that does to a latent [B, C, T, H, W] what this one, or the official, does at its own size."""
+def auto_latent_strength(latent: Tensor, strength: int | AutoStrength | None = None) -> int:
+    """A strength for a latent [B, C, T, H, W]: a number stays, others follow from its size; None is the official's."""
+    if isinstance(strength, int):
+        return strength
     height, width = (SPATIAL_FACTOR * side for side in latent.shape[-2:])
     return (strength or AutoStrength())(height, width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...flashvideo.config import STAGE1_SCALE
-from ...flashvideo.degradation import AutoStrength
+from ...flashvideo.degradation import AutoStrength, suited_strength
 from ...flashvideo.guidance import STAGE1_EXPONENT, dynamic_cfg_scale
 from ...flashvideo.samplers import solve_vp
 from ...flashvideo.schedule import stage2_times
@@ -211,6 +211,7 @@ def refiner_settings(
     """A clone of a stage-II MODEL that degrades with `strength` (None: auto) and spaces steps by `shift`."""
     clone = model.clone()
     is_known = isinstance(strength, int)
-    sampling = RefinerSampling(strength, shift) if is_known else AutoRefinerSampling(shift, strength)
+    suited = suited_strength(strength, model.model.diffusion_model.config)
+    sampling = RefinerSampling(strength, shift) if is_known else AutoRefinerSampling(shift, suited)
     clone.add_object_patch("model_sampling", sampling)
     return clone

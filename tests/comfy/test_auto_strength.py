@@ -105,11 +105,12 @@ def test_a_latent_stays_nanos_however_often_it_is_used(
 def test_refiner_settings_give_nano_its_own_strength_and_show_it(
     comfy_nodes: dict[str, Any],
     model: Any,
-    other_model: Any,
     submodule: Callable[[str], ModuleType],
     sample: Callable[..., Tensor],
     latent: dict[str, Tensor],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """In the log, when the sampler starts; a preset's on the node, too. A degraded latent brings its own."""
     nano = submodule("flashvideo.config").NANO_STRENGTH
     settings = comfy_nodes["FlashVideoRefinerSettings"].execute
     automatic, rich, by_hand = (
@@ -118,12 +119,17 @@ def test_refiner_settings_give_nano_its_own_strength_and_show_it(
         settings(model, nano, 2.5),
     )
     expected = sample(by_hand.result[0], latent)
-    assert torch.equal(sample(automatic.result[0], latent), expected)
-    assert torch.equal(sample(rich.result[0], latent), expected)
-    assert automatic.ui.as_dict()["text"] == (f"strength {nano} (auto)",)
+    for chosen in (automatic, rich):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            torch.testing.assert_close(sample(chosen.result[0], latent), expected, rtol=0, atol=1e-4)
+        assert f"strength {nano} (auto, for {WIDTH}x{HEIGHT})" in caplog.text
     assert rich.ui.as_dict()["text"] == (f"preset rich: strength {nano}, shift 2.5. For KSampler: steps 6, cfg 13",)
-    assert by_hand.ui is None
-    assert settings(other_model, AUTO, 2.5).ui is None
+    assert automatic.ui is None and by_hand.ui is None
+    degraded = comfy_nodes["FlashVideoLatentDegradation"].execute(latent, 500, 3).result[0]
+    ready = (settings(model, strength, 2.5).result[0] for strength in (AUTO, 500))
+    followed, typed = (sample(each, degraded, add_noise="disable") for each in ready)
+    torch.testing.assert_close(followed, typed, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m"])

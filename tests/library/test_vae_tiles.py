@@ -312,3 +312,20 @@ def test_a_smaller_budget_gives_smaller_tiles_that_keep_to_it(way: str) -> None:
             sides.append(found.side)
         assert sides == sorted(sides, reverse=True)
         assert sides[-1] >= 4 * SMALLEST_TILE_LATENT
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_plan_counts_the_work_of_its_groups_and_a_larger_store_saves_some(half: str) -> None:
+    """Every unit's convolution runs once for each norm of its group that comes later, and once to the end."""
+    network, (latents, rows, columns) = getattr(VideoVAE(VAE, device="meta"), half), (13, 136, 240)
+    found = []
+    for gigabytes in (0.1, 1, 4, 16, 64):
+        plan = plan_vae_tiles(network, (latents, rows, columns), torch.float16, 2**34, gigabytes * 2**30)
+        work = 0
+        for group in plan.groups:
+            for place, unit in enumerate(group):
+                runs = 1 + sum(later.norms for later in group[place + 1 :])
+                work += runs * unit.work * ((latents - 1) * unit.time + 1) * unit.scale**2 * rows * columns
+        assert plan.work == work
+        found.append(work)
+    assert found == sorted(found, reverse=True) and found[0] > 1.5 * found[-1]
