@@ -76,6 +76,11 @@ def suited_strength(strength: int | AutoStrength | None, config: DiTConfig | Non
     return NANO_STRENGTH if config in NANO_REFINERS and not isinstance(strength, int) else strength
 
 
+def strength_in_words(strength: int, config: DiTConfig | None, size: object) -> str:
+    """A strength that was chosen automatically, and for what: FlashVideo-Nano, or a picture's size."""
+    return f"strength {strength} (auto, for {'FlashVideo-Nano' if config in NANO_REFINERS else size})"
+
+
 def degrade_latent(latent: Tensor, noise: Tensor, step: int = DEGRADATION_STEP) -> Tensor:
     """Degrade a latent [B, C, T, H, W] of the model's scaled space with `noise` of the same shape."""
     signal_weight, noise_weight = degradation_weights(step)

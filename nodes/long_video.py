@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import InputImpl, io
 
 from ..flashvideo.config import TEMPORAL_FACTOR, WINDOW
-from ..flashvideo.degradation import suited_strength
+from ..flashvideo.degradation import strength_in_words, suited_strength
 from ..flashvideo.errors import CommandError
 from ..flashvideo.frames import TargetSize
 from ..flashvideo.nano import pair_notice
@@ -139,9 +139,10 @@ class FlashVideoRefineLongVideo(io.ComfyNode):
             if (known := chosen_preset(preset)) is not None:
                 choices |= known.choices
                 note(cls.NAME, f"preset {preset}: {known}", own_id(cls))
-            suited = suited_strength(choices["strength"], model.model.diffusion_model.config)
+            config = model.model.diffusion_model.config
+            suited = suited_strength(choices["strength"], config)
             if suited != choices["strength"]:  # a number from here on: an unfinished run is found by it
-                note(cls.NAME, f"strength {suited} (auto, for FlashVideo-Nano)", own_id(cls))
+                note(cls.NAME, strength_in_words(suited, config, target), own_id(cls))
                 choices["strength"] = suited
             choices["detail_size"] = choices.get("detail_size", AUTO_DETAIL_SIZE) or None
             settings = RefineSettings(target, **choices)

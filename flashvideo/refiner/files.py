@@ -16,7 +16,7 @@ from torch import Tensor
 from ..atomic_files import InUseError, check_space, check_target, remove_abandoned
 from ..color import COLORS_ONLY
 from ..config import latent_frames
-from ..degradation import AutoStrength, suited_strength
+from ..degradation import AutoStrength, strength_in_words, suited_strength
 from ..devices import GIB, main_memory
 from ..errors import CommandError
 from ..frames import PictureSize, odd_size_notice, padded_shape
@@ -225,8 +225,7 @@ def note_automatic(
     """Report what was chosen automatically."""
     config = networks.dit.config
     if not isinstance(settings.strength, int):
-        suited = size if suited_strength(settings.strength, config) == settings.strength else "FlashVideo-Nano"
-        note(f"strength {settings.strength_for(size, config)} (auto, for {suited})")
+        note(strength_in_words(settings.strength_for(size, config), config, size))
     detail = settings.detail_for(config)
     if settings.detail_size is None and settings.color_match == "wavelet" and detail != COLORS_ONLY:
         note(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...flashvideo.config import NANO_STRENGTH, SPATIAL_FACTOR, STAGE2_LATENT_SCALE
-from ...flashvideo.degradation import AutoStrength, degrade_latent
+from ...flashvideo.degradation import AutoStrength, degrade_latent, strength_in_words
 from ...flashvideo.nano import NANO_FAMILIES
 from .host import let_go
 from .idle_patches import warn_of_idle_patches
@@ -258,9 +258,14 @@ def guard_degradation(
         )
     strength = known_strength(latent_image, "FlashVideo stage II: ")
     if isinstance(sampling, AutoRefinerSampling):
-        chosen = sampling.strength_for(latent_image) if strength is None else strength
+        if strength is None:
+            strength, config = sampling.strength_for(latent_image), guider.model_patcher.model.diffusion_model.config
+            height, width = (SPATIAL_FACTOR * side for side in latent_image.shape[-2:])
+            logging.info("FlashVideo stage II: %s", strength_in_words(strength, config, f"{width}x{height}"))
+        else:
+            logging.info("FlashVideo stage II: strength %d (auto, the latent's)", strength)
         run = (noise, latent_image, sampler, sigmas, denoise_mask, *args)
-        return _at_strength(executor, sampling, chosen, *run, **kwargs)
+        return _at_strength(executor, sampling, strength, *run, **kwargs)
     adds_noise = bool(torch.count_nonzero(noise))
     starts_at = float(sampling.timestep(sigmas[0]))
     if starts_at > BEYOND_NOISE:
@@ -305,8 +310,6 @@ def _at_strength(
 ) -> Tensor:
     """The guarded run with a known strength in place of auto; the guider has its own model again afterwards."""
     guider = executor.class_obj
-    height, width = (SPATIAL_FACTOR * side for side in latent_image.shape[-2:])
-    logging.info("FlashVideo stage II: strength %d (auto, for %dx%d)", strength, width, height)
     automatic = guider.model_patcher
     guider.model_patcher = automatic.clone()
     guider.model_patcher.add_object_patch("model_sampling", sampling.at(strength))

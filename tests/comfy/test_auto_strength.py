@@ -123,12 +123,15 @@ def test_refiner_settings_give_nano_its_own_strength_and_show_it(
         caplog.clear()
         with caplog.at_level(logging.INFO):
             torch.testing.assert_close(sample(chosen.result[0], latent), expected, rtol=0, atol=1e-4)
-        assert f"strength {nano} (auto, for {WIDTH}x{HEIGHT})" in caplog.text
+        assert f"strength {nano} (auto, for FlashVideo-Nano)" in caplog.text
     assert rich.ui.as_dict()["text"] == (f"preset rich: strength {nano}, shift 2.5. For KSampler: steps 6, cfg 13",)
     assert automatic.ui is None and by_hand.ui is None
     degraded = comfy_nodes["FlashVideoLatentDegradation"].execute(latent, 500, 3).result[0]
     ready = (settings(model, strength, 2.5).result[0] for strength in (AUTO, 500))
-    followed, typed = (sample(each, degraded, add_noise="disable") for each in ready)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        followed, typed = (sample(each, degraded, add_noise="disable") for each in ready)
+    assert "strength 500 (auto, the latent's)" in caplog.text
     torch.testing.assert_close(followed, typed, rtol=0, atol=1e-4)
 
 
