@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from small_clips import clip_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flashvideo.color import (
-    COLORS_ONLY,
     METHODS,
     Detail,
     LowBand,
     adain_transform,
-    auto_detail,
     color_statistics,
     match_colors,
 )
@@ -27,31 +26,13 @@ from flashvideo.config import (
     DETAIL_SIZE,
     MAX_DETAIL_SIZE,
     MIN_DETAIL_SIZE,
-    NANO_DETAIL_GAIN,
     NANO_DETAIL_SIZE,
-    NANO_FOOTAGE_STAGE2,
-    NANO_STAGE2,
-    STAGE2,
 )
-from flashvideo.frames import TargetSize, finish, prepare, resize
+from flashvideo.frames import TargetSize, finish, prepare
 from flashvideo.training.ablations.measures import delta_e
 
 SIDES = (1, 2, 7, 16, 23, 24, 25, 100, 271)
 BIT = 1 / 255
-
-
-def clip_of(count: int = 4, height: int = 135, width: int = 241, detail: float = 0.03, seed: int = 0) -> Tensor:
-    """A moving scene [count, height, width, 3] in 0.15..0.85: coloured light, blobs that wander, fine texture."""
-    noise = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, width / height, width), indexing="ij")
-    frames = []
-    for index in range(count):
-        light = torch.stack([0.5 + 0.15 * x - 0.1 * y, 0.45 + 0.1 * y, 0.55 - 0.1 * x], -1)  # [H, W, 3]
-        for blob, color in enumerate([(0.2, -0.1, -0.15), (-0.15, 0.1, 0.15), (0.05, 0.15, -0.2)]):
-            away = (x - 0.3 - 0.5 * blob - 0.02 * index) ** 2 + (y - 0.25 - 0.25 * blob) ** 2
-            light = light + torch.exp(-away / 0.03)[..., None] * torch.tensor(color)
-        frames.append(light + detail * torch.randn(height, width, 1, generator=noise))
-    return torch.stack(frames).clamp(0.15, 0.85)
 
 
 def turned(colors: Tensor, degrees: float) -> Tensor:
@@ -125,88 +106,6 @@ def test_wavelet_leaves_short_patterns_and_replaces_long_ones(size: int) -> None
         refined = reference + pattern[:, None]
         result = match_colors(refined, reference, "wavelet", Detail(size))[0, 5, inner, 1] - 0.5
         assert float((result @ pattern[inner]) / pattern[inner].square().sum()) == pytest.approx(left, abs=0.01)
-
-
-def test_a_small_detail_size_keeps_the_draft_and_adds_finer_detail() -> None:
-    truth = clip_of(3, 96, 128, detail=0.05)
-    draft = resize(truth, 24, 32, "area")
-    enlarged = resize(draft, 96, 128, "bicubic")
-    stray = clip_of(3, 96, 128, seed=5) - 0.5
-    refined = (truth + 0.4 * stray).clamp(0, 1)  # right detail on a picture that has moved away
-    far = (resize(refined, 24, 32, "area") - draft).abs().mean()
-    result = match_colors(refined, enlarged, "wavelet", Detail(NANO_DETAIL_SIZE))
-    assert (resize(result, 24, 32, "area") - draft).abs().mean() < 0.2 * far
-    detail = [picture - resize(resize(picture, 24, 32, "area"), 96, 128, "bicubic") for picture in (truth, result)]
-    alike = torch.nn.functional.cosine_similarity(detail[0].flatten(), detail[1].flatten(), dim=0)
-    assert alike > 0.8
-
-
-SUPPORTED = Detail(NANO_DETAIL_SIZE, NANO_DETAIL_GAIN)
-
-
-def enlarged_clip(factor: int) -> tuple[Tensor, Tensor]:
-    """(truth, the truth shrunk and enlarged again), with texture that only the truth has where the factor is 4."""
-    truth = clip_of(2, 96, 128, detail=0.05)
-    return truth, resize(resize(truth, 96 // factor, 128 // factor, "area"), 96, 128, "bicubic")
-
-
-def fine(picture: Tensor) -> Tensor:
-    """What is smaller than the detail size."""
-    low_band = LowBand(*picture.shape[1:3], detail_size=NANO_DETAIL_SIZE)
-    return picture - torch.stack([low_band(frame) for frame in picture])
-
-
-def test_supported_detail_is_made_stronger_where_the_reference_is_soft() -> None:
-    reference = clip_of(2, 96, 128, detail=0.0)
-    weak = reference + 0.2 * fine(clip_of(2, 96, 128, detail=0.05) - reference)
-    added, stronger = (match_colors(weak, reference, "wavelet", Detail(9, gain)) - reference for gain in (1.0, 2.5))
-    assert float((stronger * added).sum() / added.square().sum()) == pytest.approx(2.5, rel=0.01)
-    whole = fine(weak - reference)
-    assert 0.8 < float((added * whole).sum() / whole.square().sum()) <= 1.001
-
-
-def test_detail_isnt_believed_where_larger_things_have_moved() -> None:
-    """As behind fast motion, where a small VAE makes ghosts and stripes."""
-    truth, reference = enlarged_clip(4)
-    refined, left, right = truth.clone(), slice(0, 44), slice(84, 128)
-    stripes = 0.1 * torch.cos(torch.arange(96) * math.pi / 2)[:, None, None]
-    ghost = 0.25 * torch.cos(torch.arange(96) * math.pi / 12)[:, None, None]
-    refined[:, :, left] += ghost + stripes
-    plain = match_colors(refined, reference, "wavelet", Detail(NANO_DETAIL_SIZE))
-    result = match_colors(refined, reference, "wavelet", SUPPORTED)
-    away = [(clip - reference)[:, :, left].square().mean() for clip in (plain, result)]
-    assert away[1] < 0.1 * away[0]
-    assert (result - reference)[:, :, right].square().mean() > (plain - reference)[:, :, right].square().mean()
-
-
-def test_what_the_reference_shows_isnt_lost_where_the_refined_clip_is_softer() -> None:
-    truth, softer = enlarged_clip(2)
-    result = match_colors(softer, truth, "wavelet", SUPPORTED)
-    lost = (match_colors(softer, truth, "wavelet", Detail(NANO_DETAIL_SIZE)) - truth).square().mean()
-    assert (result - truth).square().mean() < 0.1 * lost
-
-
-def test_on_a_sharp_reference_detail_is_half_as_strong_whatever_the_gain() -> None:
-    truth, _ = enlarged_clip(1)
-    other = truth + 0.03 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
-    strong, plain = (match_colors(other, truth, "wavelet", Detail(9, gain)) for gain in (2.5, 1.0))
-    assert torch.equal(strong, plain)
-    whole = fine(other - truth)
-    assert 0.4 < float(((strong - truth) * whole).sum() / whole.square().sum()) <= 0.501
-
-
-def test_supported_detail_of_a_frame_follows_from_that_frame_alone() -> None:
-    truth, reference = enlarged_clip(4)
-    both = match_colors(truth, reference, "wavelet", SUPPORTED)
-    assert torch.equal(both[1:], match_colors(truth[1:], reference[1:], "wavelet", SUPPORTED))
-    for same in (reference, torch.full_like(reference, 0.5), torch.zeros_like(reference)):
-        assert (match_colors(same, same, "wavelet", SUPPORTED) - same).abs().max() < 1e-5
-
-
-def test_only_the_miniature_is_held_to_its_draft_by_itself() -> None:
-    assert auto_detail(NANO_STAGE2) == Detail(9)
-    assert auto_detail(NANO_FOOTAGE_STAGE2) == Detail(9, gain=3.2)
-    assert auto_detail(STAGE2) == auto_detail(None) == COLORS_ONLY == Detail(70)
 
 
 @pytest.mark.parametrize("size", [MIN_DETAIL_SIZE - 1, 0, -70, MAX_DETAIL_SIZE + 1, math.inf, math.nan])
