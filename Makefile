@@ -13,7 +13,7 @@ help:
 	@echo "make demo   run the example workflows in a private ComfyUI; results in demo/"
 	@echo "make test   run all tests (ARGS='-k refiner' or ARGS=tests/library/test_vae.py picks some)"
 	@echo "make lint   check the code's style, and that imports run one way"
-	@echo "make nano   train FlashVideo-Nano from nothing into runs/nano/weights, or resume that (hours on a CPU; ARGS='--minutes 30' for a piece)"
+	@echo "make nano   train FlashVideo-Nano from nothing into runs/nano/weights, or resume that (hours on a CPU; ARGS='--minutes 30' for a piece, ARGS=--footage for real clips, too)"
 	@echo "make ablations   the paper's tables on FlashVideo-Nano; writes docs/ablations.md (hours on a CPU; ARGS='--minutes 30' for a piece, ARGS='quality --real DIR' for your clips)"
 	@echo "make bench  measure beside peers (ARGS='dit', attention, vae, scaling, long_memory, pipeline, full_size; diffusers is not installed for you)"
 

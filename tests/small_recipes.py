@@ -54,8 +54,8 @@ def head(out: Path | str, **values: Path | str) -> str:
     return "seed = 1\n" + "".join(f'{name} = "{Path(value).as_posix()}"\n' for name, value in values.items())
 
 
-def write_nano_recipes(folder: Path, runs: Path) -> None:
-    """Write the six configs of `train nano`, whose runs are folders of `runs`."""
+def write_nano_recipes(folder: Path, runs: Path, fetched: Path) -> None:
+    """Write the ten configs of `train nano`, whose runs are folders of `runs`; `fetched`: a library of real clips."""
     folder.mkdir(parents=True)
     text, vae = runs / "text" / "text_encoder.safetensors", runs / "vae" / "vae.safetensors"
     shared = {"cache": runs / "latents", "text": text}
@@ -68,6 +68,32 @@ def write_nano_recipes(folder: Path, runs: Path) -> None:
         "stage1": head(runs / "stage1", vae=vae, **shared) + STAGE1,
         "stage2": head(runs / "stage2", **refiner) + STAGE2,
         "stage2_calm": head(runs / "stage2_calm", **refiner) + calm,
+        **_footage_recipes(runs, shared, f'source = "real"\nreal = "{fetched.as_posix()}"\n'),
     }
     for name, recipe in recipes.items():
         (folder / f"{name}.toml").write_text(recipe, encoding="utf-8")
+
+
+def _footage_recipes(runs: Path, shared: dict[str, Path], source: str) -> dict[str, str]:
+    """The recipes for real footage; `source`: lines of `[clips]`."""
+    drawn, whole = runs / "vae_decoder" / "vae.safetensors", runs / "footage_vae" / "vae.safetensors"
+    sizes = {"base_channels = 8": "base_channels = 16", "[16, 16]": "[16, 32]", "[16, 24]": "[16, 32]"}
+    wide = VAE
+    for name, value in sizes.items():
+        wide = wide.replace(name, value)
+    vae = f"[clips]\n{source}{wide}".replace("[loss]", "[loss]\nsquare = 6.0")
+    refiner, text = runs / "footage_stage2" / "stage2.safetensors", shared["text"]
+    refined = f'[refined]\nshare = 1.0\nfactor = 2\nsteps = 1\nstage2 = "{refiner.as_posix()}"\n'
+
+    def stage2(name: str, start: Path, vae: Path) -> str:
+        network = f'[network]\nblocks = 5\nweights = "{start.as_posix()}"'
+        recipe = STAGE2.replace("[network]", network).replace("[phases.clips]\n", f"[phases.clips]\n{source}")
+        return head(runs / name, vae=vae, **shared) + recipe
+
+    return {
+        "footage_vae": head(runs / "footage_vae", start=drawn, latents_like=drawn) + vae,
+        "footage_stage2": stage2("footage_stage2", runs / "stage2_calm" / "stage2.safetensors", whole),
+        "footage_decoder": head(runs / "footage_decoder", start=whole)
+        + f'decoder_only = true\n{refined}text = "{text.as_posix()}"\n{vae}',
+        "footage_refiner": stage2("footage_refiner", refiner, runs / "footage_decoder" / "vae.safetensors"),
+    }

@@ -23,7 +23,7 @@ from .errors import TrainingError
 if TYPE_CHECKING:
     from ..parallel import Ranks
 
-WHOLE = "nano"  # all four, each with its config
+WHOLE = "nano"  # all of FlashVideo-Nano's, each with its config
 FETCH = "fetch"  # not a training: fetches clips
 STOPPED = (
     "Stopped at once. Stored clips and checkpoints stay, and the same command resumes from them; add --resume if there "
@@ -49,13 +49,18 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument(
         "kind", choices=(*KINDS, WHOLE, FETCH),
-        help="which network; nano: all four, from nothing; fetch: no training, downloads real clips to learn from",
+        help="which network; nano: all four, from nothing, and with --footage two more; fetch: no training, downloads "
+        "real clips to learn from",
     )  # fmt: skip
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
         help="TOML file with all settings; for nano, a folder of them (default: the library's own)",
     )  # fmt: skip
     parser.add_argument("--only", metavar="PARTS", help="of nano: these trainings alone, such as vae_decoder,stage2")
+    parser.add_argument(
+        "--footage", action="store_true",
+        help="of nano: the VAE and stage II for real footage, too, from the clips of train fetch (in runs/nano/real)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: the config's `out`)")
     parser.add_argument("--resume", action="store_true", help="resume from the folder's last checkpoint")
     parser.add_argument("--steps", type=positive, metavar="N", help="do at most N steps now (the schedule stays)")
@@ -64,7 +69,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="T5's tokenizer.json (default: the pack's)")
     parser.add_argument(
         "--export", type=Path, metavar="DIR",
-        help="don't train: write the best weights so far to this folder; of nano, all four when they are done",
+        help="don't train: write the best weights so far to this folder; of nano, all when they are done",
     )  # fmt: skip
     _add_fetch_options(parser.add_argument_group("train fetch"))
     # `ranks`: the processes that torchrun has started, if any.
@@ -108,9 +113,10 @@ def _run(options: argparse.Namespace) -> int:
             raise TrainingError(f"{name} is for train fetch.")
     given = TrainOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TrainOptions)})
     if options.kind == WHOLE:
-        return _train_nano(given, options.only)
-    if options.only:
-        raise TrainingError("--only is for train nano, which trains several networks.")
+        return _train_nano(given, options.only, options.footage)
+    for name, value in (("--only", options.only), ("--footage", options.footage)):
+        if value:
+            raise TrainingError(f"{name} is for train nano, which trains several networks.")
     return _train(options.kind, given)
 
 
@@ -156,8 +162,8 @@ def _train(kind: str, options: TrainOptions) -> int:
     return exit_code(ended_by)
 
 
-def _train_nano(options: TrainOptions, only: str | None) -> int:
-    """Train all networks, or those named in `only`."""
+def _train_nano(options: TrainOptions, only: str | None, footage: bool) -> int:
+    """Train all networks, with `footage` those for real clips, too, or those named in `only`."""
     from . import nano
 
     for name, value in (("--steps", options.steps), ("--out", options.out)):
@@ -172,6 +178,10 @@ def _train_nano(options: TrainOptions, only: str | None) -> int:
         def task(self, part: nano.Part, settings: Any) -> Any:
             return _task(part.kind, settings, options.device)
 
+    if only and footage:
+        raise TrainingError(
+            f"--only names the trainings already, such as {nano.FOOTAGE_VAE.name}: leave out --footage."
+        )
     if only:
         names = only.split(",")
         unknown = [name for name in names if name not in nano.PARTS]
@@ -185,7 +195,8 @@ def _train_nano(options: TrainOptions, only: str | None) -> int:
         words = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
         return [sys.executable, str(Path(__file__).parents[1]), "train", WHOLE, *words]
 
-    return exit_code(nano.train_all(Configs(), options.export or nano.WEIGHTS, options.minutes, command))
+    folder = options.export or nano.WEIGHTS
+    return exit_code(nano.train_all(Configs(), folder, options.minutes, command, footage=footage))
 
 
 def _settings(kind: str, config: Path, tokenizer: str | None) -> Any:
@@ -196,6 +207,8 @@ def _settings(kind: str, config: Path, tokenizer: str | None) -> Any:
     settings = build(getattr(_module(module_name), settings_name), load_toml(config), config.name)
     if tokenizer and hasattr(settings, "tokenizer"):
         settings = dataclasses.replace(settings, tokenizer=tokenizer)
+    if tokenizer and hasattr(settings, "refined"):  # a decoder that learns from what stage II makes
+        settings = dataclasses.replace(settings, refined=dataclasses.replace(settings.refined, tokenizer=tokenizer))
     return settings
 
 

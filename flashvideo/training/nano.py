@@ -1,5 +1,6 @@
 """Trains all of FlashVideo-Nano from nothing: independent trainings in parallel, then its files.
 
+Its networks for real footage, which come after those for drawn scenes, begin as these and learn from fetched clips.
 It can be stopped at any time. The next run skips finished trainings and resumes the others.
 """
 
@@ -50,11 +51,19 @@ DECODER = Part("vae_decoder", "vae", "vae.safetensors", "the VAE's decoder once 
 STAGE1 = Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts")
 STAGE2 = Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them")
 CALM = Part("stage2_calm", "stage2", "stage2.safetensors", "stage II once more, for calm motion")
-PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2, CALM)}
+FOOTAGE_VAE = Part("footage_vae", "vae", "vae.safetensors", "the VAE for real footage")
+FOOTAGE_STAGE2 = Part("footage_stage2", "stage2", "stage2.safetensors", "stage II for real footage")
+FOOTAGE_DECODER = Part("footage_decoder", "vae", "vae.safetensors", "that VAE's decoder once more, for refined clips")
+FOOTAGE_REFINER = Part("footage_refiner", "stage2", "stage2.safetensors", "that stage II once more, for this decoder")
+FOOTAGE = (FOOTAGE_VAE, FOOTAGE_STAGE2, FOOTAGE_DECODER, FOOTAGE_REFINER)
+PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2, CALM, *FOOTAGE)}
 # Rounds run one after the other, a round's chains in parallel, a chain's parts one after the other. Stage I needs only
 # the VAE's encoder, stage II also learns from decoded pixels.
 ROUNDS = (((TEXT,),), ((VAE,),), ((STAGE1,), (DECODER, STAGE2, CALM)))
-NANO = (TEXT, DECODER, STAGE1, CALM)  # those whose files FlashVideo-Nano consists of
+FOOTAGE_ROUNDS = ((FOOTAGE,),)
+# The files that FlashVideo-Nano consists of.
+DRAWN_FILES = {part.file: part for part in (TEXT, DECODER, STAGE1, CALM)}
+FOOTAGE_FILES = {"footage_vae.safetensors": FOOTAGE_DECODER, "footage_stage2.safetensors": FOOTAGE_REFINER}
 
 
 class Opener(Protocol):
@@ -73,13 +82,20 @@ class Opener(Protocol):
 Command = Callable[[Sequence[Part], float | None], list[str]]
 
 
-def train_all(opener: Opener, folder: Path, minutes: float | None, command: Command) -> int | None:
-    """Train all that isn't done yet, for at most so many minutes; put the four files into `folder` when all is done.
+def train_all(
+    opener: Opener, folder: Path, minutes: float | None, command: Command, *, footage: bool = False
+) -> int | None:
+    """Train all that isn't done yet, for at most so many minutes; put the files into `folder` when all is done.
 
-    Returns a signal's number if one ended it. Raises TrainingError if a training fails.
+    `footage`: also those for real footage. Returns a signal's number if one ended it. Raises TrainingError if a
+    training fails, and before any begins if clips that it needs were never fetched.
     """
     deadline = _deadline(minutes)
-    for chains in ROUNDS:
+    rounds, files = ROUNDS, DRAWN_FILES
+    if footage:
+        opener.settings(FOOTAGE_VAE).clips.check_fetched()
+        rounds, files = (*ROUNDS, *FOOTAGE_ROUNDS), {**DRAWN_FILES, **FOOTAGE_FILES}
+    for chains in rounds:
         left = [chain for chain in chains if not _all_done(chain, opener)]
         if len(left) > 1:
             ended_by = _side_by_side(left, opener, deadline, command)
@@ -88,8 +104,8 @@ def train_all(opener: Opener, folder: Path, minutes: float | None, command: Comm
         if ended_by is not None or not all(_all_done(chain, opener) for chain in left):
             sys.stdout.write("Stopped; the same command resumes the training.\n")
             return ended_by
-    for part in NANO:
-        with whole_file(folder / part.file) as copy:
+    for name, part in files.items():
+        with whole_file(folder / name) as copy:
             shutil.copyfile(opener.settings(part).out / part.file, copy)
     sys.stdout.write(f"{folder}: FlashVideo-Nano is complete. Copied to models/nano, it is the built-in one.\n")
     return None

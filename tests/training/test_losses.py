@@ -194,6 +194,17 @@ def test_motion_is_the_error_of_what_changes_and_counts_no_still_error() -> None
     assert float(vae_loss(picture + 1, picture, zeros, zeros, motion=2.0)["motion"]) == 0
 
 
+def test_squared_errors_count_large_ones_most() -> None:
+    video, zeros = torch.zeros(1, 3, 1, 4, 4), torch.zeros(1, 16, 1, 1, 1)
+    spread = video + 0.25
+    spot = video.clone()
+    spot[..., 0, :] = 1.0  # the same mean error, in a quarter of the pixels
+    losses = [vae_loss(clip, video, zeros, zeros, kl=0.0, gradient=0.0, square=6.0) for clip in (spread, spot)]
+    assert [float(terms["square"]) for terms in losses] == pytest.approx([0.0625, 0.25])
+    assert [float(terms["loss"]) for terms in losses] == pytest.approx([0.25 + 6 * 0.0625, 0.25 + 6 * 0.25])
+    assert "square" not in vae_loss(spot, video, zeros, zeros)
+
+
 def test_texture_asks_how_strong_detail_is_and_not_where() -> None:
     generator = torch.Generator().manual_seed(0)
     grass, other = torch.randn(2, 1, 3, 3, 64, 64, generator=generator) * 0.2

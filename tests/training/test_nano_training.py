@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_libraries import counted, name_of, write_library
 from small_recipes import VAE, head, write_nano_recipes
 from torch import nn
 
-from flashvideo.checkpoints import load_dit
+from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.commands.main import main
 from flashvideo.training import nano as nano_training
 from flashvideo.training.config import LoopSettings
@@ -183,10 +184,10 @@ def test_a_prompt_in_other_words_cannot_be_judged() -> None:
 
 @pytest.fixture
 def train_nano(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`train nano` on six recipes that end in seconds; returns its exit code."""
+    """`train nano` on ten recipes that end in seconds; returns its exit code."""
     monkeypatch.setattr(nano_training, "POLL_SECONDS", 0.05)
     configs = tmp_path / "configs"
-    write_nano_recipes(configs, tmp_path / "runs")
+    write_nano_recipes(configs, tmp_path / "runs", tmp_path / "fetched")
     fixed = ("--config", configs, "--export", tmp_path / "weights", "--tokenizer", tokenizer, "--device", "cpu")
 
     def run(*options: str) -> int:
@@ -205,7 +206,7 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     assert [path.name for path in runs.iterdir()] == ["text"]
     assert train_nano() == 0
     assert f"{weights}: FlashVideo-Nano is complete" in capsys.readouterr().out
-    assert sorted(path.name for path in weights.iterdir()) == sorted(part.file for part in nano_training.NANO)
+    assert sorted(path.name for path in weights.iterdir()) == sorted(nano_training.DRAWN_FILES)
     assert filecmp.cmp(weights / "vae.safetensors", runs / "vae_decoder" / "vae.safetensors", shallow=False)
     assert not filecmp.cmp(weights / "vae.safetensors", runs / "vae" / "vae.safetensors", shallow=False)
     assert load_dit(weights / "stage2.safetensors", stage=2).config.stage == 2
@@ -220,6 +221,22 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     refiner.unlink()  # an export that a crash left out
     assert train_nano() == 0
     assert load_dit(refiner, stage=2).config.stage == 2
+
+    assert train_nano("--footage") == 1
+    assert "fetched holds no clips yet. Fetch some: python -m flashvideo train fetch" in capsys.readouterr().err
+    names = {name_of(split, "clip", ".mp4"): counted(40) for split in ("train", "validation")}
+    write_library(tmp_path / "fetched", names)
+    ends = {path: path.stat().st_mtime_ns for path in runs.rglob("*.*")}
+    assert train_nano("--footage") == 0
+    assert sorted(path.name for path in weights.iterdir()) == sorted(
+        [*nano_training.DRAWN_FILES, *nano_training.FOOTAGE_FILES]
+    )
+    for name, made in (("vae", "footage_decoder/vae"), ("stage2", "footage_refiner/stage2")):
+        assert filecmp.cmp(weights / f"footage_{name}.safetensors", runs / f"{made}.safetensors", shallow=False)
+    assert load_vae(weights / "footage_vae.safetensors").config.base_channels == 16
+    assert {path: path.stat().st_mtime_ns for path in ends} == ends  # the drawn ones stay
+    first, second = (load_file(runs / f"footage_{name}" / "vae.safetensors") for name in ("vae", "decoder"))
+    assert {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])} == {"decoder"}
 
 
 @pytest.mark.slow
@@ -240,11 +257,15 @@ def test_only_some_of_nanos_trainings(
     train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert train_nano("--only", "text,refiner") == 1
-    assert "--only takes text, vae, vae_decoder, stage1, stage2, stage2_calm; got refiner." in capsys.readouterr().err
+    named = "text, vae, vae_decoder, stage1, stage2, stage2_calm, footage_vae, footage_stage2, footage_decoder"
+    assert f"--only takes {named}, footage_refiner; got refiner." in capsys.readouterr().err
+    assert train_nano("--only", "text", "--footage") == 1
+    assert "--only names the trainings already, such as footage_vae" in capsys.readouterr().err
     assert train_nano("--only", "vae") == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["vae"]
-    assert main(["train", "vae", "--config", str(tmp_path / "configs" / "vae.toml"), "--only", "vae"]) == 1
-    assert "--only is for train nano" in capsys.readouterr().err
+    for option in (["--only", "vae"], ["--footage"]):
+        assert main(["train", "vae", "--config", str(tmp_path / "configs" / "vae.toml"), *option]) == 1
+        assert f"{option[0]} is for train nano" in capsys.readouterr().err
     for option in ("--steps=5", f"--out={tmp_path / 'elsewhere'}"):
         assert train_nano("--only", "vae", option) == 1
         assert option.split("=")[0] in capsys.readouterr().err

@@ -72,6 +72,11 @@ class Footage:
         if source != SCENES and not self.real:
             raise TrainingError(f'source = "{source}" needs the folder of fetched clips: add real = "runs/nano/real".')
 
+    def check_fetched(self) -> None:
+        """Raises TrainingError if the settings ask for fetched clips and there are none."""
+        if self.source != SCENES:
+            ClipLibrary.open(self.real)
+
     def open_footage(
         self, scenes: Clips, split: str, height: int, width: int, frames: int, seed: int, source: str = ""
     ) -> Clips:

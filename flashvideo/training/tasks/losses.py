@@ -35,17 +35,25 @@ class PixelWeights:
     gradient: float = 0.5
     texture: float = 0.0
     motion: float = 0.0
+    square: float = 0.0
 
 
 def pixel_loss(
-    prediction: Tensor, video: Tensor, *, gradient: float = 0.5, texture: float = 0.0, motion: float = 0.0
+    prediction: Tensor,
+    video: Tensor,
+    *,
+    gradient: float = 0.5,
+    texture: float = 0.0,
+    motion: float = 0.0,
+    square: float = 0.0,
 ) -> dict[str, Tensor]:
     """Distance of a video [B, 3, T, H, W] from what it should be.
 
-    "loss" = "reconstruction" + `gradient` * "gradient" + `texture` * "texture" + `motion` * "motion", where
-    "reconstruction" is the mean absolute error, "gradient" that of the differences between neighbouring frames, rows
-    and columns, which keeps edges sharp and stills steady, "texture" see `texture_distance`, and "motion" the frames'
-    part of "gradient" once more. All values are scalars; terms without a weight are left out if they cost time.
+    "loss" is "reconstruction", the mean absolute error, and the sum of the others by their weights: "gradient", that
+    of the differences between neighbouring frames, rows and columns, which keeps edges sharp and stills steady;
+    "texture", see `texture_distance`; "motion", the frames' part of "gradient" once more; "square", the mean squared
+    error, which counts large errors most. All values are scalars; terms without a weight are left out if they cost
+    time.
     """
     error = prediction.float() - video.float()
     terms = {"reconstruction": error.abs().mean(), "gradient": _gradient(error)}
@@ -56,6 +64,9 @@ def pixel_loss(
     if motion:
         terms["motion"] = error.diff(dim=2).abs().mean() if error.shape[2] > 1 else error.new_zeros(())
         loss = loss + motion * terms["motion"]
+    if square:
+        terms["square"] = error.square().mean()
+        loss = loss + square * terms["square"]
     return {"loss": loss, **terms}
 
 
