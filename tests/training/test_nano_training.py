@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import filecmp
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from torch import nn
 
 from flashvideo.checkpoints import load_dit, load_vae
 from flashvideo.commands.main import main
+from flashvideo.nano import NANO_PARTS
 from flashvideo.training import nano as nano_training
 from flashvideo.training.config import LoopSettings
 from flashvideo.training.data.latents import ClipSettings
@@ -180,6 +182,26 @@ def test_a_prompt_in_other_words_cannot_be_judged() -> None:
 
 
 # The chain
+
+
+def test_each_training_begins_with_what_those_before_it_made() -> None:
+    """A round's chains run at once, so none may need another's."""
+    made: set[str] = set()
+    for chains in (*nano_training.ROUNDS, *nano_training.FOOTAGE_ROUNDS):
+        before, now = set(made), set()
+        for chain in chains:
+            own = set(before)
+            for part in chain:
+                text = (nano_training.CONFIGS / f"{part.name}.toml").read_text(encoding="utf-8")
+                needed = set(re.findall(r'"(runs/nano/[^"]+\.safetensors)"', text))
+                assert needed <= own, part.name
+                assert f'out = "runs/nano/{part.name}"' in text
+                own.add(f"runs/nano/{part.name}/{part.file}")
+            now |= own
+        made |= now
+    files = {**nano_training.DRAWN_FILES, **nano_training.FOOTAGE_FILES}
+    assert {f"runs/nano/{part.name}/{part.file}" for part in files.values()} <= made
+    assert {Path(name).stem for name in files} == set(NANO_PARTS)
 
 
 @pytest.fixture
