@@ -76,13 +76,13 @@ def write_nano_recipes(folder: Path, runs: Path, fetched: Path) -> None:
 
 def _footage_recipes(runs: Path, shared: dict[str, Path], source: str) -> dict[str, str]:
     """The recipes for real footage; `source`: lines of `[clips]`."""
-    drawn, whole = runs / "vae_decoder" / "vae.safetensors", runs / "footage_vae" / "vae.safetensors"
+    drawn, whole = runs / "vae_decoder" / "vae.safetensors", runs / "vae_footage" / "vae.safetensors"
     sizes = {"base_channels = 8": "base_channels = 16", "[16, 16]": "[16, 32]", "[16, 24]": "[16, 32]"}
     wide = VAE
     for name, value in sizes.items():
         wide = wide.replace(name, value)
     vae = f"[clips]\n{source}{wide}".replace("[loss]", "[loss]\nsquare = 6.0")
-    refiner, text = runs / "footage_stage2" / "stage2.safetensors", shared["text"]
+    refiner, text = runs / "stage2_footage" / "stage2.safetensors", shared["text"]
     refined = f'[refined]\nshare = 1.0\nfactor = 2\nsteps = 1\nstage2 = "{refiner.as_posix()}"\n'
 
     def stage2(name: str, start: Path, vae: Path) -> str:
@@ -91,9 +91,11 @@ def _footage_recipes(runs: Path, shared: dict[str, Path], source: str) -> dict[s
         return head(runs / name, vae=vae, **shared) + recipe
 
     return {
-        "footage_vae": head(runs / "footage_vae", start=drawn, latents_like=drawn) + vae,
-        "footage_stage2": stage2("footage_stage2", runs / "stage2_calm" / "stage2.safetensors", whole),
-        "footage_decoder": head(runs / "footage_decoder", start=whole)
+        "vae_footage": head(runs / "vae_footage", start=drawn, latents_like=drawn) + vae,
+        "stage2_footage": stage2("stage2_footage", runs / "stage2_calm" / "stage2.safetensors", whole),
+        "vae_footage_decoder": head(runs / "vae_footage_decoder", start=whole)
         + f'decoder_only = true\n{refined}text = "{text.as_posix()}"\n{vae}',
-        "footage_refiner": stage2("footage_refiner", refiner, runs / "footage_decoder" / "vae.safetensors"),
+        "stage2_footage_refined": stage2(
+            "stage2_footage_refined", refiner, runs / "vae_footage_decoder" / "vae.safetensors"
+        ),
     }

@@ -51,10 +51,10 @@ DECODER = Part("vae_decoder", "vae", "vae.safetensors", "the VAE's decoder once 
 STAGE1 = Part("stage1", "stage1", "stage1.safetensors", "stage I, which makes drafts")
 STAGE2 = Part("stage2", "stage2", "stage2.safetensors", "stage II, which refines them")
 CALM = Part("stage2_calm", "stage2", "stage2.safetensors", "stage II once more, for calm motion")
-FOOTAGE_VAE = Part("footage_vae", "vae", "vae.safetensors", "the VAE for real footage")
-FOOTAGE_STAGE2 = Part("footage_stage2", "stage2", "stage2.safetensors", "stage II for real footage")
-FOOTAGE_DECODER = Part("footage_decoder", "vae", "vae.safetensors", "that VAE's decoder once more, for refined clips")
-FOOTAGE_REFINER = Part("footage_refiner", "stage2", "stage2.safetensors", "that stage II once more, for this decoder")
+FOOTAGE_VAE = Part("vae_footage", "vae", "vae.safetensors", "the VAE for real footage")
+FOOTAGE_STAGE2 = Part("stage2_footage", "stage2", "stage2.safetensors", "stage II for real footage")
+FOOTAGE_DECODER = Part("vae_footage_decoder", "vae", "vae.safetensors", "its decoder once more, for refined clips")
+FOOTAGE_REFINER = Part("stage2_footage_refined", "stage2", "stage2.safetensors", "stage II again, for that decoder")
 FOOTAGE = (FOOTAGE_VAE, FOOTAGE_STAGE2, FOOTAGE_DECODER, FOOTAGE_REFINER)
 PARTS = {part.name: part for part in (TEXT, VAE, DECODER, STAGE1, STAGE2, CALM, *FOOTAGE)}
 # Rounds run one after the other, a round's chains in parallel, a chain's parts one after the other. Stage I needs only

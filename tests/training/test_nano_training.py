@@ -253,11 +253,11 @@ def test_all_of_nano_is_trained_in_pieces_and_then_there_is_nothing_left_to_do(
     assert sorted(path.name for path in weights.iterdir()) == sorted(
         [*nano_training.DRAWN_FILES, *nano_training.FOOTAGE_FILES]
     )
-    for name, made in (("vae", "footage_decoder/vae"), ("stage2", "footage_refiner/stage2")):
+    for name, made in (("vae", "vae_footage_decoder/vae"), ("stage2", "stage2_footage_refined/stage2")):
         assert filecmp.cmp(weights / f"footage_{name}.safetensors", runs / f"{made}.safetensors", shallow=False)
     assert load_vae(weights / "footage_vae.safetensors").config.base_channels == 16
     assert {path: path.stat().st_mtime_ns for path in ends} == ends  # the drawn ones stay
-    first, second = (load_file(runs / f"footage_{name}" / "vae.safetensors") for name in ("vae", "decoder"))
+    first, second = (load_file(runs / name / "vae.safetensors") for name in ("vae_footage", "vae_footage_decoder"))
     assert {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])} == {"decoder"}
 
 
@@ -279,10 +279,10 @@ def test_only_some_of_nanos_trainings(
     train_nano: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert train_nano("--only", "text,refiner") == 1
-    named = "text, vae, vae_decoder, stage1, stage2, stage2_calm, footage_vae, footage_stage2, footage_decoder"
-    assert f"--only takes {named}, footage_refiner; got refiner." in capsys.readouterr().err
+    named = "text, vae, vae_decoder, stage1, stage2, stage2_calm, vae_footage, stage2_footage, vae_footage_decoder"
+    assert f"--only takes {named}, stage2_footage_refined; got refiner." in capsys.readouterr().err
     assert train_nano("--only", "text", "--footage") == 1
-    assert "--only names the trainings already, such as footage_vae" in capsys.readouterr().err
+    assert "--only names the trainings already, such as vae_footage" in capsys.readouterr().err
     assert train_nano("--only", "vae") == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["vae"]
     for option in (["--only", "vae"], ["--footage"]):
