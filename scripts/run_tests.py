@@ -4,7 +4,7 @@
 
 Without a file or folder it runs all. Each folder of tests has processes of its own, because a process can hold one
 ComfyUI, and the library's tests none. Most are spread over several processes, file by file, as their tensors are too
-small for several threads. Folders whose tests wait for other programs run beside those that compute. With --newest the
+small for several threads. Folders whose tests wait for other programs most of the time run at once. With --newest the
 tests that depend most on other packages run once more with the newest versions of these.
 """
 
@@ -27,19 +27,19 @@ from harness.bed import CANCELLED, ROOT, TEMPORARY, say, seconds, stop_on_termin
 
 _LIBRARY = "tests/library"
 _SPREAD = (_LIBRARY, "tests/training", "tests/commands", "tests/comfy")  # over several processes
-# One row after the other; a row's folders run at once: while some wait for a page or a server, others compute.
+# One row after the other; a row's folders run at once, as commands, workers, a page and a server are waited for.
 _ROWS = (
     (_LIBRARY,),
-    ("tests/training", "tests/commands", "tests/browser"),
-    ("tests/comfy", "tests/fuzz", "tests/server"),
+    ("tests/training", "tests/commands"),
+    ("tests/comfy",),
+    ("tests/fuzz", "tests/browser", "tests/server"),
 )
 FOLDERS = tuple(folder for row in _ROWS for folder in row)
 _POLL_SECONDS = 0.2
 _LIBRARY_SECONDS = 120  # more, and people stop running the library's tests while they work
 _NO_TESTS_SELECTED = 5  # pytest's exit code
 _WRONG_USE = 2
-# Processes of a row: as many as the machine has cores, within these limits. Each takes up to 2 GB of main memory.
-_FEWEST, _MOST = 4, 8
+_PROCESSES = 4  # at most, for a row; each takes up to 2 GB of main memory
 _CORES_FOR_ROWS = 2  # fewer, and folders that run at once would only wait for each other
 _NEWEST = "--newest"
 # Video files, weights, numbers and text: what PyAV, safetensors, numpy and transformers may change.
@@ -132,7 +132,7 @@ def _rows(chosen: list[str], *, newest: bool) -> list[list[_Task]]:
     places = _places(chosen)
     rows = [[_Task(folder, tuple(places[folder])) for folder in row if folder in places] for row in _ROWS]
     if newest and _LIBRARY in places and _newest_fit():
-        rows[1].append(_Task(_LIBRARY, tuple(places[_LIBRARY] if chosen else _NEWEST_TESTS), newest=True))
+        rows[-1].append(_Task(_LIBRARY, tuple(places[_LIBRARY] if chosen else _NEWEST_TESTS), newest=True))
     if (os.cpu_count() or 1) < _CORES_FOR_ROWS:
         return [[task] for row in rows for task in row]
     return [row for row in rows if row]
@@ -152,7 +152,7 @@ def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outc
         outcomes = []
         for task in row:
             say(f"\n{' '.join(task.places)}{' with the newest packages' if task.newest else ''}")
-            with _Tests(task, options, temporary, _processes([task])) as tests:
+            with _Tests(task, options, temporary) as tests:
                 outcomes.append(tests.outcome())
         return outcomes
     say(f"\n{', '.join(task.name for task in row)} at once")
@@ -161,7 +161,7 @@ def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outc
         running = {}
         for task in row:
             log = temporary / f"{Path(task.name).name}.txt"
-            running[log] = stack.enter_context(_Tests(task, options, temporary, _processes(row), log=log))
+            running[log] = stack.enter_context(_Tests(task, options, temporary, beside=len(row) - 1, log=log))
         while running:
             time.sleep(_POLL_SECONDS)
             for log in [log for log, tests in running.items() if tests.has_ended()]:
@@ -170,23 +170,15 @@ def _run_row(row: list[_Task], options: list[str], temporary: Path) -> list[Outc
     return outcomes
 
 
-def _processes(row: list[_Task]) -> int:
-    """How many processes each folder of a row gets that is spread over several; the others have one."""
-    cores = os.cpu_count() or 1
-    spread = sum(task.folder in _SPREAD for task in row)
-    left = min(max(cores, _FEWEST), _MOST) - (len(row) - spread)
-    return max(1, min(left // max(1, spread), cores))
-
-
 class _Tests:
     """Tests of one folder in a process of their own, with the newest packages or the bed's.
 
-    What they print goes to the terminal, or to the file `log`. They are spread over so many `processes` if their folder
-    may be. Left before the end, all are ended.
+    What they print goes to the terminal, or to the file `log`. So many others run `beside` them. Left before the end,
+    the process is ended.
     """
 
     def __init__(
-        self, task: _Task, options: list[str], temporary: Path, processes: int, *, log: Path | None = None
+        self, task: _Task, options: list[str], temporary: Path, *, beside: int = 0, log: Path | None = None
     ) -> None:
         name = Path(task.name).name
         self._folder = task.name
@@ -196,7 +188,7 @@ class _Tests:
         env = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))}
         spread = task.folder in _SPREAD and not _ONE_PROCESS & set(options)
         if spread:
-            own += ["-n", str(processes), "--dist", "loadfile"]
+            own += ["-n", str(max(1, min(_PROCESSES // (1 + beside), os.cpu_count() or 1))), "--dist", "loadfile"]
             own.append("--no-loadscope-reorder")  # tests/slow_first.py has the order, and xdist knows no seconds
         if spread or log is not None:
             env["OMP_NUM_THREADS"] = "1"  # threads of two processes on the same cores wait for each other

@@ -1,6 +1,7 @@
 """Trains all of FlashVideo-Nano from nothing: independent trainings in parallel, then its files.
 
-Its networks for real footage, which come after those for drawn scenes, begin as these and learn from fetched clips.
+Its networks for real footage come after those for drawn scenes: they begin with their weights, and learn from clips
+that were fetched before.
 It can be stopped at any time. The next run skips finished trainings and resumes the others.
 """
 
