@@ -27,10 +27,11 @@ from harness.bed import CANCELLED, ROOT, TEMPORARY, say, seconds, stop_on_termin
 
 _LIBRARY = "tests/library"
 _SPREAD = (_LIBRARY, "tests/training", "tests/commands", "tests/comfy")  # over several processes
-# One row after the other; a row's folders run at once, as commands, workers, a page and a server are waited for.
+# One row after the other; a row's folders run at once, as a page and a server are waited for.
 _ROWS = (
     (_LIBRARY,),
-    ("tests/training", "tests/commands"),
+    ("tests/training",),
+    ("tests/commands",),
     ("tests/comfy",),
     ("tests/fuzz", "tests/browser", "tests/server"),
 )

@@ -26,6 +26,7 @@ stop_on_terminate()
 
 SCREENSHOTS = BED / "screenshots"
 VIEW = {"width": 2400, "height": 1300}
+POLL = 250  # milliseconds between looks at a run; as it is, Playwright looks at each frame, and all are drawn for it
 # ComfyUI's own page, without any pack: files that a fresh folder lacks, and addresses that it may not call.
 NOT_OURS = (
     "user.css",
@@ -148,7 +149,7 @@ class ComfyPage:
         self.page.locator("[data-testid='queue-button'] button, button[data-testid='queue-button']").first.click()
         while self.page.evaluate("() => window.ended.length") == before:
             news = self.page.evaluate("() => window.news")
-            self.page.wait_for_function(_ENDED_OR_NEWS, arg=[before, news])
+            self.page.wait_for_function(_ENDED_OR_NEWS, arg=[before, news], polling=POLL)
         return self.page.evaluate("count => window.ended[count]", before)
 
     def shows_video(self, prefix: str) -> bool:

@@ -160,7 +160,7 @@ def test_workers_without_a_clip_evaluate_windows_of_a_long_one(head: Head, tmp_p
     make_video(source / "long.mp4", 49, size=(32, 32))
     make_video(source / "short.mp4", 5, size=(32, 32))
     # So many evaluations that the clip outlasts the half second in which a worker is found free.
-    words = ["--keep-size", "--steps", "24", "--device", "cpu", "--window", "9", "--overlap", "4"]
+    words = ["--keep-size", "--steps", "16", "--device", "cpu", "--window", "9", "--overlap", "4"]
     expected = results_of_one_process(tmp_path / "alone", "refine", source, tmp_path / "alone", *words)
     words += ["--ray", head.address, "--workers", "2"]
 
