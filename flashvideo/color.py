@@ -58,6 +58,7 @@ _FINEST = 5 / 9  # of the detail size: what is smaller still tells how sharp the
 _SHARP, _SOFT = 0.19, 0.15  # the finest detail's part of the reference's detail: enlarged 2 times, and 4 times
 _ON_SHARP = 0.5  # the gain where the reference is as sharp as that
 _CONTRAST, _DETAIL = 1e-5, 1e-6  # variances of 0.8 and 0.25 of an 8-bit step: less tells nothing
+_FAINT = 4e-4  # variance of 5 8-bit steps: where the reference has this contrast, half of the gain beyond 1 counts
 
 
 class LowBand:
@@ -168,7 +169,9 @@ class SupportedDetail:
       squared difference of the two low bands there. A network that has put larger things in the wrong place, such as
       behind fast motion, has put their detail there, too. This is a Wiener filter's weight for a signal c and noise d.
     - Where the reference is soft, the detail is `gain` times as strong: a small network trained on errors makes detail
-      weaker than it is. Where it has the finest detail itself, the refiner has little to add: detail is half as strong.
+      weaker than it is. In faint areas it is left as it is, since what is added there flickers most: what `gain` goes
+      beyond 1 counts as c / (c + _FAINT). Where the reference has the finest detail itself, the refiner has little to
+      add: detail is half as strong.
     """
 
     def __init__(self, height: int, width: int, device: torch.device | str, detail: Detail) -> None:
@@ -188,7 +191,8 @@ class SupportedDetail:
         finest = (self._power(reference - self._finer(reference)) + _SOFT * _DETAIL) / power
         softness = ((_SHARP - finest) / (_SHARP - _SOFT)).clamp_(0, 1)
         kept = ((self._mean(added * shown) + _DETAIL) / power).clamp_(0, 1)
-        added.addcmul_(kept, shown, value=-1).mul_(belief.mul_(softness.mul_(self._gain - _ON_SHARP).add_(_ON_SHARP)))
+        gain = (contrast / (contrast + _FAINT)).mul_(self._gain - 1).add_(1)
+        added.addcmul_(kept, shown, value=-1).mul_(belief.mul_(softness.mul_(gain.sub_(_ON_SHARP)).add_(_ON_SHARP)))
         return torch.add(reference, added, out=out).clamp_(0, 1)
 
     def _power(self, picture: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_detail_size_0_fits_the_model(comfy_nodes: dict, submodule: Callable[[st
     reference = frames.resize(coarse, 32, 48, "bicubic").clamp(0, 1)  # soft: only there the gain counts in full
     drawn, footage = ({"model": load(nano_state(name))} for name in ("stage2", "footage_stage2"))
     for chosen, used in [
-        ({}, color.Detail(70)), (drawn, color.Detail(9)), (footage, color.Detail(9, gain=3.2)),
+        ({}, color.Detail(70)), (drawn, color.Detail(9)), (footage, color.Detail(9, gain=3.5)),
         ({"detail_size": 20}, color.Detail(20)), ({"detail_size": 9} | footage, color.Detail(9)),
     ]:  # fmt: skip
         finished, _ = finish(refined, reference, "wavelet", **chosen).result
