@@ -185,8 +185,8 @@ class SupportedDetail:
         low, reference_low = self._low(refined), self._low(reference)
         added, shown = refined - low, reference - reference_low
         disagreement = self._power(reference_low.sub_(low))
-        contrast = self._power(reference - self._wider(reference)) + _CONTRAST
-        belief = contrast / (contrast + disagreement)
+        contrast = self._power(reference - self._wider(reference))
+        belief = (contrast + _CONTRAST) / (contrast + _CONTRAST + disagreement)
         power = self._power(shown) + _DETAIL
         finest = (self._power(reference - self._finer(reference)) + _SOFT * _DETAIL) / power
         softness = ((_SHARP - finest) / (_SHARP - _SOFT)).clamp_(0, 1)

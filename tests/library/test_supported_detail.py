@@ -43,16 +43,19 @@ def fine(picture: Tensor) -> Tensor:
     return picture - torch.stack([low_band(frame) for frame in picture])
 
 
-@pytest.mark.parametrize(("contrast", "stronger"), [(0.3, (2.1, 2.5)), (0.1, (1.3, 2.0)), (0.0, (0.99, 1.05))])
+def waves(height: int, width: int) -> Tensor:
+    """A pattern of 10 pixels, coarse enough for a soft reference and of much contrast: [H, W, 1] in -1..1."""
+    return torch.cos(torch.arange(width) * math.pi / 5).expand(height, width)[..., None]
+
+
+@pytest.mark.parametrize(("contrast", "least", "most"), [(0.49, 2.45, 2.5), (0.0, 0.999, 1.001)])
 def test_supported_detail_is_made_stronger_where_the_reference_is_soft_but_not_faint(
-    contrast: float, stronger: tuple[float, float]
+    contrast: float, least: float, most: float
 ) -> None:
-    waves = torch.cos(torch.arange(128) * math.pi / 10).expand(2, 96, 128)[..., None].expand(-1, -1, -1, 3)
-    reference = 0.5 + contrast * waves
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1))
-    weak = reference + 0.01 * fine(noise)
+    """2.5 times where the reference has all contrast there is, which it comes near to; not at all where it has none."""
+    reference = (0.5 + contrast * waves(96, 128)).expand(2, -1, -1, 3)
+    weak = reference + 0.002 * fine(torch.randn(reference.shape, generator=torch.Generator().manual_seed(1)))
     added, more = (match_colors(weak, reference, "wavelet", Detail(9, gain)) - reference for gain in (1.0, 2.5))
-    least, most = stronger
     assert least < float((more * added).sum() / added.square().sum()) < most
     whole = fine(weak - reference)
     assert 0.8 < float((added * whole).sum() / whole.square().sum()) <= 1.001
@@ -60,7 +63,8 @@ def test_supported_detail_is_made_stronger_where_the_reference_is_soft_but_not_f
 
 def test_detail_isnt_believed_where_larger_things_have_moved() -> None:
     """As behind fast motion, where a small VAE makes ghosts and stripes."""
-    truth, reference = enlarged_clip(4)
+    contrast = 0.15 * waves(96, 128) * (torch.arange(128) >= 64)[:, None]  # on the right: there it isn't faint
+    truth, reference = (clip + contrast for clip in enlarged_clip(4))
     refined, left, right = truth.clone(), slice(0, 44), slice(84, 128)
     stripes = 0.1 * torch.cos(torch.arange(96) * math.pi / 2)[:, None, None]
     ghost = 0.25 * torch.cos(torch.arange(96) * math.pi / 12)[:, None, None]
@@ -69,8 +73,7 @@ def test_detail_isnt_believed_where_larger_things_have_moved() -> None:
     result = match_colors(refined, reference, "wavelet", SUPPORTED)
     away = [(clip - reference)[:, :, left].square().mean() for clip in (plain, result)]
     assert away[1] < 0.1 * away[0]
-    away = [(clip - reference)[:, :, right].square().mean() for clip in (plain, result)]
-    assert away[1] > 0.3 * away[0]  # what the draft shows itself isn't added, and this clip is faint
+    assert (result - reference)[:, :, right].square().mean() > (plain - reference)[:, :, right].square().mean()
 
 
 def test_what_the_reference_shows_isnt_lost_where_the_refined_clip_is_softer() -> None:
